@@ -1,0 +1,90 @@
+"""The linear layer: a weight (dense or packed), optional kept inputs and outputs, optional bias, one backend.
+
+Shape legend: N rows of input, I logical input features, O logical output features, S kept inputs, K kept outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from halve import kernels
+from halve.quantization import QuantizedWeight
+
+
+class Linear(nn.Module):
+    """y = scatter(W gather(x)) + bias, the form every compressed layer takes.
+
+    weight: floating [K, S] or QuantizedWeight [K, S].
+    input_index int64 [S] or None: the columns of x [..., I] the weight reads (None: all).
+    output_index int64 [K] or None: the places of y [..., O] the rows write, the rest are 0 (None: all).
+    bias floating [O] or None: added to every output, also to those whose row is gone.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None = None,
+        input_index: Tensor | None = None,
+        output_index: Tensor | None = None,
+        in_features: int | None = None,
+        out_features: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = weight  # a plain attribute: never trained, and a QuantizedWeight is no Parameter
+        self.bias = bias
+        self.input_index = input_index
+        self.output_index = output_index
+        kept_out, kept_in = weight.shape
+        self.in_features = kept_in if in_features is None else in_features
+        self.out_features = kept_out if out_features is None else out_features
+        assert input_index is not None or kept_in == self.in_features
+        assert output_index is not None or kept_out == self.out_features
+        self._matmul: kernels.Matmul | None = None
+
+    @property
+    def quantized(self) -> bool:
+        return isinstance(self.weight, QuantizedWeight)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything this layer keeps in memory for its weight, bias and indices."""
+        extra = (self.bias, self.input_index, self.output_index)
+        return self.weight.nbytes + sum(t.nbytes for t in extra if t is not None)
+
+    def select_backend(self, name: str, dtype: torch.dtype) -> str:
+        """Choose the kernel for this layer once; returns the name of the kernel that will run.
+
+        `name` is "auto" or one of `kernels.BACKENDS`. Raises HalveError when an explicit choice cannot serve this weight.
+        """
+        self._matmul = kernels.select(name, self.weight, dtype)
+        return self._matmul.kernel
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [K, S] as numbers."""
+        return self.weight.dequantize(dtype) if isinstance(self.weight, QuantizedWeight) else self.weight.to(dtype)
+
+    def full_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The equivalent full weight [O, I], zeros where channels were removed."""
+        weight = self.dense_weight(dtype)
+        full = weight.new_zeros(self.out_features, self.in_features)
+        rows = slice(None) if self.output_index is None else self.output_index.unsqueeze(1)
+        columns = slice(None) if self.input_index is None else self.input_index
+        full[rows, columns] = weight
+        return full
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_index is not None:
+            x = x.index_select(-1, self.input_index)
+        if self._matmul is None:
+            self.select_backend("auto", x.dtype)
+        assert self._matmul is not None
+        y = self._matmul(x)
+        if self.output_index is not None:
+            full = y.new_zeros(*y.shape[:-1], self.out_features)
+            y = full.index_copy_(-1, self.output_index, y)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        kind = f"int{self.weight.spec.bits}" if isinstance(self.weight, QuantizedWeight) else str(self.weight.dtype)
+        return f"in={self.in_features}, out={self.out_features}, weight={tuple(self.weight.shape)} {kind}"
