@@ -1,0 +1,121 @@
+"""Where weights come from: safetensors folders read lazily, or random numbers of the right shapes."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from halve.errors import CheckpointError
+
+SAFETENSORS_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+
+
+class TensorSource(Protocol):
+    """Named tensors, read one at a time."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+    def get(self, name: str) -> Tensor: ...
+
+
+class SafetensorsFolder:
+    """The tensors of a Hugging Face folder; opening it reads only the headers.
+
+    Raises CheckpointError when a file is missing, truncated, corrupt, or disagrees with the index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._handles: dict[str, Any] = {}
+        self._files = ExitStack()
+        for path, expected in self._listing().items():
+            names = self._open(path)
+            missing = (expected or set()) - names
+            if missing:
+                raise CheckpointError(
+                    f"{path}: the index promises {min(missing)!r} and the file does not hold it: download it again"
+                )
+
+    def _listing(self) -> dict[Path, set[str] | None]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+                files: dict[Path, set[str] | None] = {}
+                for name, file in weight_map.items():
+                    names = files.setdefault(self.folder / file, set())
+                    assert names is not None
+                    names.add(name)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index}: not a readable index ({error}): download it again") from error
+            return files
+        single = self.folder / "model.safetensors"
+        if single.exists():
+            return {single: None}
+        if any(self.folder.glob("*.bin")):
+            raise CheckpointError(
+                f"{self.folder}: weights are in .bin files, which are not read directly: "
+                f"run `halve convert {self.folder} OUT` once and use OUT"
+            )
+        raise CheckpointError(f"{self.folder}: no model.safetensors and no index of shards: is it a model folder?")
+
+    def _open(self, path: Path) -> set[str]:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: the shard is missing: download it again")
+        try:
+            handle = self._files.enter_context(safe_open(path, framework="pt"))
+            names = set(handle.keys())
+            for name in names:
+                part = handle.get_slice(name)
+                dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise CheckpointError(f"{path}: {name} has dtype {part.get_dtype()}, which is not handled")
+                self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), dtype
+                self._handles[name] = handle
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: truncated or corrupt safetensors file ({error}): download it again") from error
+        return names
+
+    def get(self, name: str) -> Tensor:
+        """The tensor, as stored. Raises CheckpointError when it holds NaN or infinity."""
+        tensor = self._handles[name].get_tensor(name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{self.folder}: {name} holds {bad} NaN or infinite values of {tensor.numel()}: "
+                "nothing can be computed with it, get an intact copy"
+            )
+        return tensor
+
+
+class RandomTensors:
+    """Random weights for published shapes, seeded by name: speed and memory do not depend on values."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, std: float = 0.02) -> None:
+        self.shapes, self.std = shapes, std
+        self.dtypes = dict.fromkeys(shapes, dtype)
+
+    def get(self, name: str) -> Tensor:
+        shape, dtype = self.shapes[name], self.dtypes[name]
+        if "norm" in name:
+            return torch.zeros(shape, dtype=dtype) if name.endswith(".bias") else torch.ones(shape, dtype=dtype)
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(self.std).to(dtype)
