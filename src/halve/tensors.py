@@ -40,13 +40,14 @@ class SafetensorsFolder:
     Raises CheckpointError when a file is missing, truncated, corrupt, or disagrees with the index.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shards: list[Path] | None = None) -> None:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._handles: dict[str, Any] = {}
         self._files = ExitStack()
-        for path, expected in self._listing().items():
+        listing = self._listing() if shards is None else dict.fromkeys(shards)
+        for path, expected in listing.items():
             names = self._open(path)
             missing = (expected or set()) - names
             if missing:

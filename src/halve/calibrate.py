@@ -1,0 +1,265 @@
+"""Token windows of real text, walked through the model block by block. The only walker there is.
+
+Shape legend: N windows, T tokens a window, D hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halve.checkpoint import Checkpoint
+from halve.errors import DataError
+from halve.linear import Linear
+from halve.model import Block, Norm, Span, embed_tokens, make_rotary
+from halve.plan import Key, StepPlan
+from halve.quantization import QuantizedWeight, QuantSpec
+from halve.tokenizer import Tokenizer
+
+HUB_DATASETS = {
+    # name: (hub id, config or data file, split, field)
+    "c4": ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "train", "text"),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
+}
+BATCH_TOKENS = 4096  # tokens sent through a block at once
+
+
+def read_documents(source: str | Path) -> list[str]:
+    """Documents of a .txt (split at <|endoftext|>, else one), .jsonl (`text`, or a RACE article), RACE folder, or c4 | wikitext2.
+
+    Raises DataError naming the file and line.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        if str(source) in HUB_DATASETS:
+            return _hub_documents(str(source))
+        named = ", ".join(HUB_DATASETS)
+        raise DataError(f"calibration {str(source)!r}: no such file, and not a named set ({named})")
+    files = sorted(p for p in path.rglob("*.txt") if p.is_file()) if path.is_dir() else [path]
+    documents: list[str] = []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: not readable as UTF-8 text ({error})") from error
+        if file.suffix in (".jsonl", ".json") or (path.is_dir() and text.lstrip().startswith("{")):
+            documents += _json_documents(file, text)
+        else:
+            documents += text.split("<|endoftext|>")
+    documents = [d.strip() for d in documents if d.strip()]
+    if not documents:
+        raise DataError(f"{path}: holds no text: give a .txt, a .jsonl with a `text` field, or a RACE folder")
+    return documents
+
+
+def _json_documents(file: Path, text: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            documents.append(item["text"] if "text" in item else item["article"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file}:{number}: needs a JSON object with `text` or `article` ({error!r})") from error
+    return documents
+
+
+def _hub_documents(name: str, limit: int = 20_000) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(f"calibration {name!r} needs the `datasets` package: pip install 'halve[data]'") from error
+    hub_id, config, split, field = HUB_DATASETS[name]
+    selector = {"data_files": config} if config.endswith(".gz") else {"name": config}
+    try:
+        rows = load_dataset(hub_id, split=split, streaming=True, **selector)
+        documents = [row[field] for _, row in zip(range(limit), rows, strict=False)]
+    except Exception as error:  # the hub client raises its own, varied, errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"calibration {name!r} could not be fetched ({reason}): give a local file instead") from error
+    return [d for d in documents if d.strip()]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows of tokens int64 [N, T] to calibrate on, others [M, T] to judge by, and where they came from."""
+
+    windows: Tensor
+    held_out: Tensor
+    origin: dict[str, object]
+
+
+def make_windows(
+    documents: list[str], tokenizer: Tokenizer, samples: int, window: int, seed: int, source: str
+) -> Calibration:
+    """Documents shuffled by `seed`, packed end to end, cut into windows that each begin with BOS.
+
+    An eighth as many windows again (at least one) is held out for judging. Too little text gives fewer windows, and
+    `origin` says so. Raises DataError when there is not enough for one window and one held out.
+    """
+    if samples < 1 or window < 2:
+        raise DataError(f"samples={samples}, window={window}: need at least 1 sample and 2 tokens a window")
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    held = max(1, samples // 8)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    body, stream, used = window - len(bos), [], 0
+    for index in order:
+        if len(stream) >= (samples + held) * body:
+            break
+        stream += bos * (used > 0) + tokenizer.encode(documents[index], bos=False)
+        used += 1
+    rows = [bos + stream[i : i + body] for i in range(0, len(stream) - body + 1, body)][: samples + held]
+    if len(rows) < 2:
+        raise DataError(
+            f"calibration text {source!r} has {len(stream)} tokens: two windows of {window} need {2 * body}; "
+            "use more text or a smaller --window"
+        )
+    held = min(held, max(1, len(rows) // 8)) if len(rows) < samples + held else held
+    tokens = torch.tensor(rows)
+    taken = tokens[: len(rows) - held], tokens[len(rows) - held :]
+    origin = {
+        "source": Path(source).name,
+        "documents_available": len(documents),
+        "documents_used": used,
+        "windows_asked": samples,
+        "windows": taken[0].shape[0],
+        "window_tokens": window,
+        "tokens": taken[0].numel(),
+        "held_out_tokens": taken[1].numel(),
+        "seed": seed,
+    }
+    return Calibration(taken[0], taken[1], origin)
+
+
+class BlockView:
+    """One block (or the head) in the hands of a method: its linears, and the inputs that reach them."""
+
+    def __init__(self, walk: Walk, block: Block | None, linears: dict[str, Linear], index: int | None) -> None:
+        self._walk, self.block, self.linears, self.index = walk, block, linears, index
+        self.store_dtype = walk.store_dtype
+
+    def key(self, role: str) -> Key:
+        return self.index, role
+
+    def touched(self, plan: StepPlan) -> list[str]:
+        """Roles of this block that the step changes, in the order they run."""
+        return [role for role in self.linears if self.key(role) in plan.touched]
+
+    def name(self, role: str) -> str:
+        family = self._walk.checkpoint.family
+        return family.names["head"] if self.index is None else family.block_name(self.index, role)
+
+    def spec(self, plan: StepPlan, role: str) -> QuantSpec:
+        """The scheme the plan gives this linear."""
+        spec = plan.after.linears[self.key(role)].spec
+        assert spec is not None
+        return spec
+
+    def replace_weight(self, role: str, weight: Tensor | QuantizedWeight) -> None:
+        """Put another weight of the same shape into a linear."""
+        old = self.linears[role]
+        self.replace(role, Linear(weight, old.bias, old.input_index, old.output_index, old.in_features, old.out_features))
+
+    def replace(self, role: str, linear: Linear) -> None:
+        self.linears[role] = linear
+        if self.block is not None:
+            self.block.linears[role] = linear
+
+    def collect(self, roles: list[str], visit: Callable[[str, Tensor], None], held_out: bool = False) -> None:
+        """Run the block on the windows; `visit(role, x)` sees the input [rows, in] of each linear in `roles`."""
+        states = self._walk.states[held_out]
+        if self.block is None:
+            for state in states:
+                visit("head", state.flatten(0, -2))
+            return
+
+        def hook(role: str) -> Callable[..., None]:
+            return lambda _module, inputs: visit(role, inputs[0].flatten(0, -2))
+
+        handles = [self.linears[role].register_forward_pre_hook(hook(role)) for role in roles]
+        try:
+            for state in states:
+                self.block(state, self._walk.span(state.shape[1]))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class Walk:
+    """The hidden states of all windows, taken through a model one block at a time.
+
+    Memory: the states [N, T, D] of calibration and held-out windows and one block. Without windows only blocks are read.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        calibration: Calibration | None,
+        dtype: torch.dtype,
+        store_dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.checkpoint, self.dtype, self.store_dtype, self.device = checkpoint, dtype, store_dtype, device
+        self.rotary = make_rotary(checkpoint.config, device)
+        # indexed by held_out: False (0) calibration, True (1) held out
+        self.states: list[list[Tensor]] = [[], []]
+        if calibration is not None:
+            self._embed(calibration)
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.states[0])
+
+    def span(self, tokens: int) -> Span:
+        return Span(self.rotary, tokens, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def _embed(self, calibration: Calibration) -> None:
+        checkpoint = self.checkpoint
+        embed = checkpoint.embedding(self.dtype, self.device)
+        positions = checkpoint.positions(self.dtype, self.device)
+        project_in = checkpoint.projections(self.dtype, self.device).get("project_in")
+        for states, windows in zip(self.states, (calibration.windows, calibration.held_out), strict=True):
+            rows = max(1, BATCH_TOKENS // windows.shape[1])
+            for batch in windows.split(rows):
+                span = self.span(batch.shape[1])
+                tokens = batch.to(self.device)
+                states.append(embed_tokens(checkpoint.config, tokens, span, embed, positions, project_in))
+
+    def block(self, index: int) -> BlockView:
+        """Layer `index` of the model being compressed."""
+        block = self.checkpoint.block(index, self.dtype, self.device)
+        return BlockView(self, block, {k: v for k, v in block.linears.items() if isinstance(v, Linear)}, index)
+
+    def head(self) -> BlockView:
+        """The output head; its inputs are the states after the final norm."""
+        return BlockView(self, None, {"head": self.checkpoint.head(self.dtype, self.device)}, None)
+
+    @torch.inference_mode()
+    def advance(self, block: Block) -> None:
+        """Send all states through a finished block."""
+        for states in self.states:
+            for i, state in enumerate(states):
+                states[i] = block(state, self.span(state.shape[1]))
+
+    @torch.inference_mode()
+    def finish_states(self) -> None:
+        """Send all states through the final norm and projection, to the input of the head."""
+        if not self.calibrated:
+            return
+        norm: Norm | None = self.checkpoint.final_norm(self.dtype, self.device)
+        project_out = self.checkpoint.projections(self.dtype, self.device).get("project_out")
+        for states in self.states:
+            for i, state in enumerate(states):
+                state = state if norm is None else norm(state)
+                states[i] = state if project_out is None else project_out(state)
+
+

@@ -1,0 +1,367 @@
+"""START HERE. A model folder and a recipe in, a smaller model folder out: plan, calibrate, transform, save, check.
+
+Each step of the recipe is a pass over the blocks from one folder to the next, so memory stays at one block and the
+calibration states, a crash loses one block, and each step calibrates on the model as compressed so far.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import halve
+from halve.calibrate import BlockView, Calibration, Walk, make_windows, read_documents
+from halve.checkpoint import Checkpoint, check_device, compute_dtype, find_model, open_checkpoint
+from halve.errors import CheckpointError, OutputError
+from halve.families import projection_linears, vector_shapes
+from halve.methods import Method
+from halve.plan import ModelState, StepPlan, config_json, state_of
+from halve.progress import track
+from halve.recipe import as_steps, step_json
+from halve.schemes import write_schemes
+from halve.tensors import SafetensorsFolder
+from halve.tokenizer import load_tokenizer
+from halve.writer import CheckpointWriter, linear_tensors, write_json, write_text
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that decides the bytes of the result."""
+
+    model: str
+    out: Path
+    steps: list[Method]
+    calibration: str = "c4"
+    samples: int = 128
+    window: int = 2048
+    seed: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class RecipePlan:
+    """The plan of every step, with the sizes before and after."""
+
+    checkpoint: Checkpoint
+    steps: list[StepPlan]
+    other_bytes: int  # embeddings, positions, norms: never compressed
+    window: int
+
+    @property
+    def bytes_before(self) -> int:
+        return self.other_bytes + self.steps[0].before.linear_bytes
+
+    @property
+    def bytes_after(self) -> int:
+        return self.other_bytes + self.steps[-1].after.linear_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """The two largest folders that exist at once while the recipe runs."""
+        sizes = [self.other_bytes + step.after.linear_bytes for step in self.steps]
+        return max(a + b for a, b in zip([0, *sizes], sizes, strict=False))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` did: the folder, its manifest, and the plan it followed."""
+
+    out: Path
+    manifest: dict[str, Any]
+    plan: RecipePlan
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_recipe(request: Request) -> RecipePlan:
+    """Check the model, the recipe and every shape; reads headers only, takes seconds."""
+    check_device(request.device)
+    checkpoint = open_checkpoint(request.model)
+    store = request.dtype or checkpoint.dtype
+    states, plans = state_of(checkpoint, store.itemsize), []
+    for method in request.steps:
+        plans.append(method.plan(states))
+        states = plans[-1].after
+    config = checkpoint.config
+    other = sum(_product(s) for s in vector_shapes(checkpoint.family, config).values()) * store.itemsize
+    other += sum(s.out_features * s.in_features for s in projection_linears(checkpoint.family, config)) * store.itemsize
+    return RecipePlan(checkpoint, plans, other, min(request.window, config.max_positions))
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    steps: Sequence[str | Method],
+    *,
+    calibration: str | Path = "c4",
+    samples: int = 128,
+    window: int = 2048,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    on_plan: Callable[[RecipePlan], None] | None = None,
+) -> Result:
+    """Apply `steps` to `model` and write the result to the new folder `out`.
+
+    `dtype` is that of computation and of the tensors written (default: the checkpoint's). An interrupted run is
+    continued by the same call. Raises HalveError before any work when the request cannot succeed.
+    """
+    request = Request(str(model), Path(out), as_steps(steps), str(calibration), samples, window, seed, device, dtype)
+    plan = plan_recipe(request)
+    work = _prepare_output(request, plan, overwrite)
+    windows = _calibration(request, plan)
+    if on_plan is not None:
+        on_plan(plan)
+    _claim(work, request, plan, overwrite)
+    source, reports, seconds = plan.checkpoint, [], []
+    manifest: dict[str, Any] = {}
+    for number, (method, step) in enumerate(zip(request.steps, plan.steps, strict=True), 1):
+        started, folder = time.monotonic(), work / f"step-{number}"
+        if not (folder / "model.safetensors.index.json").exists():
+            rows = _run_step(request, source, method, step, windows if method.calibrates else None, folder, number)
+            reports.append(_report(method, step, rows))
+            manifest = _manifest(request, plan.checkpoint, reports, windows)
+            _complete(folder, request, source, step, manifest)
+        else:  # an interrupted run got this far
+            manifest = json.loads((folder / "halve.json").read_text())
+            reports = manifest["steps"][len(plan.checkpoint.manifest.get("steps", [])) :]
+        seconds.append({"step": method.name, "seconds": round(time.monotonic() - started, 3)})
+        if number > 1:
+            shutil.rmtree(work / f"step-{number - 1}")
+        source = open_checkpoint(folder)
+    _verify(source, request)
+    write_text(source.folder / "halve-log.jsonl", "".join(json.dumps(s) + "\n" for s in seconds))
+    _publish(work, source.folder, request.out)
+    notes = _notes(windows)
+    return Result(request.out, manifest, plan, notes)
+
+
+def _calibration(request: Request, plan: RecipePlan) -> Calibration | None:
+    """The windows, when a step needs them; missing or empty text is found here, before any weight is read."""
+    if not any(method.calibrates for method in request.steps):
+        return None
+    documents = read_documents(request.calibration)
+    tokenizer = load_tokenizer(request.model)
+    return make_windows(documents, tokenizer, request.samples, plan.window, request.seed, request.calibration)
+
+
+def _notes(windows: Calibration | None) -> list[str]:
+    if windows is None or windows.origin["windows"] == windows.origin["windows_asked"]:
+        return []
+    origin = windows.origin
+    return [f"the calibration text gave {origin['windows']} of the {origin['windows_asked']} windows asked for"]
+
+
+def _prepare_output(request: Request, plan: RecipePlan, overwrite: bool) -> Path:
+    """Check that the result can be written; returns the folder to work in."""
+    out = request.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise OutputError(f"{out}: exists and is not empty: choose another folder, or replace it with --overwrite")
+    if out.resolve() == plan.checkpoint.folder.resolve():
+        raise OutputError(f"{out}: is the model's own folder: choose another one")
+    parent = out.resolve().parent
+    existing = next(p for p in (parent, *parent.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OutputError(f"{existing}: cannot be written to: choose another place for OUT")
+    free = shutil.disk_usage(existing).free
+    if free < plan.disk_bytes * 1.01:
+        raise OutputError(
+            f"{existing}: the disk has {free:,} bytes free and this needs {int(plan.disk_bytes * 1.01):,}: "
+            "free some space or choose another disk for OUT"
+        )
+    return out.with_name(out.name + ".partial")
+
+
+def _claim(work: Path, request: Request, plan: RecipePlan, overwrite: bool) -> None:
+    """Make the work folder ours: empty, or left by an interrupted run of the very same request."""
+    files = sorted(plan.checkpoint.folder.glob("*.safetensors"))
+    identity = {
+        "halve": halve.__version__,
+        "steps": [step_json(m) for m in request.steps],
+        "settings": [request.samples, plan.window, request.seed, request.device, str(request.dtype)],
+        "calibration": _fingerprint(request.calibration) if any(m.calibrates for m in request.steps) else None,
+        "source": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        "config": plan.checkpoint.raw,
+    }
+    path = work / "request.json"
+    if path.exists() and json.loads(path.read_text()) == json.loads(json.dumps(identity)):
+        return
+    if work.exists():
+        if not overwrite:
+            raise OutputError(
+                f"{work}: holds an unfinished run of another request: delete it, repeat that request to finish it, "
+                "or give --overwrite"
+            )
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    write_json(path, identity)
+
+
+def _fingerprint(source: str) -> str:
+    path = Path(source).expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else source
+
+
+def _run_step(
+    request: Request,
+    source: Checkpoint,
+    method: Method,
+    plan: StepPlan,
+    windows: Calibration | None,
+    folder: Path,
+    number: int,
+) -> list[dict[str, Any]]:
+    """One pass over the blocks; every finished block is a shard in `folder`."""
+    store = request.dtype or source.dtype
+    dtype = torch.float32 if store == torch.float16 else compute_dtype(source, request.dtype)
+    walk = Walk(source, windows, dtype, store, request.device)
+    layers = len(source.config.layers)
+    writer = CheckpointWriter(folder, layers + 1)
+    rows: list[dict[str, Any]] = []
+    for index in track(range(layers), total=layers, description=f"step {number}: {method.name}"):
+        if writer.done(index):
+            rows += writer.rows(index)
+            if walk.calibrated:
+                walk.advance(_finished(folder, request, source, plan, writer, index).block(index, dtype, walk.device))
+            continue
+        view = walk.block(index)
+        with torch.inference_mode():
+            edited = method.edit(view, plan)
+        writer.write(index, _block_tensors(source, view, store), edited)
+        rows += edited
+        if walk.calibrated and view.block is not None:
+            walk.advance(view.block)
+    if writer.done(layers):
+        return rows + writer.rows(layers)
+    tensors = _other_tensors(source, store)
+    edited = []
+    if (None, "head") in plan.touched:
+        walk.finish_states()
+        view = walk.head()
+        with torch.inference_mode():
+            edited = method.edit(view, plan)
+        tensors |= linear_tensors(view.name("head"), view.linears["head"], store)
+    elif not source.config.tied:
+        tensors |= linear_tensors(source.family.names["head"], source.head(store, "cpu"), store)
+    writer.write(layers, tensors, edited)
+    return rows + edited
+
+
+def _finished(
+    folder: Path, request: Request, source: Checkpoint, plan: StepPlan, writer: CheckpointWriter, index: int
+) -> Checkpoint:
+    """A view of the folder being written, good for reading one finished block."""
+    tensors = SafetensorsFolder(folder, [writer.shard(index)])
+    return Checkpoint(folder, source.raw, source.family, plan.after.config, tensors, plan.after.schemes)
+
+
+def _block_tensors(source: Checkpoint, view: BlockView, store: torch.dtype) -> dict[str, torch.Tensor]:
+    """Everything a finished block stores: its linears, and its norms as they were."""
+    tensors: dict[str, torch.Tensor] = {}
+    for role, linear in view.linears.items():
+        tensors |= linear_tensors(view.name(role), linear, store)
+    prefix = source.family.names["block"].format(view.index) + "."
+    for name in vector_shapes(source.family, source.config):
+        if name.startswith(prefix):
+            tensors[name] = source.tensor(name, store).contiguous()
+    return tensors
+
+
+def _other_tensors(source: Checkpoint, store: torch.dtype) -> dict[str, torch.Tensor]:
+    """Embeddings, positions, final norm and projections, as they were."""
+    block = source.family.names["block"].split("{")[0]
+    names = [n for n in vector_shapes(source.family, source.config) if not n.startswith(block)]
+    names += [f"{s.name}.weight" for s in projection_linears(source.family, source.config)]
+    return {name: source.tensor(name, store).contiguous() for name in names}
+
+
+def _complete(folder: Path, request: Request, source: Checkpoint, step: StepPlan, manifest: dict[str, Any]) -> None:
+    """Write config, manifest and index of a step's folder."""
+    state = step.after
+    names = [s.name for s in state.linears.values()]
+    schemes = write_schemes(state.schemes, names) if state.schemes else None
+    config = config_json(source.raw, state, schemes, request.dtype)
+    CheckpointWriter(folder, len(source.config.layers) + 1).finish(config, manifest, source.folder)
+
+
+def _report(method: Method, step: StepPlan, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    measured = {row["name"]: row for row in rows}
+    layers = []
+    for row in step.rows:
+        line = {"name": row.name, "action": row.action, "bytes_before": row.bytes_before, "bytes_after": row.bytes_after}
+        if row.reason:
+            line["reason"] = row.reason
+        layers.append(line | {k: v for k, v in measured.get(row.name, {}).items() if k != "name"})
+    return {
+        **step_json(method),
+        "parameters_before": step.before.parameters,
+        "parameters_after": step.after.parameters,
+        "linear_bytes_before": step.before.linear_bytes,
+        "linear_bytes_after": step.after.linear_bytes,
+        "layers": layers,
+    }
+
+
+def _manifest(
+    request: Request, checkpoint: Checkpoint, reports: list[dict[str, Any]], windows: Calibration | None
+) -> dict[str, Any]:
+    """halve.json: what was done, with what. The same request gives the same bytes, so no times and no machine."""
+    earlier = checkpoint.manifest
+    name = request.model if not Path(request.model).expanduser().exists() else find_model(request.model).resolve().name
+    return {
+        "halve_version": halve.__version__,
+        "torch_version": torch.__version__,
+        "base_model": earlier.get("base_model", name),
+        "recipe": earlier.get("recipe", []) + [step_json(m) for m in request.steps[: len(reports)]],
+        "calibration": None if windows is None else windows.origin,
+        "steps": earlier.get("steps", []) + reports,
+    }
+
+
+def _verify(checkpoint: Checkpoint, request: Request) -> None:
+    """Run 16 tokens through the reloaded result, block by block: its logits must be finite."""
+    tokens = torch.arange(16).remainder(checkpoint.config.vocab_size).unsqueeze(0)
+    tokens = tokens[:, : checkpoint.config.max_positions]
+    dtype = compute_dtype(checkpoint, request.dtype)
+    walk = Walk(checkpoint, Calibration(tokens, tokens[:, :1], {}), dtype, dtype, request.device)
+    for index in range(len(checkpoint.config.layers)):
+        walk.advance(checkpoint.block(index, dtype, request.device))
+    walk.finish_states()
+    with torch.inference_mode():
+        logits = checkpoint.head(dtype, request.device)(walk.states[0][0])
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(f"{checkpoint.folder}: the compressed model gives NaN or infinite logits: not published")
+
+
+def _publish(work: Path, folder: Path, out: Path) -> None:
+    """Give the finished folder its name; what was there before goes only then."""
+    old = out.with_name(out.name + ".old")
+    try:
+        if out.exists():
+            if old.exists():
+                shutil.rmtree(old)
+            os.replace(out, old)
+        os.replace(folder, out)
+    except OSError as error:
+        raise OutputError(f"{out}: could not be put in place ({error}): the result is in {folder}") from error
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+

@@ -1,0 +1,238 @@
+"""What a recipe will do to which linear, and how many bytes that leaves: decided from shapes alone, before any work."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from halve import families
+from halve.checkpoint import Checkpoint
+from halve.errors import RecipeError
+from halve.families import Family, LinearShape
+from halve.model import LayerConfig, ModelConfig
+from halve.quantization import QuantSpec
+
+Key = tuple[int | None, str]  # (layer, role); (None, "head") is the output head
+
+
+@dataclass(frozen=True)
+class LinearState:
+    """One linear as it stands at some point of a recipe."""
+
+    shape: LinearShape
+    kept_out: int
+    kept_in: int
+    spec: QuantSpec | None = None
+    groups: int = 0
+    ragged: bool = False
+
+    @property
+    def key(self) -> Key:
+        return self.shape.layer, self.shape.role
+
+    @property
+    def name(self) -> str:
+        return self.shape.name
+
+    @property
+    def parameters(self) -> int:
+        return self.kept_out * self.kept_in
+
+    def nbytes(self, itemsize: int) -> int:
+        """Stored bytes of weight, scales, zero points, indices and bias, floats being `itemsize` wide."""
+        if self.spec is None:
+            total = self.parameters * itemsize
+        else:
+            words = -(-self.kept_in * self.spec.bits // 32)
+            total = 4 * self.kept_out * words + self.kept_out * self.groups * itemsize + 16
+            if not self.spec.symmetric:
+                total += 4 * -(-self.kept_out * self.spec.bits // 32) * self.groups
+            total += 4 * self.kept_in if self.ragged else 0
+        total += 4 * self.kept_in if self.kept_in < self.shape.in_features else 0
+        total += 4 * self.kept_out if self.kept_out < self.shape.out_features else 0
+        return total + (self.shape.out_features * itemsize if self.shape.bias else 0)
+
+    def quantized(self, spec: QuantSpec) -> LinearState:
+        """The same linear under `spec`."""
+        return replace(self, spec=spec, groups=self.kept_in // spec.columns_per_group(self.kept_in), ragged=False)
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """The model as it stands between two steps."""
+
+    family: Family
+    config: ModelConfig
+    linears: dict[Key, LinearState]
+    itemsize: int
+
+    @property
+    def linear_bytes(self) -> int:
+        """Bytes of all linears, a tied head not counted (it is the embedding)."""
+        return sum(s.nbytes(self.itemsize) for k, s in self.linears.items() if not (k[1] == "head" and self.config.tied))
+
+    @property
+    def parameters(self) -> int:
+        return sum(s.parameters for k, s in self.linears.items() if not (k[1] == "head" and self.config.tied))
+
+    @property
+    def schemes(self) -> dict[str, QuantSpec]:
+        return {s.name: s.spec for s in self.linears.values() if s.spec is not None}
+
+    @property
+    def plain(self) -> bool:
+        """True when the stock architecture of the family can hold this model."""
+        irregular = any(
+            s.ragged or s.kept_in < s.shape.in_features or s.kept_out < s.shape.out_features
+            for s in self.linears.values()
+        )
+        first = self.config.layers[0]
+        widths = {replace(layer, sliding_window=None) for layer in self.config.layers}
+        if irregular or len(widths) > 1 or not (first.has_attention and first.has_mlp):
+            return False
+        square = first.num_heads * self.config.head_dim == self.config.hidden_size
+        return "head_dim" in self.family.width_fields or square
+
+
+def state_of(checkpoint: Checkpoint, itemsize: int) -> ModelState:
+    """The state of a folder, from its headers."""
+    linears: dict[Key, LinearState] = {}
+    for shape in checkpoint.linear_shapes():
+        tied_head = shape.role == "head" and checkpoint.config.tied
+        kept_out, kept_in, spec = shape.out_features, shape.in_features, checkpoint.schemes.get(shape.name)
+        groups, ragged = 0, False
+        if not tied_head:
+            if checkpoint.has(f"{shape.name}.kept_outputs"):
+                (kept_out,) = checkpoint.stored_shape(f"{shape.name}.kept_outputs")
+            if checkpoint.has(f"{shape.name}.kept_inputs"):
+                (kept_in,) = checkpoint.stored_shape(f"{shape.name}.kept_inputs")
+            if spec is not None:
+                groups = checkpoint.stored_shape(f"{shape.name}.weight_scale")[1]
+                ragged = checkpoint.has(f"{shape.name}.group_index")
+        linears[shape.layer, shape.role] = LinearState(
+            shape, kept_out, kept_in, None if tied_head else spec, groups, ragged
+        )
+    return ModelState(checkpoint.family, checkpoint.config, linears, itemsize)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One linear's line in the plan."""
+
+    name: str
+    action: str  # what will be done, "skipped" when nothing
+    reason: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step does: the linears it touches, the state it leaves, a line for every linear."""
+
+    before: ModelState
+    after: ModelState
+    touched: frozenset[Key]
+    rows: list[Row] = field(default_factory=list)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """`re:...` is a regular expression on the whole name, otherwise a glob on the name or on its last part."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rsplit(".", 1)[-1], pattern)
+
+
+def select(
+    state: ModelState, targets: tuple[str, ...], ignore: tuple[str, ...]
+) -> tuple[list[LinearState], dict[Key, str]]:
+    """The linears a step names, and for each other one the reason why it is skipped.
+
+    `targets`: patterns (see `matches`); `Linear` stands for every linear but the head.
+    Raises RecipeError for a pattern that matches no linear.
+    """
+    chosen, skipped = [], {}
+    for pattern in (*(t for t in targets if t != "Linear"), *ignore):
+        try:
+            found = any(matches(pattern, s.name) for s in state.linears.values())
+        except re.error as error:
+            raise RecipeError(f"pattern {pattern!r} is not a regular expression ({error})") from error
+        if not found:
+            examples = ", ".join(s.name for s in list(state.linears.values())[:2])
+            raise RecipeError(f"pattern {pattern!r} matches no linear: names are {examples}, ..., lm_head")
+    for key, linear in state.linears.items():
+        head = key[1] == "head"
+        wanted = any((t == "Linear" and not head) or matches(t, linear.name) for t in targets)
+        if any(matches(pattern, linear.name) for pattern in ignore):
+            skipped[key] = "ignored"
+        elif not wanted:
+            skipped[key] = "the head is left alone unless targets names lm_head" if head else "not among the targets"
+        else:
+            chosen.append(linear)
+    return chosen, skipped
+
+
+def finish(
+    method: str,
+    state: ModelState,
+    changed: dict[Key, tuple[LinearState, str]],
+    skipped: dict[Key, str],
+    config: ModelConfig | None = None,
+) -> StepPlan:
+    """The plan of a step that turns each linear in `changed` into (its new state, what was done)."""
+    if not changed:
+        reasons = "; ".join(sorted(set(skipped.values()))) or "no linear left"
+        raise RecipeError(f"step {method} matched nothing to do ({reasons}): check targets and ignore")
+    after_linears = {k: changed[k][0] if k in changed else s for k, s in state.linears.items()}
+    after_config = config or state.config
+    if (None, "head") in changed:
+        after_config = replace(after_config, tied=False)  # a head of its own; the embedding stays as it was
+    after = replace(state, config=after_config, linears=after_linears)
+    rows = []
+    for key, linear in state.linears.items():
+        tied = key[1] == "head" and state.config.tied
+        before = 0 if tied else linear.nbytes(state.itemsize)
+        new, action = changed.get(key, (linear, "skipped"))
+        left = 0 if tied and key not in changed else new.nbytes(state.itemsize)
+        rows.append(Row(linear.name, action, skipped.get(key, ""), before, left))
+    return StepPlan(state, after, frozenset(changed), rows)
+
+
+def describe(spec: QuantSpec) -> str:
+    """`int4 g128`, `int8 per channel asymmetric`, ..."""
+    size = "per channel" if spec.group_size == -1 else f"g{spec.group_size}"
+    return f"int{spec.bits} {size}" + ("" if spec.symmetric else " asymmetric")
+
+
+def config_json(raw: dict, state: ModelState, schemes_json: dict | None, dtype: torch.dtype | None) -> dict:
+    """config.json of the compressed model; `model_type` stays only if the stock architecture can hold it."""
+    out = {k: v for k, v in raw.items() if k not in ("halve_layers", "halve_model_type", "quantization_config")}
+    base = raw.get("halve_model_type") or raw["model_type"]
+    config, layers = state.config, state.config.layers
+    out["model_type"] = base
+    out["tie_word_embeddings"] = config.tied
+    out["num_hidden_layers"] = len(layers)
+    if "layer_types" in raw:
+        out["layer_types"] = ["sliding_attention" if layer.sliding_window else "full_attention" for layer in layers]
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        out["dtype" if "dtype" in raw else "torch_dtype"] = name
+    if schemes_json:
+        out["quantization_config"] = schemes_json
+    if not state.plain:
+        out |= {"model_type": "halve", "halve_model_type": base, "halve_layers": [_layer_json(x) for x in layers]}
+        out["architectures"] = ["HalveForCausalLM"]
+        return out
+    for ours, theirs in state.family.width_fields.items():
+        value = config.head_dim if ours == "head_dim" else getattr(layers[0], ours)
+        if ours != "head_dim" or raw.get("head_dim") is not None or value * layers[0].num_heads != config.hidden_size:
+            out[theirs] = value
+    return out
+
+
+def _layer_json(layer: LayerConfig) -> dict:
+    fields = ("num_heads", "num_kv_heads", "intermediate_size", "sliding_window")
+    return {name: getattr(layer, name) for name in fields}
