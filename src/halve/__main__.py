@@ -1,0 +1,3 @@
+from halve.cli import main
+
+main()

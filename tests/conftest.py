@@ -1,0 +1,52 @@
+"""Shared fixtures: small real models of every family, and the real assets when they are there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ASSETS = os.environ.get("HALVE_TEST_ASSETS")
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real models and texts; tests that use it skip, with this reason, where it is not."""
+    if not ASSETS:
+        pytest.skip("HALVE_TEST_ASSETS is not set: no real models and texts to test on")
+    path = Path(ASSETS)
+    # a set but wrong path must not turn into a silent skip
+    assert (path / "models" / "stories260K" / "config.json").is_file(), f"HALVE_TEST_ASSETS={path} holds no assets"
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a small random Hugging Face model of `model_type` with `options` and save it; returns its folder."""
+
+    def make(model_type: str, seed: int = 0, **options: object) -> Path:
+        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+        small: dict[str, object] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+        if model_type == "opt":
+            small |= {"ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+        else:
+            small |= {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
+        config = CONFIG_MAPPING[model_type](**(small | options))
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # biases and norms start at 0 and 1: a decoder that forgot them would pass
+                if parameter.dim() == 1:
+                    parameter.normal_(1.0 if "norm" in name and "weight" in name else 0.0, 0.3)
+                else:
+                    parameter.normal_(0.0, 0.2)
+        folder = tmp_path_factory.mktemp(model_type)
+        model.save_pretrained(folder)
+        return folder
+
+    return make
