@@ -69,7 +69,7 @@ class CheckpointWriter:
         shard = self.shard(part)
         temporary = shard.with_suffix(".tmp")
         try:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            save_shard(tensors, temporary)
             os.replace(temporary, shard)
             write_text(self._rows_path(part), json.dumps(rows))
         except (OSError, SafetensorError) as error:
@@ -100,6 +100,14 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         shutil.rmtree(self.folder / _ROWS)
         write_json(self.folder / "model.safetensors.index.json", index)
+
+
+def save_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    """One safetensors file, readable as far as the user's umask allows (the library makes it private)."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def write_text(path: Path, text: str) -> None:
