@@ -117,11 +117,11 @@ def checkpoint_recipe(model: str | os.PathLike[str]) -> list[Any]:
     return recipe
 
 
-def check_record_path(path: str | os.PathLike[str]) -> Path:
-    """Find out before any work whether a record can be written to `path`; raises OutputError."""
+def check_output_path(path: str | os.PathLike[str]) -> Path:
+    """Find out before any work whether a file can be written at `path`; raises OutputError."""
     path = Path(path)
     if path.is_dir():
-        raise OutputError(f"{path} is a folder: name a .json file inside it")
+        raise OutputError(f"{path} is a folder: name a file inside it")
     if not path.parent.is_dir():
         raise OutputError(f"{path} cannot be written, there is no folder {path.parent}: create it first")
     if not os.access(path.parent, os.W_OK):
@@ -135,7 +135,7 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Pat
     JSON has no infinity: a figure that is not finite becomes null, and its value is kept under "not_finite".
     Raises OutputError when the place cannot be written, DataError when the record lacks a required key.
     """
-    path = check_record_path(path)
+    path = check_output_path(path)
     check_record(record, str(path))
     lost: dict[str, str] = {}
     finite = _finite(dict(record), "", lost)
