@@ -47,6 +47,11 @@ class Linear(nn.Module):
         return isinstance(self.weight, QuantizedWeight)
 
     @property
+    def kernel(self) -> str | None:
+        """Name of the kernel that serves this layer, None while none is chosen."""
+        return None if self._matmul is None else self._matmul.kernel
+
+    @property
     def nbytes(self) -> int:
         """Bytes of everything this layer keeps in memory for its weight, bias and indices."""
         extra = (self.bias, self.input_index, self.output_index)
