@@ -6,22 +6,39 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from halve.benchmarking import benchmark
     from halve.checkpoint import load_model
-    from halve.compress import compress
+    from halve.compression import compress
+    from halve.conversion import convert
     from halve.errors import HalveError
+    from halve.generation import generate, generate_text
     from halve.tokenizer import load_tokenizer
 
 # where each public name lives; imported on first use, so that `import halve` stays instant
 _PUBLIC = {
-    "HalveError": "halve.errors",
-    "compress": "halve.compress",
-    "load_model": "halve.checkpoint",
-    "load_tokenizer": "halve.tokenizer",
+    "HalveError": "errors",
+    "benchmark": "benchmarking",
+    "compress": "compression",
+    "convert": "conversion",
+    "generate": "generation",
+    "generate_text": "generation",
+    "load_model": "checkpoint",
+    "load_tokenizer": "tokenizer",
 }
-__all__ = ["HalveError", "__version__", "compress", "load_model", "load_tokenizer"]
+__all__ = [
+    "HalveError",
+    "__version__",
+    "benchmark",
+    "compress",
+    "convert",
+    "generate",
+    "generate_text",
+    "load_model",
+    "load_tokenizer",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'halve' has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
+    return getattr(import_module(f"halve.{_PUBLIC[name]}"), name)

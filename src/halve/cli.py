@@ -72,8 +72,8 @@ def compress(
     listed as done or skipped with its reason. An interrupted run is continued by the same command.
     """
     from halve import show
-    from halve.compress import Request, plan_recipe
-    from halve.compress import compress as run
+    from halve.compression import Request, plan_recipe
+    from halve.compression import compress as run
     from halve.recipe import as_steps, read_recipe
 
     if step and recipe:
@@ -93,7 +93,7 @@ def compress(
 @app.command()
 def convert(model: Model, out: Out, overwrite: Overwrite = False) -> None:
     """Turn a folder of pickled .bin weights into safetensors (most OPT checkpoints need it)."""
-    from halve.convert import convert as run
+    from halve.conversion import convert as run
 
     print(f"wrote {run(model, out, overwrite=overwrite)}")
 

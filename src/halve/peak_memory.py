@@ -62,7 +62,7 @@ def _work(request: dict[str, Any]) -> dict[str, int]:
     import torch
 
     from halve.checkpoint import load_model
-    from halve.generate import generate
+    from halve.generation import generate
     from halve.machine import resident_bytes
 
     if "peak" not in resident_bytes():

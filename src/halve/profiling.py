@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from halve.errors import OutputError
-from halve.generate import Decoder, Sampling
+from halve.generation import Decoder, Sampling
 from halve.model import Model
 from halve.timing import random_prompt
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from halve.compress import RecipePlan, Result
+    from halve.compression import RecipePlan, Result
     from halve.methods import Method
     from halve.plan import StepPlan
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from halve.generate import Decoder, Sampling, generate
+from halve.generation import Decoder, Sampling, generate
 from halve.model import Model
 
 
