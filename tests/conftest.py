@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,10 +28,15 @@ def assets() -> Path:
 def make_hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Make a small random Hugging Face model of `model_type` with `options` and save it; returns its folder."""
 
-    def make(model_type: str, seed: int = 0, **options: object) -> Path:
+    def make(model_type: str, seed: int = 0, **options: Any) -> Path:
         from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-        small: dict[str, object] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+        small: dict[str, Any] = {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+        }
         if model_type == "opt":
             small |= {"ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
         else:

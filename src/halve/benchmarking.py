@@ -360,7 +360,11 @@ def _command(name: str, settings: Settings, placement: Placement) -> str:
     words = ["halve", "benchmark", name]
     words += ["--prompt-tokens", str(settings.prompt_tokens), "--new-tokens", str(settings.new_tokens)]
     words += ["--device", placement.device]
-    words += [] if placement.dtype is None else ["--dtype", {"bfloat16": "bf16", "float32": "fp32"}[_dtype_name(placement.dtype)]]
+    words += (
+        []
+        if placement.dtype is None
+        else ["--dtype", {"bfloat16": "bf16", "float32": "fp32"}[_dtype_name(placement.dtype)]]
+    )
     words += [] if placement.backend == "auto" else ["--backend", placement.backend]
     words += ["--random-weights"] if placement.random_weights else []
     return shlex.join(words)

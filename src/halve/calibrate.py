@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ BATCH_TOKENS = 4096  # tokens sent through a block at once
 
 
 def read_documents(source: str | Path) -> list[str]:
-    """Documents of a .txt (split at <|endoftext|>, else one), .jsonl (`text`, or a RACE article), RACE folder, or c4 | wikitext2.
+    """Documents of a .txt (split at <|endoftext|>), a .jsonl (`text`, or a RACE article), a RACE folder, c4 or wikitext2.
 
     Raises DataError naming the file and line.
     """
@@ -77,7 +78,7 @@ def _hub_documents(name: str, limit: int = 20_000) -> list[str]:
     except ImportError as error:
         raise DataError(f"calibration {name!r} needs the `datasets` package: pip install 'halve[data]'") from error
     hub_id, config, split, field = HUB_DATASETS[name]
-    selector = {"data_files": config} if config.endswith(".gz") else {"name": config}
+    selector: dict[str, Any] = {"data_files": config} if config.endswith(".gz") else {"name": config}
     try:
         rows = load_dataset(hub_id, split=split, streaming=True, **selector)
         documents = [row[field] for _, row in zip(range(limit), rows, strict=False)]
@@ -166,7 +167,9 @@ class BlockView:
     def replace_weight(self, role: str, weight: Tensor | QuantizedWeight) -> None:
         """Put another weight of the same shape into a linear."""
         old = self.linears[role]
-        self.replace(role, Linear(weight, old.bias, old.input_index, old.output_index, old.in_features, old.out_features))
+        self.replace(
+            role, Linear(weight, old.bias, old.input_index, old.output_index, old.in_features, old.out_features)
+        )
 
     def replace(self, role: str, linear: Linear) -> None:
         self.linears[role] = linear
@@ -261,5 +264,3 @@ class Walk:
             for i, state in enumerate(states):
                 state = state if norm is None else norm(state)
                 states[i] = state if project_out is None else project_out(state)
-
-

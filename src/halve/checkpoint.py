@@ -217,7 +217,7 @@ class Checkpoint:
         found = self.stored_shape(name)
         if found != shape:
             raise CheckpointError(
-                f"{self.folder}: {name!r} has shape {list(found)}, the config asks for {list(shape)}: they do not belong together"
+                f"{self.folder}: {name!r} has shape {list(found)}, the config asks for {list(shape)}: not the same model"
             )
 
     def _check_tied(self, linear: LinearShape) -> None:

@@ -22,13 +22,16 @@ app = typer.Typer(
 )
 
 # typer brings its own copy of click in some versions; this is the base of its usage errors in all of them
-UsageError = typer.BadParameter.__mro__[1]
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder, halve checkpoint, or hub id (owner/name).")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hugging Face folder, halve checkpoint, or hub id (owner/name).")
+]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Dtype = Annotated[
-    str | None, typer.Option(help="bf16 or fp32: the type of computation (default: the model's own).", show_default=False)
+    str | None,
+    typer.Option(help="bf16 or fp32: the type of computation (default: the model's own).", show_default=False),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds something.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -64,7 +67,9 @@ def compress(
     device: Device = "cpu",
     dtype: Dtype = None,
     overwrite: Overwrite = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop before any weight is read.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop before any weight is read.")
+    ] = False,
 ) -> None:
     """Quantize or prune MODEL by a recipe of steps and write the result to OUT.
 
@@ -122,7 +127,8 @@ def main() -> None:
         _fail(str(error))
     except UsageError as error:
         context = getattr(error, "ctx", None)
-        _fail(f"{error.format_message()}" + (f" (see `{context.command_path} --help`)" if context else ""))
+        message = getattr(error, "format_message", error.__str__)()
+        _fail(message + (f" (see `{context.command_path} --help`)" if context else ""))
     except (typer.Abort, KeyboardInterrupt):
         print("halve: interrupted", file=sys.stderr)
         sys.exit(1)

@@ -24,7 +24,7 @@ from halve.checkpoint import Checkpoint, check_device, compute_dtype, find_model
 from halve.errors import CheckpointError, OutputError
 from halve.families import projection_linears, vector_shapes
 from halve.methods import Method
-from halve.plan import ModelState, StepPlan, config_json, state_of
+from halve.plan import StepPlan, config_json, state_of
 from halve.progress import track
 from halve.recipe import as_steps, step_json
 from halve.schemes import write_schemes
@@ -305,7 +305,12 @@ def _report(method: Method, step: StepPlan, rows: list[dict[str, Any]]) -> dict[
     measured = {row["name"]: row for row in rows}
     layers = []
     for row in step.rows:
-        line = {"name": row.name, "action": row.action, "bytes_before": row.bytes_before, "bytes_after": row.bytes_after}
+        line = {
+            "name": row.name,
+            "action": row.action,
+            "bytes_before": row.bytes_before,
+            "bytes_after": row.bytes_after,
+        }
         if row.reason:
             line["reason"] = row.reason
         layers.append(line | {k: v for k, v in measured.get(row.name, {}).items() if k != "name"})
@@ -363,5 +368,3 @@ def _publish(work: Path, folder: Path, out: Path) -> None:
         raise OutputError(f"{out}: could not be put in place ({error}): the result is in {folder}") from error
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(work, ignore_errors=True)
-
-

@@ -82,7 +82,9 @@ def _load(path: Path) -> dict[str, Tensor]:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: not a plain file of tensors ({reason}): it is not opened any other way") from error
+        raise CheckpointError(
+            f"{path}: not a plain file of tensors ({reason}): it is not opened any other way"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{path}: holds something other than named tensors")
     return state

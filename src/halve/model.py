@@ -47,7 +47,10 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding. `kind`: default, linear, llama3 or yarn; `options`: its parameters, named as in Hugging Face configs."""
+    """Rotary position embedding.
+
+    `kind`: default, linear, llama3 or yarn; `options`: its parameters, named as in Hugging Face configs.
+    """
 
     theta: float
     kind: str = "default"
@@ -296,8 +299,9 @@ class Block(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        norms = sum(t.nbytes for n in self.norms.values() for t in (n.weight, n.bias) if t is not None)
-        return sum(linear.nbytes for linear in self.linears.values()) + norms
+        norms = [n for n in self.norms.values() if isinstance(n, Norm)]
+        total = sum(t.nbytes for n in norms for t in (n.weight, n.bias) if t is not None)
+        return total + sum(linear.nbytes for linear in self.linears.values() if isinstance(linear, Linear))
 
 
 def _store(span: Span, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -445,13 +449,17 @@ def _mergeable(parts: list[nn.Module]) -> bool:
         assert isinstance(part, Linear)
         if part.output_index is not None or (part.bias is None) != (first.bias is None):
             return False
-        if not _same(part.input_index, first.input_index) or type(part.weight) is not type(first.weight):
+        if not _same(part.input_index, first.input_index):
             return False
-        a, b = part.weight, first.weight
-        if isinstance(a, QuantizedWeight) and isinstance(b, QuantizedWeight):
-            if a.spec != b.spec or not _same(a.group_index, b.group_index):
-                return False
+        if not _same_scheme(part.weight, first.weight):
+            return False
     return True
+
+
+def _same_scheme(a: Tensor | QuantizedWeight, b: Tensor | QuantizedWeight) -> bool:
+    if isinstance(a, QuantizedWeight) and isinstance(b, QuantizedWeight):
+        return a.spec == b.spec and _same(a.group_index, b.group_index)
+    return type(a) is type(b)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from halve import families
 from halve.checkpoint import Checkpoint
 from halve.errors import RecipeError
 from halve.families import Family, LinearShape
@@ -72,7 +71,9 @@ class ModelState:
     @property
     def linear_bytes(self) -> int:
         """Bytes of all linears, a tied head not counted (it is the embedding)."""
-        return sum(s.nbytes(self.itemsize) for k, s in self.linears.items() if not (k[1] == "head" and self.config.tied))
+        return sum(
+            s.nbytes(self.itemsize) for k, s in self.linears.items() if not (k[1] == "head" and self.config.tied)
+        )
 
     @property
     def parameters(self) -> int:

@@ -92,7 +92,9 @@ class SafetensorsFolder:
                 self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), dtype
                 self._handles[name] = handle
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: truncated or corrupt safetensors file ({error}): download it again") from error
+            raise CheckpointError(
+                f"{path}: truncated or corrupt safetensors file ({error}): download it again"
+            ) from error
         return names
 
     def get(self, name: str) -> Tensor:

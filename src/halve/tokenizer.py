@@ -18,7 +18,9 @@ class Tokenizer:
             self.inner = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"{folder}: no usable tokenizer ({reason}): copy the model's tokenizer files there") from error
+            raise CheckpointError(
+                f"{folder}: no usable tokenizer ({reason}): copy the model's tokenizer files there"
+            ) from error
         self.folder = folder
         self.bos_id: int | None = self.inner.bos_token_id
         self.eos_ids = self._eos_ids()
