@@ -139,10 +139,8 @@ def generate(
     capacity = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True)) - 1
     decoder = Decoder(model, prompts, capacity, sampling or Sampling())
     stops = frozenset(stop_ids)
-    if stops or on_token is not None:
-        rows = _watched(decoder, limits, stops, on_token)
-    else:
-        rows = _unwatched(decoder, limits)
+    watched = stops or on_token is not None
+    rows = _watched(decoder, limits, stops, on_token) if watched else _unwatched(decoder, limits)
     return [
         Generation(tokens, "stop" if stopped else "length" if len(tokens) == max_new_tokens else "context")
         for tokens, stopped in rows
@@ -235,7 +233,9 @@ def generate_text(
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if on_text is not None and len(texts) != 1:
-        raise HalveError(f"streaming needs a single prompt, {len(texts)} were given: drop on_text or call once for each")
+        raise HalveError(
+            f"streaming needs a single prompt, {len(texts)} were given: call it once for each"
+        )
     ids = [tokenizer.encode(text, bos=True) for text in texts]
     streams = [TextStream(tokenizer, row) for row in ids]
 
