@@ -164,7 +164,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     for page in stale:
-        print(f"{page.relative_to(arguments.root)}: {'stale, run make tables' if arguments.check else 'rewritten'}")
+        print(f"{page.relative_to(arguments.root)}: {'stale, run make docs' if arguments.check else 'rewritten'}")
     return 1 if stale and arguments.check else 0
 
 
