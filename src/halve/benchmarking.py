@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from halve.checkpoint import Checkpoint, check_device, compute_dtype, load_model, open_checkpoint
+from halve.checkpoint import DTYPES, Checkpoint, check_device, compute_dtype, load_model, open_checkpoint
 from halve.errors import HalveError
 from halve.machine import bandwidth_gb_per_s, describe_device, last_level_cache_bytes
 from halve.model import Model
@@ -204,9 +204,8 @@ def _open(model: str | os.PathLike[str], settings: Settings, placement: Placemen
     elif long != settings.prompt_tokens:
         subject.passes[long] = []
     if settings.prompt_tokens + SYSTEM1_TOKENS > context:
-        subject.not_measured["system1"] = (
-            f"{settings.prompt_tokens} prompt tokens + {SYSTEM1_TOKENS} new tokens exceed the model's context of {context}"
-        )
+        asked = f"{settings.prompt_tokens} prompt tokens + {SYSTEM1_TOKENS} new tokens"
+        subject.not_measured["system1"] = f"{asked} exceed the model's context of {context}"
     reason = "the weights are random" if placement.random_weights else "a benchmark measures speed and memory only"
     subject.not_measured["accuracy"] = subject.not_measured["perplexity"] = reason
     return subject
@@ -335,8 +334,11 @@ def _memory_figures(subject: Subject) -> dict[str, int | None]:
         "loaded_memory_bytes": "loaded",
         "baseline_memory_bytes": "baseline",
     }
-    always = ("peak_memory_bytes",)
-    return {key: subject.memory.get(name) for key, name in names.items() if name in subject.memory or key in always}
+    held = subject.memory
+    figures = {key: held.get(name) for key, name in names.items() if name in held or name == "peak"}
+    if "peak" in held and "baseline" in held:
+        figures["peak_memory_above_baseline_bytes"] = held["peak"] - held["baseline"]
+    return figures
 
 
 def _notes(model: Model, placement: Placement) -> list[str]:
@@ -360,11 +362,8 @@ def _command(name: str, settings: Settings, placement: Placement) -> str:
     words = ["halve", "benchmark", name]
     words += ["--prompt-tokens", str(settings.prompt_tokens), "--new-tokens", str(settings.new_tokens)]
     words += ["--device", placement.device]
-    words += (
-        []
-        if placement.dtype is None
-        else ["--dtype", {"bfloat16": "bf16", "float32": "fp32"}[_dtype_name(placement.dtype)]]
-    )
+    names = {dtype: option for option, dtype in DTYPES.items()}
+    words += ["--dtype", names[placement.dtype]] if placement.dtype in names else []
     words += [] if placement.backend == "auto" else ["--backend", placement.backend]
     words += ["--random-weights"] if placement.random_weights else []
     return shlex.join(words)

@@ -233,9 +233,7 @@ def generate_text(
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if on_text is not None and len(texts) != 1:
-        raise HalveError(
-            f"streaming needs a single prompt, {len(texts)} were given: drop on_text or call once for each"
-        )
+        raise HalveError(f"streaming needs a single prompt, {len(texts)} were given: call it once for each")
     ids = [tokenizer.encode(text, bos=True) for text in texts]
     streams = [TextStream(tokenizer, row) for row in ids]
 

@@ -19,7 +19,7 @@ _REPEATS = 5
 
 
 def describe_machine() -> dict[str, object]:
-    """CPU model, cores this process may use, torch threads, RAM in bytes, system, and the GPU's name if there is one."""
+    """CPU model, cores this process may use, torch threads, RAM in bytes, system, and the GPU's name or None."""
     return {
         "cpu": cpu_model(),
         "cores": usable_cores(),
@@ -127,7 +127,7 @@ def _copy_bandwidth(device: torch.device) -> float:
 
 
 def resident_bytes() -> dict[str, int]:
-    """Resident memory of this process in bytes: `now`, and `peak` since it started; empty where the system does not tell.
+    """Resident memory of this process in bytes: `now`, and `peak` since its start; empty where the system is silent.
 
     Linux tells both in /proc. The fallback, ru_maxrss, knows the peak only, and a child inherits its parent's on Linux.
     """

@@ -1,4 +1,4 @@
-"""Where the time and the memory of a pass go: torch's profiler by operation, and the allocations over time as a plot."""
+"""Where the time and the memory of a pass go: by operation (torch's profiler), and the allocations over time."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _operations(profiler: torch.profiler.profile, on_cuda: bool) -> list[dict[st
 
 
 def memory_timeline(events: list[dict[str, Any]], on_cuda: bool) -> list[tuple[float, int]]:
-    """(milliseconds since the first event, bytes held above those held at the start) after every allocation and release.
+    """(milliseconds since the first event, bytes held above those at the start) after every allocation and release.
 
     `events` are the traceEvents of a Chrome trace that was recorded with memory.
     """

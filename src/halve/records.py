@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from halve import __version__
 from halve.errors import DataError, OutputError
 from halve.machine import describe_machine
 
@@ -46,7 +47,7 @@ def new_record(
     recipe: list[Any] | None = None,
     **figures: Any,
 ) -> Record:
-    """A record of `kind` ("benchmark", "evaluation", ...) about `model`, with everything about the circumstances filled in.
+    """A record of `kind` ("benchmark", "evaluation", ...) about `model`, its circumstances filled in.
 
     `command` defaults to this process's own, `recipe` to the one in the model folder's halve.json ([] without one);
     `figures` are added as they are.
@@ -60,21 +61,13 @@ def new_record(
         "command": command if isinstance(command, str) else shlex.join(command),
         "recipe": checkpoint_recipe(model) if recipe is None else recipe,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "halve_version": halve_version(),
+        "halve_version": __version__,
         "torch_version": str(torch.__version__),
         "versions": {"python": platform.python_version(), **_installed(_PACKAGES)},
         "commit": source_commit(),
         "machine": describe_machine(),
         **figures,
     }
-
-
-def halve_version() -> str:
-    """The version of this package, also when it runs from a checkout that is not installed."""
-    try:
-        return metadata.version("halve")
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def source_commit() -> str | None:
