@@ -34,6 +34,7 @@ Dtype = Annotated[
     typer.Option(help="bf16 or fp32: the type of computation (default: the model's own).", show_default=False),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds something.")]
+Json = Annotated[Path | None, typer.Option(help="Write one record to this file.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
@@ -93,6 +94,180 @@ def compress(
         model, out, steps, dtype=_dtype(dtype), overwrite=overwrite, on_plan=lambda p: show.plan(p, steps), **options
     )
     show.result(result)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Option(help="perplexity, race-h or multiple-choice.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Text (.txt, .raw, .jsonl) or questions in RACE's layout (.jsonl, folder, hub:NAME:CONFIG:SPLIT); "
+            "race-h without it takes the test set from the hub.",
+            show_default=False,
+        ),
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="letter (default), continuation, pmi, generate or system1 for questions; windows (default) or documents "
+            "for perplexity.",
+            show_default=False,
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="race (default) or plain: the prompt of continuation and pmi.", show_default=False),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The first N questions, windows or documents only.", show_default=False)
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Tokens a window of perplexity (default: the context, at most 2048).", show_default=False),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    json: Json = None,
+) -> None:
+    """Measure the perplexity or multiple-choice accuracy of MODEL, the very folder that will ship.
+
+    With --json an interrupted run is continued by the same command.
+    """
+    from halve import show
+    from halve.checkpoint import load_model
+    from halve.evaluation import prepare
+    from halve.records import check_output_path, new_record, write_record
+    from halve.tokenizer import load_tokenizer
+
+    progress_file = None
+    if json is not None:
+        progress_file = check_output_path(json).with_suffix(".progress.jsonl")
+    run = prepare(
+        task=task,
+        data=data,
+        protocol=protocol,
+        template=template,
+        limit=limit,
+        window=window,
+        seed=seed,
+        progress_file=progress_file,
+    )
+    loaded = load_model(model, dtype=_dtype(dtype), device=device)
+    figures = run(loaded, load_tokenizer(model))
+    record = new_record("evaluation", model, device=device, dtype=str(loaded.dtype).removeprefix("torch."), **figures)
+    show.evaluation(record)
+    if json is not None:
+        print(f"wrote {write_record(json, record)}")
+
+
+@app.command()
+def benchmark(
+    model: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="One model, or several to measure side by side in one run."),
+    ],
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 64,
+    runs: Annotated[int, typer.Option(help="Runs the medians are taken over, after a warm-up.")] = 5,
+    long_prompt_tokens: Annotated[int, typer.Option(help="A second, longer prompt; 0 leaves it out.")] = 2048,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="MODEL is a config alone: speed does not depend on weight values.")
+    ] = False,
+    backend: Annotated[str, typer.Option(help="auto, or the name of one kernel backend.")] = "auto",
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also profile: time and memory by operation, and the memory timeline as this PNG.", show_default=False
+        ),
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    json: Json = None,
+) -> None:
+    """Measure prefill and decode at batch 1, peak memory, and the share of the memory-bandwidth limit reached.
+
+    With several models the runs take turns, so that their ratios hold; --json then names a folder.
+    """
+    from halve import show
+    from halve.benchmarking import Placement, Settings, benchmark_side_by_side
+    from halve.records import check_output_path, write_record
+
+    settings = Settings(prompt_tokens, new_tokens, runs, long_prompt_tokens)
+    placement = Placement(device, _dtype(dtype), backend, random_weights)
+    if len(model) > 1 and profile is not None:
+        raise HalveError(f"--profile takes one model, {len(model)} were given")
+    targets = []
+    if json is not None:
+        names = (
+            [json] if len(model) == 1 else [json / f"{number}-{Path(m).name}.json" for number, m in enumerate(model, 1)]
+        )
+        if len(model) > 1:
+            json.mkdir(parents=True, exist_ok=True)
+        targets = [check_output_path(name) for name in names]
+    plot = None if profile is None else check_output_path(profile)
+    records = benchmark_side_by_side(model, settings, placement, profile_plot=plot)
+    for record in records:
+        show.benchmark(record)
+    for target, record in zip(targets, records, strict=False):
+        print(f"wrote {write_record(target, record)}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; repeat for several at once.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 is off.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens that hold this probability; 1 is off.")
+    ] = 1.0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Continue text with MODEL, streaming to the terminal."""
+    from halve.checkpoint import load_model
+    from halve.generation import Sampling, generate_text
+    from halve.tokenizer import load_tokenizer
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    loaded, tokenizer = load_model(model, dtype=_dtype(dtype), device=device), load_tokenizer(model)
+
+    def stream(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    single = len(prompt) == 1
+    if single:
+        stream(prompt[0])
+    results = generate_text(
+        loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling, on_text=stream if single else None
+    )
+    print("" if single else "\n\n".join(p + r.text for p, r in zip(prompt, results, strict=True)))
+
+
+@app.command()
+def compare(
+    records: Annotated[
+        list[Path], typer.Argument(metavar="RECORD.json... | FOLDER", help="Records, or folders of them.")
+    ],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
+) -> None:
+    """Put records of evaluations and benchmarks into one table, a row a model, tested against the first row."""
+    from halve.comparison import compare as run
+    from halve.records import read_records
+
+    if markdown and csv:
+        raise HalveError("--markdown and --csv were both given: use one of them")
+    table = run(read_records(records))
+    if markdown or csv:
+        print(table.markdown() if markdown else table.csv(), end="")
+    else:
+        table.print()
 
 
 @app.command()

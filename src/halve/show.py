@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -74,3 +74,37 @@ def result(done: Result) -> None:
     for note in done.notes:
         console.print(f"note: {note}")
     console.print(f"wrote {done.out}", soft_wrap=True)
+
+
+def evaluation(record: dict[str, Any]) -> None:
+    """One line of figures, with the protocol they were measured by."""
+    if "accuracy" in record:
+        accuracy = record["accuracy"]
+        text = "undefined (no question answered)" if accuracy is None else f"{accuracy:.1%}"
+        if record.get("accuracy_ci95"):
+            low, high = record["accuracy_ci95"]
+            text += f" (95 % interval {low:.1%} to {high:.1%})"
+        print(f"accuracy {text}: {record['answered']} of {record['questions']} questions answered", end="")
+        print(f", {record.get('overflow', 0)} did not fit the context, {record.get('cut', 0)} articles cut", end="")
+        print(f" [{record['task']}, {record['protocol']}]")
+    else:
+        print(
+            f"perplexity {record['perplexity']:.4f} ({record['nll_nats_per_token']:.4f} nats/token over "
+            f"{record['tokens']:,} tokens) [{record['protocol']}, window {record.get('window')}]"
+        )
+
+
+def benchmark(record: dict[str, Any]) -> None:
+    """The figures of one benchmark, and what was not measured."""
+    print(f"{record['model']} on {record['device']}:")
+    ttft, low, high = record["ttft_ms"], record["decode_ms_p10"], record["decode_ms_p90"]
+    print(f"  prefill   {ttft:.1f} ms to the first token ({record['prefill_tokens_per_s']:.0f} tokens/s)")
+    print(
+        f"  decode    {record['decode_ms_median']:.2f} ms a token, p10 {low:.2f}, p90 {high:.2f} "
+        f"({record['decode_tokens_per_s']:.1f} tokens/s)"
+    )
+    print(f"  floor     {record['floor_share']:.0%} of what {record['bandwidth_gb_per_s']:.1f} GB/s allow")
+    print(f"  memory    {size(record['peak_memory_bytes'])} peak, {size(record['weight_bytes'])} of it weights")
+    print("  kernels   " + ", ".join(f"{name} x{count}" for name, count in record["kernels"].items()))
+    for what, why in record.get("not_measured", {}).items():
+        print(f"  not measured: {what} ({why})")
