@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ HUB_DATASETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
 }
 BATCH_TOKENS = 4096  # tokens sent through a block at once
+HELD_BYTES = 1 << 30  # activations kept between two stages of a block; windows beyond that are sent anew
 
 
 def read_documents(source: str | Path) -> list[str]:
@@ -140,6 +142,40 @@ def make_windows(
     return Calibration(taken[0], taken[1], origin)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Linears of a block that read one input; `inputs(held_out)` yields it in batches [rows, in], as often as asked."""
+
+    roles: tuple[str, ...]
+    inputs: Callable[[bool], Iterator[Tensor]]
+
+
+class _Passage:
+    """One batch of windows on its way through a block, halted before a stage."""
+
+    def __init__(self, block: Block, state: Tensor, span: Span) -> None:
+        self.block, self._start = block, (state, span)
+        self.forget()
+
+    def forget(self) -> None:
+        """Give the activations back; the next call starts from the beginning of the block."""
+        self._at, self._x = -1, torch.empty(0)
+        self._run = self.block.stages(*self._start)
+
+    def input(self, stage: int) -> Tensor:
+        while self._at < stage:
+            self._x, self._at = next(self._run), self._at + 1
+        return self._x
+
+    def finish(self) -> Tensor:
+        """The output of the block."""
+        while True:
+            try:
+                next(self._run)
+            except StopIteration as stop:
+                return stop.value
+
+
 class BlockView:
     """One block (or the head) in the hands of a method: its linears, and the inputs that reach them."""
 
@@ -195,6 +231,28 @@ class BlockView:
             for handle in handles:
                 handle.remove()
 
+    def stages(self) -> Iterator[Stage]:
+        """The groups of linears that read one input, in the order they run, each seeing what was replaced before it.
+
+        Activations wait between stages (up to HELD_BYTES), also for `Walk.advance`, so all of it is one pass.
+        """
+        if self.block is None:
+            yield Stage(("head",), lambda held_out: (s.flatten(0, -2) for s in self._walk.states[held_out]))
+            return
+        passages = self._walk.depart(self.block)
+
+        def inputs(number: int, held_out: bool) -> Iterator[Tensor]:
+            held = 0
+            for passage in passages[held_out]:
+                x = passage.input(number)
+                held += x.nbytes
+                yield x.flatten(0, -2)
+                if held > HELD_BYTES:
+                    passage.forget()
+
+        for number, roles in enumerate(self.block.stage_roles()):
+            yield Stage(roles, partial(inputs, number))
+
 
 class Walk:
     """The hidden states of all windows, taken through a model one block at a time.
@@ -214,6 +272,7 @@ class Walk:
         self.rotary = make_rotary(checkpoint.config, device)
         # indexed by held_out: False (0) calibration, True (1) held out
         self.states: list[list[Tensor]] = [[], []]
+        self._passages: tuple[Block, list[list[_Passage]]] | None = None
         if calibration is not None:
             self._embed(calibration)
 
@@ -246,12 +305,21 @@ class Walk:
         """The output head; its inputs are the states after the final norm."""
         return BlockView(self, None, {"head": self.checkpoint.head(self.dtype, self.device)}, None)
 
+    def depart(self, block: Block) -> list[list[_Passage]]:
+        """Send all states into a block to halt at its stages; `advance` brings them out. Indexed like `states`."""
+        passages = [[_Passage(block, s, self.span(s.shape[1])) for s in states] for states in self.states]
+        self._passages = block, passages
+        return passages
+
     @torch.inference_mode()
     def advance(self, block: Block) -> None:
-        """Send all states through a finished block."""
-        for states in self.states:
-            for i, state in enumerate(states):
-                states[i] = block(state, self.span(state.shape[1]))
+        """Send all states through a finished block, from where they halted if they are inside it."""
+        inside = self._passages is not None and self._passages[0] is block
+        passages = self._passages[1] if self._passages is not None and inside else self.depart(block)
+        self._passages = None
+        for states, underway in zip(self.states, passages, strict=True):
+            for i in range(len(states)):
+                states[i] = underway.pop(0).finish()
 
     @torch.inference_mode()
     def finish_states(self) -> None:

@@ -246,7 +246,8 @@ def _run_step(
             edited = method.edit(view, plan)
         writer.write(index, _block_tensors(source, view, store), edited)
         rows += edited
-        if walk.calibrated and view.block is not None:
+        head_reads = (None, "head") in plan.touched
+        if walk.calibrated and view.block is not None and (index + 1 < layers or head_reads):
             walk.advance(view.block)
     if writer.done(layers):
         return rows + writer.rows(layers)

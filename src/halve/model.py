@@ -7,7 +7,7 @@ h head size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -269,7 +269,32 @@ class Block(nn.Module):
             return x + sublayer(self.norms[norm](x))
         return self.norms[norm](x + sublayer(x))
 
+    def stage_roles(self) -> list[tuple[str, ...]]:
+        """The linears that read one input, in the order they run (siblings not merged)."""
+        attention = [("q_proj", "k_proj", "v_proj"), ("o_proj",)]
+        mlp = [("gate_proj", "up_proj") if self.config.gated else ("up_proj",), ("down_proj",)]
+        return attention * self.layer.has_attention + mlp * self.layer.has_mlp
+
+    def stages(self, x_BTD: Tensor, span: Span) -> Generator[Tensor, None, Tensor]:
+        """`forward`, halting before each of `stage_roles` to yield their input; a linear replaced then is what runs."""
+        for norm, present in (("attn_norm", self.layer.has_attention), ("mlp_norm", self.layer.has_mlp)):
+            if not present:
+                continue
+            x = self.norms[norm](x_BTD) if self.config.norm_first else x_BTD
+            yield x
+            x = self._heads(x, span) if norm == "attn_norm" else self._hidden(x)
+            yield x
+            x = x_BTD + self.linears["o_proj" if norm == "attn_norm" else "down_proj"](x)
+            x_BTD = x if self.config.norm_first else self.norms[norm](x)
+        return x_BTD
+
     def _attention(self, x: Tensor, span: Span) -> Tensor:
+        return self.linears["o_proj"](self._heads(x, span))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.linears["down_proj"](self._hidden(x))
+
+    def _heads(self, x: Tensor, span: Span) -> Tensor:
         layer, size = self.layer, self.config.head_dim
         batch, tokens, _ = x.shape
         if "qkv_proj" in self.linears:
@@ -285,17 +310,15 @@ class Block(nn.Module):
         if span.cache is not None:
             k, v = _store(span, self.index, k, v)
         y = attend(q, k, v, span, layer.sliding_window)
-        return self.linears["o_proj"](y.transpose(1, 2).reshape(batch, tokens, -1))
+        return y.transpose(1, 2).reshape(batch, tokens, -1)
 
-    def _mlp(self, x: Tensor) -> Tensor:
+    def _hidden(self, x: Tensor) -> Tensor:
         if "gate_up_proj" in self.linears:
             gate, up = self.linears["gate_up_proj"](x).chunk(2, dim=-1)
-            hidden = self.activation(gate) * up
-        elif self.config.gated:
-            hidden = self.activation(self.linears["gate_proj"](x)) * self.linears["up_proj"](x)
-        else:
-            hidden = self.activation(self.linears["up_proj"](x))
-        return self.linears["down_proj"](hidden)
+            return self.activation(gate) * up
+        if self.config.gated:
+            return self.activation(self.linears["gate_proj"](x)) * self.linears["up_proj"](x)
+        return self.activation(self.linears["up_proj"](x))
 
     @property
     def nbytes(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Protocol
 
 from halve.calibrate import BlockView
+from halve.methods.gptq import Gptq
 from halve.methods.rtn import Rtn
 from halve.plan import ModelState, StepPlan
 
@@ -28,4 +29,4 @@ class Method(Protocol):
         ...
 
 
-METHODS: dict[str, type[Any]] = {method.name: method for method in (Rtn,)}
+METHODS: dict[str, type[Any]] = {method.name: method for method in (Rtn, Gptq)}
