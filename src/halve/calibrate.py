@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -196,9 +196,9 @@ class BlockView:
 
     def spec(self, plan: StepPlan, role: str) -> QuantSpec:
         """The scheme the plan gives this linear."""
-        spec = plan.after.linears[self.key(role)].spec
-        assert spec is not None
-        return spec
+        left = plan.left(self.key(role))
+        assert left is not None and left.spec is not None
+        return left.spec
 
     def replace_weight(self, role: str, weight: Tensor | QuantizedWeight) -> None:
         """Put another weight of the same shape into a linear."""
@@ -211,6 +211,16 @@ class BlockView:
         self.linears[role] = linear
         if self.block is not None:
             self.block.linears[role] = linear
+
+    def finished(self, plan: StepPlan, layer: int) -> Block:
+        """The block as the step leaves it, at its place `layer` in the model after; sublayers that go are left out."""
+        config, block = plan.after.config, self.block
+        assert block is not None
+        if layer == self.index and config.layers[layer] == block.layer:
+            return block  # the very one: states that wait inside it go on from there
+        roles = [role for role in self.linears if (layer, role) in plan.after.linears]
+        norms = {role: norm for role, norm in block.norms.items() if isinstance(norm, Norm)}
+        return Block(config, config.layers[layer], layer, {role: self.linears[role] for role in roles}, norms)
 
     def collect(self, roles: list[str], visit: Callable[[str, Tensor], None], held_out: bool = False) -> None:
         """Run the block on the windows; `visit(role, x)` sees the input [rows, in] of each linear in `roles`."""
@@ -270,6 +280,7 @@ class Walk:
     ) -> None:
         self.checkpoint, self.dtype, self.store_dtype, self.device = checkpoint, dtype, store_dtype, device
         self.rotary = make_rotary(checkpoint.config, device)
+        self.calibration = calibration
         # indexed by held_out: False (0) calibration, True (1) held out
         self.states: list[list[Tensor]] = [[], []]
         self._passages: tuple[Block, list[list[_Passage]]] | None = None

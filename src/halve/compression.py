@@ -22,11 +22,11 @@ import halve
 from halve.calibrate import BlockView, Calibration, Walk, make_windows, read_documents
 from halve.checkpoint import Checkpoint, check_device, compute_dtype, find_model, open_checkpoint
 from halve.errors import CheckpointError, OutputError
-from halve.families import projection_linears, vector_shapes
-from halve.methods import Method
+from halve.families import block_linears, projection_linears, vector_shapes
+from halve.methods import Method, Resolvable
 from halve.plan import StepPlan, config_json, state_of
 from halve.progress import track
-from halve.recipe import as_steps, step_json
+from halve.recipe import as_steps, make_step, step_json
 from halve.schemes import write_schemes
 from halve.tensors import SafetensorsFolder
 from halve.tokenizer import load_tokenizer
@@ -132,17 +132,18 @@ def compress(
     _claim(work, request, plan, overwrite)
     source, reports, seconds = plan.checkpoint, [], []
     manifest: dict[str, Any] = {}
-    for number, (method, step) in enumerate(zip(request.steps, plan.steps, strict=True), 1):
+    for number, asked in enumerate(request.steps, 1):
         started, folder = time.monotonic(), work / f"step-{number}"
         if not (folder / "model.safetensors.index.json").exists():
+            method, step = _resolve(request, source, windows, work, number)
             rows = _run_step(request, source, method, step, windows if method.calibrates else None, folder, number)
-            reports.append(_report(method, step, rows))
+            reports.append(_report(asked, method, step, rows))
             manifest = _manifest(request, plan.checkpoint, reports, windows)
             _complete(folder, request, source, step, manifest)
         else:  # an interrupted run got this far
             manifest = json.loads((folder / "halve.json").read_text())
             reports = manifest["steps"][len(plan.checkpoint.manifest.get("steps", [])) :]
-        seconds.append({"step": method.name, "seconds": round(time.monotonic() - started, 3)})
+        seconds.append({"step": asked.name, "seconds": round(time.monotonic() - started, 3)})
         if number > 1:
             shutil.rmtree(work / f"step-{number - 1}")
         source = open_checkpoint(folder)
@@ -219,6 +220,38 @@ def _fingerprint(source: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else source
 
 
+def _resolve(
+    request: Request, source: Checkpoint, windows: Calibration | None, work: Path, number: int
+) -> tuple[Method, StepPlan]:
+    """The method of a step with its choice made, and its plan for `source`; kept on disk so that a resumed run agrees.
+
+    A choice that a later step cannot work on is found here, before the pass begins.
+    """
+    method, store = request.steps[number - 1], request.dtype or source.dtype
+    state = state_of(source, store.itemsize)
+    if not isinstance(method, Resolvable) or method.resolved:
+        return method, method.plan(state)
+    path = work / f"step-{number}.json"
+    if path.exists():
+        options = json.loads(path.read_text())
+        chosen = make_step(options.pop("step"), options)
+    else:
+        needed = windows if method.calibrates else None
+        chosen = method.resolve(Walk(source, needed, _working_dtype(request, source), store, request.device))
+        write_json(path, step_json(chosen))
+    plan = chosen.plan(state)
+    after = plan.after
+    for later in request.steps[number:]:
+        after = later.plan(after).after
+    return chosen, plan
+
+
+def _working_dtype(request: Request, source: Checkpoint) -> torch.dtype:
+    """What a step computes in: float16 weights in float32, anything else as the model runs."""
+    store = request.dtype or source.dtype
+    return torch.float32 if store == torch.float16 else compute_dtype(source, request.dtype)
+
+
 def _run_step(
     request: Request,
     source: Checkpoint,
@@ -228,11 +261,10 @@ def _run_step(
     folder: Path,
     number: int,
 ) -> list[dict[str, Any]]:
-    """One pass over the blocks; every finished block is a shard in `folder`."""
-    store = request.dtype or source.dtype
-    dtype = torch.float32 if store == torch.float16 else compute_dtype(source, request.dtype)
+    """One pass over the blocks that stay; every finished block is a shard in `folder`."""
+    store, dtype = request.dtype or source.dtype, _working_dtype(request, source)
     walk = Walk(source, windows, dtype, store, request.device)
-    layers = len(source.config.layers)
+    layers = len(plan.sources)
     writer = CheckpointWriter(folder, layers + 1)
     rows: list[dict[str, Any]] = []
     for index in track(range(layers), total=layers, description=f"step {number}: {method.name}"):
@@ -241,14 +273,16 @@ def _run_step(
             if walk.calibrated:
                 walk.advance(_finished(folder, request, source, plan, writer, index).block(index, dtype, walk.device))
             continue
-        view = walk.block(index)
+        view = walk.block(plan.sources[index])
         with torch.inference_mode():
             edited = method.edit(view, plan)
-        writer.write(index, _block_tensors(source, view, store), edited)
+        tensors = _block_tensors(source, view, plan, index, store)
+        edited = _with_bytes(edited, view, plan, tensors)
+        writer.write(index, tensors, edited)
         rows += edited
         head_reads = (None, "head") in plan.touched
-        if walk.calibrated and view.block is not None and (index + 1 < layers or head_reads):
-            walk.advance(view.block)
+        if walk.calibrated and (index + 1 < layers or head_reads):
+            walk.advance(view.finished(plan, index))
     if writer.done(layers):
         return rows + writer.rows(layers)
     tensors = _other_tensors(source, store)
@@ -259,6 +293,7 @@ def _run_step(
         with torch.inference_mode():
             edited = method.edit(view, plan)
         tensors |= linear_tensors(view.name("head"), view.linears["head"], store)
+        edited = _with_bytes(edited, view, plan, tensors)
     elif not source.config.tied:
         tensors |= linear_tensors(source.family.names["head"], source.head(store, "cpu"), store)
     writer.write(layers, tensors, edited)
@@ -273,16 +308,32 @@ def _finished(
     return Checkpoint(folder, source.raw, source.family, plan.after.config, tensors, plan.after.schemes)
 
 
-def _block_tensors(source: Checkpoint, view: BlockView, store: torch.dtype) -> dict[str, torch.Tensor]:
-    """Everything a finished block stores: its linears, and its norms as they were."""
+def _block_tensors(
+    source: Checkpoint, view: BlockView, plan: StepPlan, layer: int, store: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Everything a finished block stores at its place `layer`: its linears, and its norms as they were."""
+    family, config = source.family, plan.after.config
     tensors: dict[str, torch.Tensor] = {}
-    for role, linear in view.linears.items():
-        tensors |= linear_tensors(view.name(role), linear, store)
-    prefix = source.family.names["block"].format(view.index) + "."
-    for name in vector_shapes(source.family, source.config):
-        if name.startswith(prefix):
-            tensors[name] = source.tensor(name, store).contiguous()
+    for shape in block_linears(family, config, layer):
+        tensors |= linear_tensors(shape.name, view.linears[shape.role], store)
+    there, here = (family.names["block"].format(i) + "." for i in (plan.sources[layer], layer))
+    for name in vector_shapes(family, config):
+        if name.startswith(here):
+            tensors[name] = source.tensor(there + name.removeprefix(here), store).contiguous()
     return tensors
+
+
+def _with_bytes(
+    edited: list[dict[str, Any]], view: BlockView, plan: StepPlan, tensors: dict[str, torch.Tensor]
+) -> list[dict[str, Any]]:
+    """The report rows of a block or head, one for each linear touched, with the bytes that are really stored."""
+    rows = {row["name"]: row for row in edited}
+    for role in view.touched(plan):
+        left = plan.left(view.key(role))
+        assert left is not None
+        size = sum(t.nbytes for name, t in tensors.items() if name.rpartition(".")[0] == left.name)
+        rows.setdefault(view.name(role), {"name": view.name(role)})["bytes_after"] = size
+    return list(rows.values())
 
 
 def _other_tensors(source: Checkpoint, store: torch.dtype) -> dict[str, torch.Tensor]:
@@ -299,10 +350,10 @@ def _complete(folder: Path, request: Request, source: Checkpoint, step: StepPlan
     names = [s.name for s in state.linears.values()]
     schemes = write_schemes(state.schemes, names) if state.schemes else None
     config = config_json(source.raw, state, schemes, request.dtype)
-    CheckpointWriter(folder, len(source.config.layers) + 1).finish(config, manifest, source.folder)
+    CheckpointWriter(folder, len(step.sources) + 1).finish(config, manifest, source.folder)
 
 
-def _report(method: Method, step: StepPlan, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(asked: Method, method: Method, step: StepPlan, rows: list[dict[str, Any]]) -> dict[str, Any]:
     measured = {row["name"]: row for row in rows}
     layers = []
     for row in step.rows:
@@ -316,11 +367,12 @@ def _report(method: Method, step: StepPlan, rows: list[dict[str, Any]]) -> dict[
             line["reason"] = row.reason
         layers.append(line | {k: v for k, v in measured.get(row.name, {}).items() if k != "name"})
     return {
-        **step_json(method),
+        **step_json(asked),
+        **({} if asked == method else {"resolved": step_json(method)}),
         "parameters_before": step.before.parameters,
         "parameters_after": step.after.parameters,
         "linear_bytes_before": step.before.linear_bytes,
-        "linear_bytes_after": step.after.linear_bytes,
+        "linear_bytes_after": sum(line["bytes_after"] for line in layers),
         "layers": layers,
     }
 

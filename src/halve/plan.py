@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
+from halve import families
 from halve.checkpoint import Checkpoint
 from halve.errors import RecipeError
 from halve.families import Family, LinearShape
@@ -58,6 +59,25 @@ class LinearState:
         """The same linear under `spec`."""
         return replace(self, spec=spec, groups=self.kept_in // spec.columns_per_group(self.kept_in), ragged=False)
 
+    @property
+    def whole(self) -> bool:
+        """True when every input and output the layer has is stored."""
+        return self.kept_in == self.shape.in_features and self.kept_out == self.shape.out_features
+
+    def keeping(self, outputs: int | None = None, inputs: int | None = None) -> LinearState:
+        """The same linear with so many of its rows or columns stored; what it reads and writes stays as wide."""
+        columns = self.kept_in if inputs is None else inputs
+        # removing columns of a quantized weight leaves groups of unequal size
+        ragged = self.ragged or (self.spec is not None and self.spec.group_size != -1 and columns < self.kept_in)
+        return replace(self, kept_out=self.kept_out if outputs is None else outputs, kept_in=columns, ragged=ragged)
+
+    def narrowed(self, outputs: int | None = None, inputs: int | None = None) -> LinearState:
+        """The same linear between narrower activations: neighbours change with it and no index is stored."""
+        shape = self.shape
+        rows = shape.out_features if outputs is None else outputs
+        columns = shape.in_features if inputs is None else inputs
+        return replace(self.keeping(outputs, inputs), shape=replace(shape, out_features=rows, in_features=columns))
+
 
 @dataclass(frozen=True)
 class ModelState:
@@ -86,10 +106,7 @@ class ModelState:
     @property
     def plain(self) -> bool:
         """True when the stock architecture of the family can hold this model."""
-        irregular = any(
-            s.ragged or s.kept_in < s.shape.in_features or s.kept_out < s.shape.out_features
-            for s in self.linears.values()
-        )
+        irregular = any(s.ragged or not s.whole for s in self.linears.values())
         first = self.config.layers[0]
         widths = {replace(layer, sliding_window=None) for layer in self.config.layers}
         if irregular or len(widths) > 1 or not (first.has_attention and first.has_mlp):
@@ -132,12 +149,25 @@ class Row:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step does: the linears it touches, the state it leaves, a line for every linear."""
+    """What one step does: the linears it touches, the state it leaves, a line for every linear.
+
+    `touched` and `rows` speak of the model before; `sources` gives the layer there of each layer that is left.
+    """
 
     before: ModelState
     after: ModelState
     touched: frozenset[Key]
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row]
+    sources: tuple[int, ...]
+
+    def left(self, key: Key) -> LinearState | None:
+        """What becomes of a linear of the model before, None when it goes."""
+        layer, role = key
+        if layer is not None:
+            if layer not in self.sources:
+                return None
+            layer = self.sources.index(layer)
+        return self.after.linears.get((layer, role))
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -182,24 +212,48 @@ def finish(
     changed: dict[Key, tuple[LinearState, str]],
     skipped: dict[Key, str],
     config: ModelConfig | None = None,
+    sources: tuple[int, ...] | None = None,
 ) -> StepPlan:
-    """The plan of a step that turns each linear in `changed` into (its new state, what was done)."""
-    if not changed:
-        reasons = "; ".join(sorted(set(skipped.values()))) or "no linear left"
-        raise RecipeError(f"step {method} matched nothing to do ({reasons}): check targets and ignore")
-    after_linears = {k: changed[k][0] if k in changed else s for k, s in state.linears.items()}
+    """The plan of a step that turns each linear in `changed` into (its new state, what was done).
+
+    `config`: that of the model after (its layers may be narrower, or lack a sublayer); `sources`: the layer of `state`
+    behind each of its layers, when some go.
+    """
     after_config = config or state.config
+    sources = tuple(range(len(state.config.layers))) if sources is None else sources
     if (None, "head") in changed:
         after_config = replace(after_config, tied=False)  # a head of its own; the embedding stays as it was
-    after = replace(state, config=after_config, linears=after_linears)
-    rows = []
+    after = replace(state, config=after_config, linears=_renumbered(state, changed, after_config, sources))
+    plan = StepPlan(state, after, frozenset(changed), [], sources)
+    removed = {key for key in state.linears if plan.left(key) is None}
+    if not changed and not removed:
+        reasons = "; ".join(sorted(set(skipped.values()))) or "no linear left"
+        raise RecipeError(f"step {method} matched nothing to do ({reasons}): check targets and ignore")
     for key, linear in state.linears.items():
         tied = key[1] == "head" and state.config.tied
         before = 0 if tied else linear.nbytes(state.itemsize)
+        if key in removed:
+            plan.rows.append(Row(linear.name, "removed", "", before, 0))
+            continue
         new, action = changed.get(key, (linear, "skipped"))
-        left = 0 if tied and key not in changed else new.nbytes(state.itemsize)
-        rows.append(Row(linear.name, action, skipped.get(key, ""), before, left))
-    return StepPlan(state, after, frozenset(changed), rows)
+        size = 0 if tied and key not in changed else new.nbytes(state.itemsize)
+        plan.rows.append(Row(linear.name, action, skipped.get(key, ""), before, size))
+    return plan
+
+
+def _renumbered(
+    state: ModelState, changed: dict[Key, tuple[LinearState, str]], config: ModelConfig, sources: tuple[int, ...]
+) -> dict[Key, LinearState]:
+    """The linears of the model after, under their new names."""
+    linears: dict[Key, LinearState] = {}
+    for layer, source in enumerate(sources):
+        for shape in families.block_linears(state.family, config, layer):
+            key = (source, shape.role)
+            kept = changed[key][0] if key in changed else state.linears[key]
+            linears[layer, shape.role] = replace(kept, shape=replace(kept.shape, name=shape.name, layer=layer))
+    key = (None, "head")
+    linears[key] = changed[key][0] if key in changed else state.linears[key]
+    return linears
 
 
 def describe(spec: QuantSpec) -> str:
@@ -216,7 +270,8 @@ def config_json(raw: dict, state: ModelState, schemes_json: dict | None, dtype: 
     out["model_type"] = base
     out["tie_word_embeddings"] = config.tied
     out["num_hidden_layers"] = len(layers)
-    if "layer_types" in raw:
+    if "layer_types" in raw or raw.get("use_sliding_window"):
+        # also where the rule of `max_window_layers` held: it counts layers that may be gone
         out["layer_types"] = ["sliding_attention" if layer.sliding_window else "full_attention" for layer in layers]
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")

@@ -214,7 +214,7 @@ class QuantizedWeight:
         groups = self.column_groups()[index]
         used, group_index = torch.unique(groups, return_inverse=True)
         zero = None if self.zero is None else self.zero[:, used]
-        ragged = None if self.scale.shape[1] == 1 else group_index.to(torch.int32)
+        ragged = None if self.spec.group_size == -1 else group_index.to(torch.int32)
         packed = pack(codes, self.spec.bits)
         return QuantizedWeight(packed, self.scale[:, used], zero, self.spec, index.numel(), ragged)
 

@@ -2,13 +2,15 @@
 
 A method is a frozen dataclass whose fields are the options of its step. `plan` decides from shapes alone what it will
 do and raises RecipeError for what cannot work; `edit` changes the linears of one block and returns what it measured.
+A method whose choice depends on data is a `Resolvable` as well: asked once, before its pass, it answers with a method
+of the same kind that names its choice, and that one is planned and run.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from halve.calibrate import BlockView
+from halve.calibrate import BlockView, Walk
 from halve.methods.gptq import Gptq
 from halve.methods.rtn import Rtn
 from halve.plan import ModelState, StepPlan
@@ -18,7 +20,11 @@ class Method(Protocol):
     """One step of a recipe."""
 
     name: ClassVar[str]
-    calibrates: ClassVar[bool]  # whether `edit` needs the inputs of the block
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether `edit` needs the inputs of the block."""
+        ...
 
     def plan(self, state: ModelState) -> StepPlan:
         """What this step will do to a model in `state`."""
@@ -26,6 +32,23 @@ class Method(Protocol):
 
     def edit(self, view: BlockView, plan: StepPlan) -> list[dict[str, Any]]:
         """Change the linears of one block in place; one report row per linear touched."""
+        ...
+
+
+@runtime_checkable
+class Resolvable(Protocol):
+    """A method that may have to see data before its plan is fixed."""
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the choice is made already."""
+        ...
+
+    def resolve(self, walk: Walk) -> Method:
+        """The method with its choice made, from the inputs that `walk` (used up by it) takes through the model.
+
+        `plan` of the unresolved method stands for any choice: the same counts, some layers.
+        """
         ...
 
 
