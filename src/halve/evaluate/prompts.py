@@ -44,7 +44,8 @@ class Prompt:
 class EncodedPrompt:
     """Token sequences of context + continuation, or of the context alone when there is nothing to continue with.
 
-    cut: article tokens dropped from its left; overflow: question and options alone do not fit (sequences are empty).
+    cut: article tokens dropped from its left (the most for any option); overflow: question and options alone do not fit
+    (sequences are empty).
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -91,8 +92,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, room: int) -> EncodedPro
     """Tokens of context + continuation together, at most `room` of them; the article loses tokens from its left to fit.
 
     An option's tokens are those after the longest common prefix with the context alone: a tokenizer may merge
-    characters across the border, and one that adds a space at the start of a text does so only once.
-    All options of a question see the same cut.
+    characters across the border, and one that adds a space at the start of a text does so only once. Each option is cut
+    by what it needs itself, so that a long one does not take context from the others.
     """
     context = tokenizer.encode(prompt.context, bos=True)
     if prompt.continuations:
@@ -101,16 +102,16 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, room: int) -> EncodedPro
         starts = [min(common_prefix(context, s), len(s) - 1) for s in sequences]
     else:
         sequences, starts = [context], [len(context)]
-    excess = max(len(s) for s in sequences) - room
-    if excess > 0:
+    excess = [max(0, len(s) - room) for s in sequences]
+    if max(excess) > 0:
         first, count = _article_span(tokenizer, prompt, context)
-        if excess > count or first + excess > min(starts):
+        if max(excess) > count or any(first + e > start for e, start in zip(excess, starts, strict=True)):
             return EncodedPrompt((), (), overflow=True)
-        sequences = [s[:first] + s[first + excess :] for s in sequences]
-        starts = [start - excess for start in starts]
+        sequences = [s[:first] + s[first + e :] for s, e in zip(sequences, excess, strict=True)]
+        starts = [start - e for start, e in zip(starts, excess, strict=True)]
     if min(starts) < 1:  # without BOS and without article nothing predicts the first token
         return EncodedPrompt((), (), overflow=True)
-    return EncodedPrompt(tuple(tuple(s) for s in sequences), tuple(starts), max(excess, 0))
+    return EncodedPrompt(tuple(tuple(s) for s in sequences), tuple(starts), max(excess))
 
 
 def _article_span(tokenizer: Tokenizer, prompt: Prompt, context: list[int]) -> tuple[int, int]:

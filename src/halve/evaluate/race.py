@@ -83,7 +83,9 @@ def read_hub_questions(name: str, config: str | None, split: str) -> QuestionSet
         rows: Iterable[Any] = datasets.load_dataset(name, config, split=split)  # pyright: ignore[reportAssignmentType]
     except Exception as error:  # whatever network, hub client or dataset builder raises, the remedy is the same
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{name} ({config}, {split}): cannot be fetched: {reason}; check the network, {remedy}") from error
+        raise DataError(
+            f"{name} ({config}, {split}): cannot be fetched: {reason}; check the network, {remedy}"
+        ) from error
     digest, questions = hashlib.sha256(), []
     for number, row in enumerate(rows, 1):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
@@ -97,7 +99,9 @@ def load_question_set(data: Path | str | None, default: tuple[str, str, str] | N
     """Questions from a path, from "hub:NAME[:CONFIG][:SPLIT]" (split: test), or from the task's `default` hub dataset."""
     if data is None:
         if default is None:
-            raise DataError("this task has no data of its own; give --data with a .jsonl file or a folder of .txt files")
+            raise DataError(
+                "this task has no data of its own; give --data with a .jsonl file or a folder of .txt files"
+            )
         return read_hub_questions(*default)
     if str(data).startswith("hub:"):
         name, *rest = str(data).removeprefix("hub:").split(":")
@@ -171,7 +175,9 @@ def _parse_record(record: Any, where: str, fallback_id: str) -> list[Question]:
     for index, (text, choices, answer) in enumerate(zip(questions, options, answers, strict=True)):
         place = where if single else f"{where}, question {index + 1}"
         choice_texts, right = _checked(text, choices, answer, place)
-        result.append(Question(str(identity), article, text, choice_texts, right, _kinds(record, index, len(questions))))
+        result.append(
+            Question(str(identity), article, text, choice_texts, right, _kinds(record, index, len(questions)))
+        )
     return result
 
 

@@ -49,7 +49,9 @@ class Progress:
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             reason = error.strerror or str(error)
-            raise OutputError(f"{path}: cannot keep the progress of this run: {reason}; choose another place") from error
+            raise OutputError(
+                f"{path}: cannot keep the progress of this run: {reason}; choose another place"
+            ) from error
 
     def _restore(self, lines: list[str]) -> list[str]:
         good = []
@@ -73,6 +75,12 @@ class Progress:
             self._file.flush()
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}; free some space and rerun") from error
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Stop writing and leave the file for a later run."""

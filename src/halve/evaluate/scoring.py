@@ -41,18 +41,20 @@ def sequence_node(tokens: Sequence[int], slot: int, first: int = 1) -> Node:
 def question_nodes(questions: Sequence[tuple[Sequence[Sequence[int]], Sequence[int], int]]) -> list[Node]:
     """The prefix tree of one article: article, then its questions, then each question's options.
 
-    A question is (token sequences of its options, where each option starts, slot of its first option).
+    A question is (token sequences of its options, where each option starts, slot of its first option). Where a cut to
+    the context left options or questions with different beginnings, the tree branches there.
     """
     stems = [_shared_by_options(sequences) for sequences, _, _ in questions]
     contexts = [sequences[0][:stem] for (sequences, _, _), stem in zip(questions, stems, strict=True)]
-    shared = min(common_prefix(contexts[0], context) for context in contexts)
-    if len(questions) == 1:
-        shared = 0
-    # tokens up to the first scored one of any question belong to the article's node
-    shared = min(shared, *(min(starts) - 1 for _, starts, _ in questions))
+    shared = 0
+    if len(questions) > 1:
+        # nothing is predicted from the article's own node, so it ends before the token that predicts any option
+        first_scored = min(min(starts) for _, starts, _ in questions)
+        shared = min(first_scored - 1, *(common_prefix(contexts[0], context) for context in contexts))
     children = [
-        _question_node(sequences, starts, slot, shared, stem)
+        node
         for (sequences, starts, slot), stem in zip(questions, stems, strict=True)
+        for node in _question_nodes(sequences, starts, slot, shared, stem)
     ]
     return [Node(contexts[0][:shared], [], children)] if shared > 0 else children
 
@@ -62,9 +64,10 @@ def _shared_by_options(sequences: Sequence[Sequence[int]]) -> int:
     return min(min(common_prefix(sequences[0], s), len(s) - 1) for s in sequences)
 
 
-def _question_node(
+def _question_nodes(
     sequences: Sequence[Sequence[int]], starts: Sequence[int], slot: int, begin: int, stem: int
-) -> Node:
+) -> list[Node]:
+    """A question's tokens from `begin` to `stem` with its options as children; the options alone when that is empty."""
     node = Node(sequences[0][begin:stem])
     for index, (tokens, start) in enumerate(zip(sequences, starts, strict=True)):
         targets = [(t - 1, tokens[t], slot + index) for t in range(start, len(tokens))]
@@ -72,7 +75,7 @@ def _question_node(
         rest = [(at - stem, token, own) for at, token, own in targets if at >= stem]
         if rest:
             node.children.append(Node(tokens[stem:-1], rest))
-    return node
+    return [node] if node.tokens else node.children
 
 
 def score(model: Model, roots: Sequence[Node], slots: int, batch_tokens: int = BATCH_TOKENS) -> Tensor:
@@ -85,9 +88,7 @@ def score(model: Model, roots: Sequence[Node], slots: int, batch_tokens: int = B
     return sums
 
 
-def _descend(
-    model: Model, cache: KVCache, nodes: list[tuple[int, Node]], sums: Tensor, batch_tokens: int
-) -> None:
+def _descend(model: Model, cache: KVCache, nodes: list[tuple[int, Node]], sums: Tensor, batch_tokens: int) -> None:
     """Run nodes, each given with the cache row it continues, then their children."""
     for chunk in _chunks(model, cache, nodes, batch_tokens):
         lengths = [len(node.tokens) for _, node in chunk]

@@ -8,6 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from halve.errors import DataError
 
 CONFIDENCE = 0.95
 
@@ -82,6 +85,30 @@ def paired_test(first: Sequence[float], second: Sequence[float], clusters: Seque
     gained = sum(d > 0 for d in differences)
     lost = sum(d < 0 for d in differences)
     return PairedTest(mean, interval, p_value, len(differences), groups, gained, lost)
+
+
+def paired_records(record: dict[str, Any], baseline: dict[str, Any]) -> PairedTest:
+    """The paired test of two multiple-choice records; an unanswered question counts as wrong in both.
+
+    Raises DataError when they do not answer the same questions in the same way.
+    """
+    for key in ("task", "protocol", "template", "data_sha256"):
+        if record.get(key) != baseline.get(key):
+            raise DataError(
+                f"{key}: '{record.get(key)}' against '{baseline.get(key)}'; only runs with the same {key} can be paired"
+            )
+    answers, others = record.get("answers"), baseline.get("answers")
+    if not answers or not others:
+        raise DataError("answers: missing from a record; only multiple-choice records of this version can be paired")
+    if {a: len(given) for a, given in answers.items()} != {a: len(given) for a, given in others.items()}:
+        counts = f"{sum(map(len, answers.values()))} against {sum(map(len, others.values()))}"
+        raise DataError(f"questions: {counts}; only runs over the same questions can be paired (same --limit)")
+    first, second, clusters = [], [], []
+    for article, given in answers.items():
+        first += [float(mark == "1") for mark in given]
+        second += [float(mark == "1") for mark in others[article]]
+        clusters += [article] * len(given)
+    return paired_test(first, second, clusters)
 
 
 def two_sided_p(t: float, degrees: int, steps: int = 2000) -> float:
