@@ -1,8 +1,8 @@
 """Multiple choice: every protocol from questions to a record.
 
-A protocol turns each question into a raw result, which is what a progress file keeps: {"scores": [log-likelihood in nats
-of each option], "prior": [the same without context; pmi only]} or {"text": generated}. The record is a pure function of
-the raw results.
+A protocol turns each question into a raw result, which is what a progress file keeps: {"scores": [log-likelihood in
+nats of each option], "prior": [the same without context; pmi only]} or {"text": generated}. The record is a pure
+function of the raw results.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from halve.errors import HalveError
-from halve.evaluate import generation
-from halve.evaluate.prompts import (
+from halve.evaluation.answers import strict_answer, system1_answer
+from halve.evaluation.prompts import (
     TEMPLATES,
     EncodedPrompt,
     Prompt,
@@ -23,15 +23,18 @@ from halve.evaluate.prompts import (
     letter_prompt,
     system1_prompt,
 )
-from halve.evaluate.race import Question, QuestionSet
-from halve.evaluate.resume import Progress, fingerprint
-from halve.evaluate.scoring import BATCH_TOKENS, Node, question_nodes, score, sequence_node
-from halve.evaluate.statistics import accuracy_interval
+from halve.evaluation.race import Question, QuestionSet
+from halve.evaluation.resume import Progress, fingerprint
+from halve.evaluation.scoring import BATCH_TOKENS, Node, question_nodes, score, sequence_node
+from halve.evaluation.statistics import accuracy_interval
+from halve.generation import Sampling, generate
 from halve.model import Model
+from halve.progress import progress as progress_bar
 from halve.progress import track
 
+MAX_NEW_TOKENS = 20
 SYSTEM1_QUESTIONS = 100
-# What Llama-3.2's own generation settings, which the first system leaves in force, sample with
+# The first system leaves Llama-3.2's own generation settings in force
 SYSTEM1_SAMPLING = {"temperature": 0.6, "top_k": 50, "top_p": 0.9}
 MAX_KINDS = 20  # a field with more values than this is a label, not a kind
 
@@ -51,13 +54,11 @@ PROTOCOLS = {
     "letter": Protocol(letter_prompt),
     "continuation": Protocol(None),
     "pmi": Protocol(None, prior=True),
-    "generate": Protocol(letter_prompt, read=generation.strict_answer),
-    "system1": Protocol(
-        system1_prompt, read=generation.system1_answer, over_answered=True, default_limit=SYSTEM1_QUESTIONS
-    ),
+    "generate": Protocol(letter_prompt, read=strict_answer),
+    "system1": Protocol(system1_prompt, read=system1_answer, over_answered=True, default_limit=SYSTEM1_QUESTIONS),
 }
 
-# How `continuation` may weigh an option's log-likelihood; the first one gives the record's accuracy
+# How an option's log-likelihood may be weighed; `continuation` goes by the first
 NORMALISATIONS: dict[str, Callable[[str], int]] = {
     "sum": lambda option: 1,
     "per_byte": lambda option: len(option.encode()),
@@ -80,7 +81,7 @@ class Settings:
 def settings(
     task: str, protocol: str | None, template: str | None, limit: int | None, batch_tokens: int | None, seed: int
 ) -> Settings:
-    """Settings with their defaults filled in; `protocol` is one of PROTOCOLS. Raises HalveError for a template in vain."""
+    """Settings with their defaults filled in. Raises HalveError when the protocol has no use for the template."""
     protocol = protocol or "letter"
     chosen = PROTOCOLS[protocol]
     template = template or "race"
@@ -99,17 +100,23 @@ def run(
     questions = data.questions[: how.limit]
     protocol = PROTOCOLS[how.protocol]
     ask = protocol.prompt or TEMPLATES[how.template]
-    room = model.config.max_positions - (0 if protocol.read is None else generation.MAX_NEW_TOKENS)
+    room = model.config.max_positions - (0 if protocol.read is None else MAX_NEW_TOKENS)
     encoded = [encode_prompt(tokenizer, ask(q), room) for q in track(questions, len(questions), "tokenize")]
     batches = list(_batches(questions, encoded, how.batch_tokens))
-    with Progress(progress_file, _identity(model, data, how) if progress_file else {}) as progress:
-        for batch in track(batches, len(batches), f"{how.task} {how.protocol}"):
+    label = f"{how.task} {how.protocol}"
+    with (
+        Progress(progress_file, _identity(model, data, how) if progress_file else {}) as progress,
+        progress_bar(label, sum(len(group) for batch in batches for group in batch)) as advance,
+    ):
+        for number, batch in enumerate(batches):
             indices = [index for group in batch for index in group]
-            if all(str(index) in progress.results for index in indices):
-                continue
-            answer = _score_batch if protocol.read is None else _generate_batch
-            raw = answer(model, tokenizer, batch, encoded, how)
-            progress.add({str(index): raw[index] for index in indices})
+            if not all(str(index) in progress.results for index in indices):
+                if protocol.read is None:
+                    raw = _score_batch(model, tokenizer, batch, encoded, how)
+                else:
+                    raw = _generate_batch(model, tokenizer, indices, encoded, how, number)
+                progress.add({str(index): raw[index] for index in indices})
+            advance(len(indices))
         results = [progress.results.get(str(index)) for index in range(len(questions))]
         record = summarise(questions, encoded, results, how)
         progress.finish()
@@ -190,18 +197,18 @@ def _start_token(tokenizer: Tokenizer) -> int:
 def _generate_batch(
     model: Model,
     tokenizer: Tokenizer,
-    batch: list[list[int]],
+    indices: list[int],
     encoded: Sequence[EncodedPrompt],
     how: Settings,
+    number: int,
 ) -> dict[int, dict[str, Any]]:
-    indices = [index for group in batch for index in group]
+    sampling, stop_ids = None, tokenizer.eos_ids
     if how.protocol == "system1":
-        # one stream per question; the first system never stops at an end-of-text token
-        choose, stop = generation.sampler([how.seed * 1_000_003 + index for index in indices], **SYSTEM1_SAMPLING), ()
-    else:
-        choose, stop = generation.greedy, tokenizer.eos_ids
-    answers = generation.generate(model, [encoded[index].sequences[0] for index in indices], choose, stop)
-    return {index: {"text": tokenizer.decode(ids)} for index, ids in zip(indices, answers, strict=True)}
+        # streams are numbered by row, so every batch begins at a seed of its own; no end-of-text token stops it
+        sampling, stop_ids = Sampling(seed=how.seed + (number << 32), **SYSTEM1_SAMPLING), ()
+    prompts = [encoded[index].sequences[0] for index in indices]
+    answers = generate(model, prompts, max_new_tokens=MAX_NEW_TOKENS, sampling=sampling, stop_ids=stop_ids)
+    return {index: {"text": tokenizer.decode(a.tokens)} for index, a in zip(indices, answers, strict=True)}
 
 
 def summarise(
@@ -217,7 +224,7 @@ def summarise(
     answered = [pick is not None for pick in picked]
     counted = [i for i in range(len(questions)) if answered[i] or not protocol.over_answered]
     accuracy, interval = _accuracy([right[i] for i in counted], [questions[i].article_id for i in counted])
-    not_measured = dict.fromkeys(("nll_nats_per_token", "perplexity", "tokens"), "the task is multiple choice")
+    not_measured = {name: "the task is multiple choice" for name in ("nll_nats_per_token", "perplexity", "tokens")}
     if accuracy is None:
         not_measured["accuracy"] = f"undefined: none of the {len(questions)} questions was answered"
     record: dict[str, Any] = {
@@ -239,8 +246,8 @@ def summarise(
         "tokens": None,
         "not_measured": not_measured,
     }
-    if how.protocol == "continuation":
-        record["normalisations"] = _normalisations(questions, results)
+    if protocol.prompt is None:
+        record["log_likelihood"] = _normalised(questions, results)
     if how.protocol == "system1":
         record["sampling"] = SYSTEM1_SAMPLING | {"seed": how.seed}
     kinds = _by_kind(questions, right, answered)
@@ -272,7 +279,7 @@ def _accuracy(right: Sequence[bool], clusters: Sequence[str]) -> tuple[float | N
     return sum(right) / len(right), list(accuracy_interval(right, clusters))
 
 
-def _normalisations(questions: Sequence[Question], results: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+def _normalised(questions: Sequence[Question], results: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     """Accuracy when the log-likelihood is taken as it is, per byte, or per character of the option's text."""
     clusters = [q.article_id for q in questions]
     found = {}

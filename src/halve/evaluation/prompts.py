@@ -1,4 +1,4 @@
-"""From a question to token sequences: templates, tokenization of context and option together, and the cut to the context.
+"""From a question to token sequences: templates, context and option tokenized together, and the cut to the context.
 
 Token sequences are lists of ids; `starts[i]` is where the option's tokens begin in `sequences[i]`.
 """
@@ -9,21 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol as Interface
 
-from halve.evaluate.race import LETTERS, Question
+from halve.evaluation.race import LETTERS, Question
+from halve.generation import TokenizerLike
 
 
-class Tokenizer(Interface):
+class Tokenizer(TokenizerLike, Interface):
     """What evaluation needs of a tokenizer; `halve.tokenizer.Tokenizer` has it."""
 
     @property
     def bos_id(self) -> int | None: ...
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]: ...
-
-    def encode(self, text: str, bos: bool) -> list[int]: ...
-
-    def decode(self, ids: list[int]) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Multiple-choice questions in RACE's layout: the original folder of one-JSON-per-file .txt, a .jsonl, or the hub.
 
-One record is an article with its questions: {"article": str, "questions": [str], "options": [[str]], "answers": ["A".."Z"]}.
+One record is an article with its questions: {"article": str, "questions": [str], "options": [[str]], "answers": ["A"]}.
 A record may also hold one "question", "options" and "answer" (the hub's layout). Other fields are kept for break-downs.
 """
 
@@ -96,7 +96,7 @@ def read_hub_questions(name: str, config: str | None, split: str) -> QuestionSet
 
 
 def load_question_set(data: Path | str | None, default: tuple[str, str, str] | None) -> QuestionSet:
-    """Questions from a path, from "hub:NAME[:CONFIG][:SPLIT]" (split: test), or from the task's `default` hub dataset."""
+    """Questions of a path, of "hub:NAME[[:CONFIG]:SPLIT]" (split: test), or of the task's `default` hub dataset."""
     if data is None:
         if default is None:
             raise DataError(

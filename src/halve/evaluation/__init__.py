@@ -1,7 +1,7 @@
 """How good a model is: perplexity and multiple choice, as one record per run.
 
-START HERE: `evaluate` -> a task of `TASKS` -> prompts (prompts.py) -> log-likelihoods (scoring.py) or short texts
-(generation.py) -> record with interval (statistics.py).
+START HERE: `evaluate` -> a task of `TASKS` -> prompts (prompts.py) -> log-likelihoods (scoring.py) or generated answers
+(answers.py) -> record with interval (statistics.py).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from halve.errors import DataError, HalveError
-from halve.evaluate import multiple_choice, perplexity
-from halve.evaluate.prompts import TEMPLATES, Tokenizer
-from halve.evaluate.race import HUB_RACE, load_question_set
-from halve.evaluate.statistics import PairedTest, paired_records, paired_test
+from halve.evaluation import multiple_choice, perplexity
+from halve.evaluation.prompts import TEMPLATES, Tokenizer
+from halve.evaluation.race import HUB_RACE, load_question_set
+from halve.evaluation.statistics import PairedTest, paired_records, paired_test
 from halve.model import Model
 
 __all__ = [
@@ -99,7 +99,7 @@ def prepare(
 ) -> Run:
     """Read and check the data of an evaluation; call the result with a model and its tokenizer to get the record.
 
-    data: file, folder, or "hub:NAME[:CONFIG][:SPLIT]"; None: the hub's RACE-H for task race-h. The first entry of
+    data: file, folder, or "hub:NAME[[:CONFIG]:SPLIT]"; None: the hub's RACE-H for task race-h. The first entry of
     PROTOCOLS[task] and template "race" are the defaults. limit: the first questions, windows or documents only. window:
     tokens (perplexity). batch_tokens: cache slots per batch. seed: of the protocol that samples. progress_file: finished
     parts are kept there and taken up again by a later run of the same model, data and settings; removed at the end.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halve.errors import HalveError
-from halve.evaluate.prompts import common_prefix
+from halve.evaluation.prompts import common_prefix
 from halve.model import KVCache, Model
 
 LOGIT_ELEMENTS = 2**24  # float32 logits held at a time: 64 MB, 130 rows of a 128k vocabulary

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from halve.errors import DataError, HalveError
-from halve.evaluate.prompts import Tokenizer
-from halve.evaluate.resume import Progress, fingerprint
-from halve.evaluate.scoring import BATCH_TOKENS, score, sequence_node
+from halve.evaluation.prompts import Tokenizer
+from halve.evaluation.resume import Progress, fingerprint
+from halve.evaluation.scoring import BATCH_TOKENS, score, sequence_node
 from halve.model import Model
 from halve.progress import track
 
@@ -152,7 +152,8 @@ def _record(
     # bytes of the text that the predicted tokens spell: what was cut off or only conditioned on does not count
     spelled = sum(len(tokenizer.decode(list(s[1:])).encode()) for s in sequences)
     mean = nll_nats / tokens
-    not_measured = dict.fromkeys(("accuracy", "accuracy_ci95", "questions", "answered"), "the task is perplexity")
+    absent = ("accuracy", "accuracy_ci95", "questions", "answered")
+    not_measured = {name: "the task is perplexity" for name in absent}
     try:
         perplexity = math.exp(mean)
     except OverflowError:
