@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from halve.errors import DataError
-from halve.evaluate.statistics import paired_records
+from halve.evaluation.statistics import paired_records
 from halve.records import Record
 
 MISSING = "-"
