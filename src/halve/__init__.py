@@ -8,9 +8,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from halve.benchmarking import benchmark
     from halve.checkpoint import load_model
+    from halve.comparison import compare
     from halve.compression import compress
     from halve.conversion import convert
     from halve.errors import HalveError
+    from halve.evaluation import evaluate
     from halve.generation import generate, generate_text
     from halve.tokenizer import load_tokenizer
 
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "HalveError": "errors",
     "benchmark": "benchmarking",
+    "compare": "comparison",
     "compress": "compression",
     "convert": "conversion",
+    "evaluate": "evaluation",
     "generate": "generation",
     "generate_text": "generation",
     "load_model": "checkpoint",
@@ -29,8 +33,10 @@ __all__ = [
     "HalveError",
     "__version__",
     "benchmark",
+    "compare",
     "compress",
     "convert",
+    "evaluate",
     "generate",
     "generate_text",
     "load_model",

@@ -66,10 +66,11 @@ class Comparison:
 
     def print(self) -> None:
         """Print the table to stdout, fitted to the terminal."""
+        from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(header_style="bold")
+        table = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for number, column in enumerate(self.columns):
             table.add_column(column.title, justify="right" if number else "left", overflow="fold")
         for row in self.rows:
@@ -126,7 +127,8 @@ def compare(records: Iterable[Record]) -> Comparison:
         columns += _quality_columns(setup, title)
     shown_benchmarks = [b for group in groups for b in group.benchmarks.values()]
     shown = [c for c in columns if any(row.get(c.keys[0]) is not None for row in rows)]
-    return Comparison(shown, rows, list(dict.fromkeys(notes + circumstances(shown_benchmarks))))
+    how = [f"{title}: {setup.removeprefix('perplexity, ')}" for setup, title in titles.items()]
+    return Comparison(shown, rows, list(dict.fromkeys(how + notes + circumstances(shown_benchmarks))))
 
 
 def _grouped(records: Iterable[Record]) -> tuple[list[_Group], list[str]]:
@@ -163,13 +165,16 @@ def evaluation_setup(record: Record) -> str:
 
 
 def _evaluation_titles(groups: Sequence[_Group]) -> dict[str, str]:
-    """Column title of every evaluation setup among the records."""
-    titles: dict[str, str] = {}
+    """Column title of every evaluation setup among the records; how it was measured stands below the table."""
+    kinds: dict[str, str] = {}
     for group in groups:
         for setup, record in group.evaluations.items():
-            kind = "perplexity" if record.get("task") == "perplexity" else "accuracy"
-            titles.setdefault(setup, f"{kind} ({setup.removeprefix('perplexity, ')})")
-    return titles
+            kinds.setdefault(setup, "perplexity" if record.get("task") == "perplexity" else "accuracy")
+    titles = {}
+    for kind in set(kinds.values()):
+        alike = [setup for setup in kinds if kinds[setup] == kind]
+        titles |= {setup: kind if len(alike) == 1 else f"{kind} {n}" for n, setup in enumerate(alike, 1)}
+    return {setup: titles[setup] for setup in kinds}
 
 
 def _quality_columns(setup: str, title: str) -> list[Column]:

@@ -78,7 +78,7 @@ def result(done: Result) -> None:
 
 def evaluation(record: dict[str, Any]) -> None:
     """One line of figures, with the protocol they were measured by."""
-    if "accuracy" in record:
+    if record["task"] != "perplexity":
         accuracy = record["accuracy"]
         text = "undefined (no question answered)" if accuracy is None else f"{accuracy:.1%}"
         if record.get("accuracy_ci95"):
