@@ -271,6 +271,29 @@ def compare(
 
 
 @app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for models, records and the plot.")] = Path(
+        "halve-demo"
+    ),
+    overwrite: Overwrite = False,
+) -> None:
+    """Compress the bundled model in several ways; reload, examine and time each; one table, one plot."""
+    from halve.demo.run import demo as run
+    from halve.demo.run import speed_table
+
+    run(out, overwrite=overwrite).print()
+    print(
+        "A model this small is bound by overhead, not by memory: its speeds and peak memory say little, its accuracy and "
+        "bytes are what this table shows."
+    )
+    speeds = speed_table()
+    if speeds is not None:
+        print("\nSpeed at the shape of Llama-3.2-1B (random weights), from the records of this checkout:")
+        speeds.print()
+    print(f"models, records and accuracy-size.png are in {out}")
+
+
+@app.command()
 def convert(model: Model, out: Out, overwrite: Overwrite = False) -> None:
     """Turn a folder of pickled .bin weights into safetensors (most OPT checkpoints need it)."""
     from halve.conversion import convert as run
@@ -297,7 +320,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 the input or the request is wrong, 1 anything else."""
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], prog_name="halve", standalone_mode=False)
     except HalveError as error:
         _fail(str(error))
     except UsageError as error:
