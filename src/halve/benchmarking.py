@@ -26,6 +26,8 @@ from halve.progress import progress
 from halve.records import Record, check_output_path, new_record
 from halve.timing import PassTimes, generation_ms, random_prompt, spread, step_floor_ms, time_pass
 
+LONG_PROMPT_TOKENS = 2048
+LONG_PROMPT_BUDGET_S = 300  # left out by default where it would take longer: a large model on a small CPU takes hours
 SYSTEM1_TOKENS = 101  # system 1's protocol: t(1 token), and 100 / (t(101 tokens) - t(1 token))
 
 
@@ -36,14 +38,20 @@ class Settings:
     prompt_tokens: int = 128
     new_tokens: int = 64
     runs: int = 5
-    long_prompt_tokens: int = 2048  # 0: not measured
+    long_prompt_tokens: int | None = None  # 0: not measured; None: 2,048 unless that takes too long
     seed: int = 0
 
     def __post_init__(self) -> None:
         smallest = {"prompt_tokens": 1, "new_tokens": 2, "runs": 1, "long_prompt_tokens": 0}
         for name, least in smallest.items():
-            if getattr(self, name) < least:
-                raise HalveError(f"{name}={getattr(self, name)} is too small: use at least {least}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise HalveError(f"{name}={value} is too small: use at least {least}")
+
+    @property
+    def long(self) -> int:
+        """Tokens of the long prompt, 0 for none."""
+        return LONG_PROMPT_TOKENS if self.long_prompt_tokens is None else self.long_prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ def benchmark(
     prompt_tokens: int = 128,
     new_tokens: int = 64,
     runs: int = 5,
-    long_prompt_tokens: int = 2048,
+    long_prompt_tokens: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -128,8 +136,8 @@ def benchmark(
 ) -> Record:
     """Measure one model, loaded from `model` (a folder or hub id; with `random_weights` a config is enough).
 
-    Returns a record; docs/benchmark.md explains its keys. `dtype` None is the checkpoint's own, `long_prompt_tokens` 0
-    leaves the long prompt out. `profile_plot` names a PNG for the memory timeline and adds time and memory by operation
+    Returns a record; docs/benchmark.md explains its keys. `dtype` None is the checkpoint's own; `long_prompt_tokens`
+    None is 2,048 unless that would take over five minutes, 0 leaves the long prompt out. `profile_plot` names a PNG for the memory timeline and adds time and memory by operation
     to the record. Raises HalveError when the tokens do not fit the context, the device is not there, or the backend
     cannot run a layer.
     """
@@ -194,7 +202,7 @@ def _open(model: str | os.PathLike[str], settings: Settings, placement: Placemen
             f"{context}: lower --prompt-tokens or --new-tokens"
         )
     subject = Subject(os.fspath(model), checkpoint, passes={settings.prompt_tokens: []})
-    long = settings.long_prompt_tokens
+    long = settings.long
     if long == 0:
         subject.not_measured["long_prompt"] = "not asked for"
     elif long + settings.new_tokens > context:
@@ -244,8 +252,20 @@ def _measure_once(subject: Subject, settings: Settings) -> None:
 
 def _warm_up(subject: Subject, settings: Settings) -> None:
     """One round whose times are thrown away; on CUDA its first pass gives the peak memory."""
+    prompt = random_prompt(subject.model, settings.prompt_tokens, settings.seed)
     if subject.model.device.type == "cuda":
         subject.watch_cuda_memory(settings)
+    else:
+        time_pass(subject.model, prompt, 2)
+    if settings.long_prompt_tokens is None and settings.long in subject.passes:
+        ttft_ms = time_pass(subject.model, prompt, 2).ttft_ms  # the pass before took the compiling and first touches
+        needed_s = ttft_ms / 1e3 * settings.long / settings.prompt_tokens * (settings.runs + 1)
+        if needed_s > LONG_PROMPT_BUDGET_S:
+            del subject.passes[settings.long]
+            subject.not_measured["long_prompt"] = (
+                f"{settings.long} prompt tokens would take about {needed_s / 60:.0f} minutes: "
+                f"ask for them with --long-prompt-tokens {settings.long}"
+            )
     _measure_once(subject, settings)
     for times in (*subject.passes.values(), subject.first_token_ms, subject.many_tokens_ms):
         times.clear()
@@ -259,7 +279,6 @@ def _record(
         prompt_tokens: _speed(model, prompt_tokens, settings.new_tokens, times, bandwidth)
         for prompt_tokens, times in subject.passes.items()
     }
-    long = {k: v for k, v in figures.items() if k != settings.prompt_tokens}
     return new_record(
         "benchmark",
         subject.name,
@@ -272,15 +291,15 @@ def _record(
         kernels=dict(Counter(str(linear.kernel) for _, linear in model.linears())),
         random_weights=placement.random_weights,
         batch=1,
-        **(asdict(settings) | figures[settings.prompt_tokens]),
-        long_prompt=long.get(settings.long_prompt_tokens),
+        **(asdict(settings) | {"long_prompt_tokens": settings.long} | figures[settings.prompt_tokens]),
+        long_prompt=None if settings.long == settings.prompt_tokens else figures.get(settings.long),
         system1=_system1(subject),
         weight_bytes=model.weight_bytes(),
         step_weight_bytes=model.step_bytes(),
         **_memory_figures(subject),
         bandwidth_gb_per_s=bandwidth,
         bandwidth_kind="copy, reads and writes counted" if placement.device.startswith("cuda") else "read",
-        notes=_notes(model, placement),
+        notes=_notes(subject, placement),
         not_measured=subject.not_measured,
     )
 
@@ -341,9 +360,12 @@ def _memory_figures(subject: Subject) -> dict[str, int | None]:
     return figures
 
 
-def _notes(model: Model, placement: Placement) -> list[str]:
+def _notes(subject: Subject, placement: Placement) -> list[str]:
     """What a reader of the figures has to know."""
+    model = subject.model
     notes = ["decode percentiles are over the steps of all runs, prefill percentiles over the runs"]
+    if placement.random_weights and subject.checkpoint.raw.get("quantization_config"):
+        notes.append("random weights are dense: the config's quantization is not applied")
     if placement.device.startswith("cuda"):
         notes.append("peak memory is the allocator's; it includes loading")
         return notes
@@ -361,6 +383,7 @@ def _command(name: str, settings: Settings, placement: Placement) -> str:
     """The command line that measures the same again."""
     words = ["halve", "benchmark", name]
     words += ["--prompt-tokens", str(settings.prompt_tokens), "--new-tokens", str(settings.new_tokens)]
+    words += [] if settings.long_prompt_tokens is None else ["--long-prompt-tokens", str(settings.long)]
     words += ["--device", placement.device]
     names = {dtype: option for option, dtype in DTYPES.items()}
     words += ["--dtype", names[placement.dtype]] if placement.dtype in names else []
