@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from halve.compare import Comparison, compare, show_bytes
+from halve.comparison import Comparison, compare, show_bytes
 from halve.errors import DataError
 
 MACHINE = {"cpu": "Chip", "cores": 2, "threads": 1}
@@ -70,7 +70,12 @@ def texts(comparison: Comparison) -> list[dict[str, str]]:
 
 def test_a_model_is_one_row_with_all_that_was_measured() -> None:
     result = compare(
-        [speed("a/dense/"), perplexity("a/dense", 12.3456), exam("./a/dense", {"1": "1101"}), perplexity("b/int4", 13.0)]
+        [
+            speed("a/dense/"),
+            perplexity("a/dense", 12.3456),
+            exam("./a/dense", {"1": "1101"}),
+            perplexity("b/int4", 13.0),
+        ]
     )
     first, second = texts(result)
     assert first == {
@@ -97,7 +102,12 @@ def test_rows_keep_the_order_of_the_records() -> None:
 
 def test_other_protocols_and_windows_are_other_columns() -> None:
     result = compare(
-        [perplexity("m", 5.0), perplexity("m", 6.0, window=256), exam("m", {"1": "1"}), exam("m", {"1": "0"}, protocol="pmi")]
+        [
+            perplexity("m", 5.0),
+            perplexity("m", 6.0, window=256),
+            exam("m", {"1": "1"}),
+            exam("m", {"1": "0"}, protocol="pmi"),
+        ]
     )
     assert [column.title for column in result.columns[1:]] == [
         "perplexity (windows, w.txt, window 512)",
@@ -191,7 +201,14 @@ def test_nothing_to_compare_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1_040_128, "1.04 MB"), (248_004_608, "248 MB"), (6.56e9, "6.56 GB"), (1.4e12, "1400 GB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1_040_128, "1.04 MB"),
+        (248_004_608, "248 MB"),
+        (6.56e9, "6.56 GB"),
+        (1.4e12, "1400 GB"),
+    ],
 )
 def test_bytes_as_text(count: float, text: str) -> None:
     assert show_bytes(count) == text

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from halve import benchmark as module
-from halve import machine
-from halve.benchmark import Placement, Settings, benchmark, benchmark_side_by_side
+from halve import benchmarking as module
+from halve import machine, subject
+from halve.benchmarking import Placement, Settings, benchmark, benchmark_side_by_side
 from halve.checkpoint import load_model
 from halve.errors import HalveError, OutputError
 from halve.peak_memory import peak_memory
 from halve.profiling import memory_timeline
 from halve.records import read_record, write_record
-from halve.timing import kv_bytes_per_step, random_prompt, spread, time_pass
+from halve.timing import PassTimes, kv_bytes_per_step, random_prompt, spread, time_pass
 
 CONTRACT = """prefill_tokens_per_s ttft_ms decode_ms_median decode_ms_p10 decode_ms_p90 decode_tokens_per_s weight_bytes
     peak_memory_bytes bandwidth_gb_per_s floor_share kernels device halve_version torch_version machine command model
@@ -30,7 +30,7 @@ CONTRACT = """prefill_tokens_per_s ttft_ms decode_ms_median decode_ms_p10 decode
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No second process and a bandwidth of 8 GB/s: for tests of everything else."""
     monkeypatch.setattr(module, "bandwidth_gb_per_s", lambda device: 8.0)
-    monkeypatch.setattr(module, "peak_memory", lambda *_, **__: {"baseline": 100, "loaded": 150, "peak": 180})
+    monkeypatch.setattr(subject, "peak_memory", lambda *_, **__: {"baseline": 100, "loaded": 150, "peak": 180})
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_prefill_and_decode_are_timed_apart(folder: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_system1_figures_by_hand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "generation_ms", lambda model, prompt, tokens: 30.0 if tokens == 1 else 530.0)
+    monkeypatch.setattr(subject, "generation_ms", lambda model, prompt, tokens: 30.0 if tokens == 1 else 530.0)
     record = benchmark(folder, prompt_tokens=8, new_tokens=2, runs=2, long_prompt_tokens=0)
     assert record["system1"]["latency_ms"] == 30.0
     assert record["system1"]["tokens_per_s"] == pytest.approx(200.0)  # 100 tokens in half a second
@@ -117,9 +117,9 @@ def test_a_short_context_says_what_it_leaves_out(make_hf: Callable[..., Path]) -
 def test_a_long_prompt_that_takes_too_long_is_left_out_unless_asked_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LONG_PROMPT_TOKENS", 128)
+    monkeypatch.setattr(subject, "LONG_PROMPT_TOKENS", 128)
     # 8 tokens take 3 s, so 128 take 48 s, and the warm-up and 9 runs 480 s = 8 minutes
-    monkeypatch.setattr(module, "time_pass", lambda model, prompt, new: module.PassTimes(3000.0, [1.0] * (new - 1)))
+    monkeypatch.setattr(subject, "time_pass", lambda model, prompt, new: PassTimes(3000.0, [1.0] * (new - 1)))
     options = {"prompt_tokens": 8, "new_tokens": 3}
     record = benchmark(folder, runs=9, **options)
     assert record["long_prompt"] is None
@@ -184,7 +184,7 @@ def test_a_failed_memory_measurement_is_said_and_costs_nothing_else(
     def killed(*_: object, **__: object) -> None:
         raise HalveError("the memory measurement ended with code -9")
 
-    monkeypatch.setattr(module, "peak_memory", killed)
+    monkeypatch.setattr(subject, "peak_memory", killed)
     record = benchmark(folder, prompt_tokens=8, new_tokens=4, runs=1, long_prompt_tokens=0)
     assert record["peak_memory_bytes"] is None
     assert "code -9" in record["not_measured"]["peak_memory_bytes"]
@@ -214,9 +214,9 @@ def test_side_by_side_takes_turns_and_gives_ratios(
     def timed(model: object, prompt: list[int], new_tokens: int) -> object:
         layers = len(model.blocks)  # type: ignore[attr-defined]
         order.append(layers)
-        return module.PassTimes(1.0, [2.0 * layers] * (new_tokens - 1))
+        return PassTimes(1.0, [2.0 * layers] * (new_tokens - 1))
 
-    monkeypatch.setattr(module, "time_pass", timed)
+    monkeypatch.setattr(subject, "time_pass", timed)
     settings = Settings(prompt_tokens=8, new_tokens=4, runs=2, long_prompt_tokens=0)
     first, second = benchmark_side_by_side([folder, other], settings, Placement())
     assert order == [3, 3, 1, 1] + [3, 1] * 2  # the warm-up of each, then two rounds
