@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import redirect_stderr
 
 import pytest
 
@@ -17,15 +18,6 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    screen = Terminal()
-    monkeypatch.setattr("sys.stderr", screen)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    return screen
-
-
 def test_nothing_is_written_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("work", 2) as advance:
         advance(1)
@@ -34,10 +26,14 @@ def test_nothing_is_written_without_a_terminal(capsys: pytest.CaptureFixture[str
     assert (captured.out, captured.err) == ("", "")
 
 
-def test_nested_bars_show_both_and_leave_nothing_behind(capsys: pytest.CaptureFixture[str], terminal: Terminal) -> None:
-    seen = []
-    for outer in track([1, 2], description="layers"):
-        seen += [(outer, inner) for inner in track(range(3), description="samples")]
+def test_nested_bars_show_both_and_leave_nothing_behind(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    seen, terminal = [], Terminal()
+    with redirect_stderr(terminal):
+        for outer in track([1, 2], description="layers"):
+            seen += [(outer, inner) for inner in track(range(3), description="samples")]
     assert seen == [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
     shown = terminal.getvalue()
     assert "layers" in shown and "samples" in shown and "0/2" in shown
@@ -45,11 +41,13 @@ def test_nested_bars_show_both_and_leave_nothing_behind(capsys: pytest.CaptureFi
     assert capsys.readouterr().out == ""
 
 
-def test_an_error_or_an_early_end_closes_the_bar(terminal: Terminal) -> None:
-    with pytest.raises(RuntimeError, match="inside"), progress("work", 3):
-        raise RuntimeError("inside")
-    assert module._open == []
-    items = track([1, 2, 3], description="again")
-    assert next(items) == 1
-    items.close()  # type: ignore[attr-defined]
-    assert module._open == []
+def test_an_error_or_an_early_end_closes_the_bar() -> None:
+    with redirect_stderr(Terminal()):
+        with pytest.raises(RuntimeError, match="inside"), progress("work", 3):
+            raise RuntimeError("inside")
+        assert module._open == []
+        items = track([1, 2, 3], description="again")
+        assert next(items) == 1
+        assert len(module._open) == 1
+        items.close()  # type: ignore[attr-defined]
+        assert module._open == []

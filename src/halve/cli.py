@@ -172,7 +172,13 @@ def benchmark(
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 64,
     runs: Annotated[int, typer.Option(help="Runs the medians are taken over, after a warm-up.")] = 5,
-    long_prompt_tokens: Annotated[int, typer.Option(help="A second, longer prompt; 0 leaves it out.")] = 2048,
+    long_prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="A second, longer prompt; 0 leaves it out (default: 2048, left out where it would take over 5 minutes).",
+            show_default=False,
+        ),
+    ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="MODEL is a config alone: speed does not depend on weight values.")
     ] = False,

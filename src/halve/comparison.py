@@ -237,8 +237,8 @@ def circumstances(records: Iterable[Record]) -> list[str]:
     for record in records:
         if record["kind"] == "benchmark":
             machine = record["machine"]
-            place = f"{record.get('device_name')}, {machine.get('cores')} cores, {machine.get('threads')} threads"
-            places[f"{place}, torch {record['torch_version']}"] = None
+            cores = f"{machine.get('cores')} cores, {machine.get('threads')} used by PyTorch"
+            places[f"{record.get('device_name')}, {cores}, torch {record['torch_version']}"] = None
     notes = [f"Speed measured on: {'; '.join(places)}."] if places else []
     if len(places) > 1:
         notes.append("Rows come from different machines or settings: their times are not comparable.")

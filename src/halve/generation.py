@@ -1,6 +1,6 @@
 """Text from a model: one pass over the prompts (prefill), then one token a step (decode), on a cache sized once.
 
-Shape legend: B prompts, T tokens of the longest prompt, V vocabulary.
+Shape legend: B prompts, T tokens of the longest prompt, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ class Decoder:
         longest, device = max(lengths), self.model.device
         # right padding: no live token attends to what comes after it, and decoding overwrites the padded slots
         tokens_BT = torch.tensor([[*p, *[0] * (longest - len(p))] for p in self.prompts], device=device)
-        hidden = self.model.hidden(tokens_BT, self.cache)
-        if min(lengths) == longest:
-            last = hidden[:, -1:]
-        else:
-            self.cache.lengths = torch.tensor(lengths, device=device)
-            last = hidden[torch.arange(len(lengths), device=device), self.cache.lengths - 1].unsqueeze(1)
-        return self._choose(self.model.head(last))
+        hidden_BTD = self.model.hidden(tokens_BT, self.cache)
+        ends_B = torch.tensor(lengths, device=device)
+        if min(lengths) < longest:
+            self.cache.lengths = ends_B
+        # picked by index, so that the head reads contiguous rows and not a view with the stride of the prompt
+        last_BD = hidden_BTD[torch.arange(len(lengths), device=device), ends_B - 1]
+        return self._choose(self.model.head(last_BD))
 
     def step(self, tokens_B1: Tensor) -> Tensor:
         """Feed the tokens chosen last, int64 [B, 1]; returns the next ones."""
@@ -83,12 +83,12 @@ class Decoder:
         if not isinstance(lengths, int):
             # only a finished row can stand at the end: it keeps rewriting the last slot until the others are done
             lengths.clamp_(max=self.cache.capacity - 1)
-        return self._choose(self.model(tokens_B1, self.cache))
+        return self._choose(self.model(tokens_B1, self.cache)[:, 0])
 
-    def _choose(self, logits_B1V: Tensor) -> Tensor:
+    def _choose(self, logits_BV: Tensor) -> Tensor:
         if self.sampling.greedy:
-            return logits_B1V.argmax(-1)
-        return sample(logits_B1V[:, -1].float(), self.sampling, self._generators).unsqueeze(1)
+            return logits_BV.argmax(-1, keepdim=True)
+        return sample(logits_BV.float(), self.sampling, self._generators).unsqueeze(1)
 
 
 def sample(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:

@@ -111,14 +111,15 @@ def _read_bandwidth() -> float:
 def _copy_bandwidth(device: torch.device) -> float:
     free, _ = torch.cuda.mem_get_info(device)
     size = min(_COPY_BUFFER_BYTES, free // 4)
+    stream = torch.cuda.current_stream(device)
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     best_ms = float("inf")
     for _ in range(4 * _REPEATS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+        begin.record(stream)
         target.copy_(source)
-        end.record()
+        end.record(stream)
         end.synchronize()
         best_ms = min(best_ms, begin.elapsed_time(end))
     del source, target

@@ -26,7 +26,7 @@ class Stopwatch:
     def mark(self) -> None:
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._events.append(event)
         else:
             self._seconds.append(time.perf_counter())
