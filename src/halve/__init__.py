@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from halve.checkpoint import load_model
     from halve.compression import compress
     from halve.conversion import convert
+    from halve.dropin import quantize_linear
     from halve.errors import HalveError
     from halve.generation import generate, generate_text
     from halve.tokenizer import load_tokenizer
@@ -24,6 +25,7 @@ _PUBLIC = {
     "generate_text": "generation",
     "load_model": "checkpoint",
     "load_tokenizer": "tokenizer",
+    "quantize_linear": "dropin",
 }
 __all__ = [
     "HalveError",
@@ -35,6 +37,7 @@ __all__ = [
     "generate_text",
     "load_model",
     "load_tokenizer",
+    "quantize_linear",
 ]
 
 
