@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from halve.comparison import compare
     from halve.compression import compress
     from halve.conversion import convert
+    from halve.dropin import quantize_linear
     from halve.errors import HalveError
     from halve.evaluation import evaluate
     from halve.generation import generate, generate_text
@@ -28,6 +29,7 @@ _PUBLIC = {
     "generate_text": "generation",
     "load_model": "checkpoint",
     "load_tokenizer": "tokenizer",
+    "quantize_linear": "dropin",
 }
 __all__ = [
     "HalveError",
@@ -41,6 +43,7 @@ __all__ = [
     "generate_text",
     "load_model",
     "load_tokenizer",
+    "quantize_linear",
 ]
 
 

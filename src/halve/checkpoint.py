@@ -14,6 +14,7 @@ from torch import Tensor
 from halve import families
 from halve.errors import CheckpointError, HalveError, UnsupportedModelError
 from halve.families import Family, LinearShape
+from halve.formats_gptq import GptqTensors
 from halve.linear import Linear
 from halve.model import Block, Model, ModelConfig, Norm, merge_siblings
 from halve.quantization import QuantizedWeight, QuantSpec, unpack_zero
@@ -288,10 +289,16 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
     quantization = raw.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method")
-        if method != "compressed-tensors":
-            raise UnsupportedModelError(f"{folder}: quant_method {method!r} is not handled: use compressed-tensors")
-        names = [shape.name for shape in checkpoint.linear_shapes()]
-        checkpoint.schemes = read_schemes(quantization, names, str(folder / "config.json"))
+        linears, origin = list(checkpoint.linear_shapes()), str(folder / "config.json")
+        if method == "compressed-tensors":
+            checkpoint.schemes = read_schemes(quantization, [shape.name for shape in linears], origin)
+        elif method == "gptq":
+            checkpoint.tensors = shown = GptqTensors(tensors, quantization, linears, origin)
+            checkpoint.schemes = shown.schemes
+        else:
+            raise UnsupportedModelError(
+                f"{folder}: quant_method {method!r} is not handled: compressed-tensors and gptq are"
+            )
     checkpoint.check()
     return checkpoint
 

@@ -34,13 +34,14 @@ from halve.quantization import (
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT_ROWS = 1024  # inputs that the held-out error of a linear is measured on
 MAX_DAMPING = 1.0  # of the mean diagonal; beyond it H is noise and the request is refused
 _LEAF = 16  # columns quantized one by one between two matrix products
 SCALES = ("minmax", "mse")
 _ROWS = 4096  # output rows solved at a time: bounds the float32 copies
 SHRINKS = tuple(1 - 0.05 * step for step in range(1, 9))  # shares of the full range that scale="mse" tries
-_SEARCH_ELEMENTS = 1 << 16  # weights whose range is searched at a time: the copies stay in the cache
-_TILE = 1024  # columns of a tile of X^T X: only tiles on and above the diagonal are computed
+_SEARCH_ELEMENTS = 1 << 18  # weights whose range is searched at a time: the copies stay in the cache
+_TILE = 256  # columns of a tile of X^T X: only tiles on and above the diagonal are computed
 
 
 class Hessian:
@@ -168,13 +169,12 @@ def _siblings(view: BlockView, plan: StepPlan, roles: list[str]) -> list[list[st
 def _held_out_error(
     weight: Tensor, quantized: QuantizedWeight, index: Tensor | None, inputs: Iterator[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Sums over held-out inputs of each output's squared error and of its square, float64 [O] each."""
+    """Squared error of each output and its square, summed over the first batch of inputs thinned to HELD_OUT_ROWS."""
+    x = next(inputs)
+    x = x[:: max(1, x.shape[0] // HELD_OUT_ROWS)].float()
+    x = x if index is None else x.index_select(-1, index)
     error = weight - quantized.dequantize()
-    loss, energy = torch.zeros(2, weight.shape[0], dtype=torch.float64, device=weight.device)
-    for x in inputs:
-        x = (x if index is None else x.index_select(-1, index)).float()
-        loss += (x @ error.t()).square_().sum(0)
-        energy += (x @ weight.t()).square_().sum(0)
+    loss, energy = ((x @ w.t()).square_().sum(0).double() for w in (error, weight))
     return loss, energy
 
 
@@ -258,33 +258,33 @@ def group_scales(
     """Scale [O, G] and zero [O, G] of weight [O, I] before any code is chosen.
 
     minmax: the group's full range. mse: of the ranges in SHRINKS times it, per group the one whose nearest codes have
-    the least error, each column weighted by `importance` [I] (the diagonal of H).
+    the least squared error, each column weighted by `importance` [I] (the diagonal of H).
     """
     columns = spec.columns_per_group(weight.shape[1])
-    weights_GC = importance.float().view(-1, columns)
-    step = max(1, _SEARCH_ELEMENTS // weight.shape[1])
+    groups = weight.shape[1] // columns
     parts = []
-    for rows in weight.split(step):
-        grouped = rows.float().view(rows.shape[0], -1, columns)
-        ends = torch.stack((grouped.amin(-1), grouped.amax(-1)), -1)
-        best, zero = scale_and_zero(ends, spec, scale_dtype)
+    for rows in weight.split(max(1, _SEARCH_ELEMENTS // weight.shape[1])):
+        # columns of a group outermost: what is broadcast below is then contiguous, which is several times faster
+        grouped_COG = rows.float().view(-1, groups, columns).permute(2, 0, 1).contiguous()
+        ends = torch.stack(torch.aminmax(grouped_COG, dim=0), -1)
+        scale, zero = scale_and_zero(ends, spec, scale_dtype)
         if how == "mse":
-            best, zero = _search(grouped, ends, weights_GC, best, zero, spec)
-        parts.append((best, zero))
-    scale = torch.cat([part[0] for part in parts])
-    zeros = [part[1] for part in parts if part[1] is not None]
-    return scale, torch.cat(zeros) if zeros else None
+            importance_CG = importance.float().view(groups, columns).t()
+            importance_COG = importance_CG.unsqueeze(1).expand(grouped_COG.shape).contiguous()
+            scale, zero = _search(grouped_COG, ends, importance_COG, scale, zero, spec)
+        parts.append((scale, zero))
+    zeros = [zero for _, zero in parts if zero is not None]
+    return torch.cat([scale for scale, _ in parts]), torch.cat(zeros) if zeros else None
 
 
 def _search(
-    grouped: Tensor, ends: Tensor, weights_GC: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec
+    grouped_COG: Tensor, ends: Tensor, importance_COG: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec
 ) -> tuple[Tensor, Tensor | None]:
-    """The best of the candidate ranges for grouped weights [o, G, C] whose ends are [o, G, 2]."""
+    """The best of the candidate ranges for groups whose full ranges are `ends` [O, G, 2]."""
 
     def error(scale: Tensor, zero: Tensor | None) -> Tensor:
-        wide_scale, wide_zero = scale.unsqueeze(-1), None if zero is None else zero.unsqueeze(-1)
-        miss = decode(encode(grouped, wide_scale, wide_zero, spec), wide_scale, wide_zero).sub_(grouped)
-        return miss.square_().mul_(weights_GC).sum(-1)
+        miss = decode(encode(grouped_COG, scale, zero, spec), scale, zero).sub_(grouped_COG)
+        return miss.square_().mul_(importance_COG).sum(0)
 
     least = error(scale, zero)
     for shrink in SHRINKS:
@@ -293,7 +293,7 @@ def _search(
         better = found < least
         least = torch.where(better, found, least)
         scale = torch.where(better, tried, scale)
-        if zero is not None:
+        if zero is not None and tried_zero is not None:
             zero = torch.where(better, tried_zero, zero)
     return scale, zero
 

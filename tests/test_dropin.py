@@ -1,0 +1,105 @@
+"""The drop-in layer: stands where an nn.Linear stood, in any model, and keeps what it keeps through save and move."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from halve import quantize_linear
+from halve.errors import DataError, RecipeError
+from halve.quantization import QuantSpec, quantize
+
+
+def layer(columns: int = 64, rows: int = 48, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(columns, rows, bias=bias)
+
+
+def inputs(columns: int = 64, rows: int = 400) -> torch.Tensor:
+    """Correlated channels of very different size, as in a transformer."""
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(columns, columns, generator=generator) * torch.logspace(0, -2, columns)
+    return torch.randn(rows, columns, generator=generator) @ mix
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_replaces_a_layer_inside_a_model(bias: bool) -> None:
+    x = inputs()
+    model = nn.Sequential(layer(bias=bias), nn.ReLU(), nn.Linear(48, 5))
+    expected = model(x)
+    model[0] = quantize_linear(model[0], x, bits=8, group_size=32)
+    assert (model(x) - expected).norm() < 0.02 * expected.norm()
+    assert model(x.view(20, 20, 64)).shape == (20, 20, 5)
+
+
+def test_inputs_halve_the_output_error_of_rounding() -> None:
+    """Correlated inputs are where GPTQ pays: its output error must be clearly below round-to-nearest's."""
+    original, x = layer(), inputs()
+    exact = original(x)
+    by_data, by_rounding = (quantize_linear(original, given, group_size=32)(x) for given in (x, None))
+    assert (by_data - exact).norm() < 0.7 * (by_rounding - exact).norm()
+
+
+def test_without_inputs_it_rounds_to_nearest() -> None:
+    original = layer()
+    made = quantize_linear(original, bits=4, group_size=16, symmetric=False)
+    expected = quantize(original.weight.detach(), QuantSpec(4, 16, False)).dequantize()
+    assert torch.equal(made(torch.eye(64)), expected.t() + original.bias)
+
+
+def test_batches_are_the_same_as_one_tensor() -> None:
+    x = inputs()
+    whole, parts = quantize_linear(layer(), x, group_size=32), quantize_linear(layer(), x.split(128), group_size=32)
+    # the sums are taken in another order, so a code on the edge may differ
+    assert (whole.packed == parts.packed).float().mean() > 0.99
+
+
+def test_bytes_are_those_of_four_bits() -> None:
+    """64 x 48 codes of 4 bits, 2 float32 scales a row, 48 float32 biases."""
+    assert quantize_linear(layer(), inputs(), group_size=32).nbytes == 64 * 48 // 2 + 48 * 2 * 4 + 48 * 4
+
+
+def test_state_dict_restores_it_into_a_layer_of_the_same_scheme() -> None:
+    x = inputs()
+    made = quantize_linear(layer(), x, group_size=32)
+    torch.manual_seed(5)
+    other = quantize_linear(nn.Linear(64, 48), x, group_size=32)
+    assert not torch.equal(other(x), made(x))
+    other.load_state_dict(made.state_dict())
+    assert torch.equal(other(x), made(x))
+    assert torch.equal(copy.deepcopy(made)(x), made(x))
+
+
+def test_a_change_of_dtype_keeps_the_numbers() -> None:
+    x = inputs()
+    made = quantize_linear(layer(bias=False), x, group_size=32)
+    expected = made(x)
+    made.to(torch.bfloat16)
+    assert made(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(made(x), expected)
+
+
+def test_the_layer_given_is_left_alone() -> None:
+    original = layer()
+    before = original.weight.clone()
+    quantize_linear(original, inputs(), group_size=32)
+    assert torch.equal(original.weight, before) and original.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "x", "error", "message"),
+    [
+        ({"group_size": 48}, inputs(), RecipeError, r"group_size=48 does not divide 64 input columns.*64, 32, 16"),
+        ({"bits": 5}, None, RecipeError, "bits=5"),
+        ({"group_size": 32}, torch.ones(3, 63), RecipeError, "width 63 do not fit a layer of 64"),
+        ({"group_size": 32}, torch.full((3, 64), torch.nan), DataError, "the layer: its Hessian holds inf or nan"),
+        ({"group_size": 32}, [], DataError, "no calibration token"),
+        ({"group_size": 32, "scale": "best"}, inputs(), RecipeError, "scale='best'"),
+    ],
+)
+def test_what_cannot_work_says_why(options: dict, x: torch.Tensor | None, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        quantize_linear(layer(), x, **options)
