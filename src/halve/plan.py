@@ -111,6 +111,8 @@ class ModelState:
         widths = {replace(layer, sliding_window=None) for layer in self.config.layers}
         if irregular or len(widths) > 1 or not (first.has_attention and first.has_mlp):
             return False
+        if self.family.heads_divide_hidden and self.config.hidden_size % first.num_heads:
+            return False
         square = first.num_heads * self.config.head_dim == self.config.hidden_size
         return "head_dim" in self.family.width_fields or square
 
