@@ -232,6 +232,8 @@ class Family:
     names: dict[str, str]
     # config fields a pruned model of uniform width rewrites; empty: such widths need `model_type: "halve"`
     width_fields: dict[str, str]
+    # transformers refuses a config of this type whose number of heads does not divide its hidden size
+    heads_divide_hidden: bool = False
 
     def block_name(self, layer: int, role: str) -> str:
         return f"{self.names['block'].format(layer)}.{self.names[role]}"
@@ -244,7 +246,7 @@ _WIDTHS = {
     "head_dim": "head_dim",
 }
 FAMILIES: dict[str, Family] = {
-    "llama": Family(lambda f: _llama_like(f, "llama"), LLAMA_NAMES, _WIDTHS),
+    "llama": Family(lambda f: _llama_like(f, "llama"), LLAMA_NAMES, _WIDTHS, heads_divide_hidden=True),
     "mistral": Family(lambda f: _llama_like(f, "mistral"), LLAMA_NAMES, _WIDTHS),
     "qwen2": Family(lambda f: _llama_like(f, "qwen2"), LLAMA_NAMES, _WIDTHS),
     "qwen3": Family(lambda f: _llama_like(f, "qwen3"), LLAMA_NAMES, _WIDTHS),

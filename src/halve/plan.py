@@ -111,6 +111,8 @@ class ModelState:
         widths = {replace(layer, sliding_window=None) for layer in self.config.layers}
         if irregular or len(widths) > 1 or not (first.has_attention and first.has_mlp):
             return False
+        if self.family.heads_divide_hidden and self.config.hidden_size % first.num_heads:
+            return False
         square = first.num_heads * self.config.head_dim == self.config.hidden_size
         return "head_dim" in self.family.width_fields or square
 
@@ -213,11 +215,12 @@ def finish(
     skipped: dict[Key, str],
     config: ModelConfig | None = None,
     sources: tuple[int, ...] | None = None,
+    removal: str = "removed",
 ) -> StepPlan:
     """The plan of a step that turns each linear in `changed` into (its new state, what was done).
 
     `config`: that of the model after (its layers may be narrower, or lack a sublayer); `sources`: the layer of `state`
-    behind each of its layers, when some go.
+    behind each of its layers, when some go; `removal`: what is said of a linear that goes.
     """
     after_config = config or state.config
     sources = tuple(range(len(state.config.layers))) if sources is None else sources
@@ -233,7 +236,7 @@ def finish(
         tied = key[1] == "head" and state.config.tied
         before = 0 if tied else linear.nbytes(state.itemsize)
         if key in removed:
-            plan.rows.append(Row(linear.name, "removed", "", before, 0))
+            plan.rows.append(Row(linear.name, removal, "", before, 0))
             continue
         new, action = changed.get(key, (linear, "skipped"))
         size = 0 if tied and key not in changed else new.nbytes(state.itemsize)

@@ -11,8 +11,11 @@ from __future__ import annotations
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from halve.calibrate import BlockView, Walk
+from halve.methods.depth import DropAttention, DropLayers, DropMlp
 from halve.methods.gptq import Gptq
+from halve.methods.l1 import L1Inputs, L1Outputs
 from halve.methods.rtn import Rtn
+from halve.methods.structured import PruneHeads, PruneMlp
 from halve.plan import ModelState, StepPlan
 
 
@@ -52,4 +55,5 @@ class Resolvable(Protocol):
         ...
 
 
-METHODS: dict[str, type[Any]] = {method.name: method for method in (Rtn, Gptq)}
+_ALL = (Rtn, Gptq, L1Inputs, L1Outputs, PruneMlp, PruneHeads, DropLayers, DropAttention, DropMlp)
+METHODS: dict[str, type[Any]] = {method.name: method for method in _ALL}
