@@ -168,7 +168,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         figures = measure(args, Path(name))
-    shape = f"{args.layers} layers, hidden {args.hidden}, MLP {args.mlp}, {args.samples} x {args.window} tokens, float32"
+    shape = (
+        f"{args.layers} layers, hidden {args.hidden}, MLP {args.mlp}, {args.samples} x {args.window} tokens, float32"
+    )
     record = new_record("gptq-speed", shape, recipe=[figures["step"]], **figures)
     write_record(args.out, record)
     print(json.dumps({k: figures[k] for k in ("median_s", "peak_bytes", "time_ratio", "memory_ratio") if k in figures}))

@@ -80,6 +80,8 @@ def test_largest_is_sorted_and_keeps_the_first_of_equals() -> None:
     assert largest(torch.tensor([1.0, 1.0, 1.0]), 2).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(("size", "fraction", "kept"), [(20, 0.35, 13), (3072, 0.35, 1997), (10, 0.0, 10), (7, 0.99, 1)])
+@pytest.mark.parametrize(
+    ("size", "fraction", "kept"), [(20, 0.35, 13), (3072, 0.35, 1997), (10, 0.0, 10), (7, 0.99, 1)]
+)
 def test_kept_count(size: int, fraction: float, kept: int) -> None:
     assert kept_count(size, fraction) == kept

@@ -153,7 +153,9 @@ class GptqTensors:
 def read_config(config: dict[str, Any], origin: str) -> tuple[QuantSpec, str]:
     """Scheme and version ("gptq" or "gptq_v2") of a `quantization_config` with quant_method gptq."""
     if config.get("dynamic"):
-        raise UnsupportedModelError(f"{origin}: per-layer GPTQ settings (`dynamic`) are not handled: one scheme for all is")
+        raise UnsupportedModelError(
+            f"{origin}: per-layer GPTQ settings (`dynamic`) are not handled: one scheme for all is"
+        )
     if config.get("pack_dtype", "int32") != "int32":
         raise UnsupportedModelError(f"{origin}: pack_dtype={config['pack_dtype']!r} is not handled: only int32 is")
     bits = config.get("bits")
@@ -161,5 +163,7 @@ def read_config(config: dict[str, Any], origin: str) -> tuple[QuantSpec, str]:
         raise UnsupportedModelError(f"{origin}: bits={bits!r} is not handled: use one of {PACKABLE_BITS}")
     version = config.get("checkpoint_format", "gptq")
     if version not in VERSIONS:
-        raise UnsupportedModelError(f"{origin}: checkpoint_format={version!r} is not handled: {' and '.join(VERSIONS)} are")
+        raise UnsupportedModelError(
+            f"{origin}: checkpoint_format={version!r} is not handled: {' and '.join(VERSIONS)} are"
+        )
     return QuantSpec(bits, config.get("group_size", -1), bool(config.get("sym", True))), version

@@ -130,9 +130,7 @@ def test_reported_error_is_that_of_the_layer(stories: Path, real: dict, tmp_path
         model.blocks[0].linears["down_proj"].register_forward_hook(lambda _m, _x, y: caught.append(y.double()))  # type: ignore[index]
         with torch.inference_mode():
             model(windows.held_out)
-    assert rows(result, "down_proj")[0]["held_out_error"] == pytest.approx(
-        relative(caught[1], caught[0]), rel=1e-4
-    )
+    assert rows(result, "down_proj")[0]["held_out_error"] == pytest.approx(relative(caught[1], caught[0]), rel=1e-4)
 
 
 def test_obs_leaves_less_error_than_the_other_scores(stories: Path, real: dict, tmp_path: Path) -> None:

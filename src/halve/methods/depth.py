@@ -105,7 +105,9 @@ class Drop:
         gone = set(parse_layers(self.name, self.layers))
         for layer in sorted(gone - set(candidates)):
             missing = "the model has" if layer >= len(config.layers) else f"its {self.kind} is gone already, of"
-            raise RecipeError(f"step {self.name}: no layer {layer} to drop: {missing} layers 0..{len(config.layers) - 1}")
+            raise RecipeError(
+                f"step {self.name}: no layer {layer} to drop: {missing} layers 0..{len(config.layers) - 1}"
+            )
         return gone
 
     def _without(self, layer: LayerConfig) -> LayerConfig:
@@ -144,7 +146,9 @@ def parse_layers(step: str, parts: tuple[str, ...]) -> list[int]:
     for part in parts:
         match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", part.strip())
         if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
-            raise RecipeError(f"step {step}: layers={part!r} is neither a layer (7) nor a range with both ends (21..28)")
+            raise RecipeError(
+                f"step {step}: layers={part!r} is neither a layer (7) nor a range with both ends (21..28)"
+            )
         layers += range(int(match[1]), int(match[2] or match[1]) + 1)
     twice = {layer for layer in layers if layers.count(layer) > 1}
     if twice:

@@ -156,7 +156,9 @@ class Structured:
                 state.append((total, removal.loss / max(scale, 1e-300)))
             else:
                 state.append((0, torch.zeros(0)))
-        uniform = [rounded_width(self.name, n, self.fraction, self.multiple_of, self.unit) if n else 0 for n, _ in state]
+        uniform = [
+            rounded_width(self.name, n, self.fraction, self.multiple_of, self.unit) if n else 0 for n, _ in state
+        ]
         widths = allocate([n for n, _ in state], [c for _, c in state], sum(uniform), self.multiple_of)
         return replace(self, widths=tuple(map(str, widths)))
 
@@ -236,9 +238,9 @@ class Structured:
         row |= {name: obs.relative_error(change, weight, judge) for name, judge in judges.items()}
         assert isinstance(narrow.weight, Tensor)
         weight = fitted.to(narrow.weight.dtype).contiguous()
-        return Linear(
-            weight, narrow.bias, None, narrow.output_index, narrow.in_features, narrow.out_features
-        ), row | {"damping": used}
+        return Linear(weight, narrow.bias, None, narrow.output_index, narrow.in_features, narrow.out_features), row | {
+            "damping": used
+        }
 
 
 @dataclass(frozen=True)
