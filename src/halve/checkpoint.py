@@ -16,9 +16,10 @@ from halve.errors import CheckpointError, HalveError, UnsupportedModelError
 from halve.families import Family, LinearShape
 from halve.formats_gptq import GptqTensors
 from halve.linear import Linear
-from halve.model import Block, Model, ModelConfig, Norm, merge_siblings
+from halve.model import Block, Model, ModelConfig, Norm
 from halve.quantization import QuantizedWeight, QuantSpec, unpack_zero
 from halve.schemes import read_schemes
+from halve.siblings import merge_siblings
 from halve.tensors import RandomTensors, SafetensorsFolder, TensorSource
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}

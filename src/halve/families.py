@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from halve.errors import UnsupportedModelError
-from halve.model import ACTIVATIONS, LayerConfig, ModelConfig, RopeConfig
+from halve.model import ACTIVATIONS, LayerConfig, ModelConfig
+from halve.rotary import RopeConfig
 
 Json = dict[str, Any]
 

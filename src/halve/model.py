@@ -6,16 +6,15 @@ h head size, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from halve.linear import Linear
-from halve.quantization import QuantizedWeight
+from halve.rotary import RopeConfig, Rotary
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -43,18 +42,6 @@ class LayerConfig:
     @property
     def has_mlp(self) -> bool:
         return self.intermediate_size > 0
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding.
-
-    `kind`: default, linear, llama3 or yarn; `options`: its parameters, named as in Hugging Face configs.
-    """
-
-    theta: float
-    kind: str = "default"
-    options: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,66 +81,6 @@ class Norm(nn.Module):
         if self.kind == "rms":
             return functional.rms_norm(x, self.shape, self.weight, self.eps)
         return functional.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
-
-
-class Rotary:
-    """cos and sin tables, float32, grown as far as the longest context seen."""
-
-    def __init__(self, config: RopeConfig, head_dim: int, max_positions: int, device: torch.device | str) -> None:
-        self.inv_freq, self.scale = rope_frequencies(config, head_dim, max_positions)
-        self.inv_freq = self.inv_freq.to(device)
-        self._tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-
-    def tables(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos, sin [>= length, h] in `dtype`."""
-        held = self._tables.get(dtype)
-        if held is None or held[0].shape[0] < length:
-            size = max(256, 1 << (length - 1).bit_length())
-            angles = torch.outer(torch.arange(size, device=self.inv_freq.device).float(), self.inv_freq)
-            angles = torch.cat((angles, angles), dim=-1)
-            held = (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
-            self._tables[dtype] = held
-        return held
-
-
-def rope_frequencies(config: RopeConfig, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
-    """Inverse frequencies [h/2] (float32) and the factor on cos and sin.
-
-    llama3: frequency bands as in Meta's Llama 3.1 code; yarn: Peng et al. 2023 (arXiv 2309.00071), equations 17-22.
-    """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    inv_freq = 1.0 / config.theta**exponent
-    options = config.options
-    if config.kind == "default":
-        return inv_freq, 1.0
-    factor = options["factor"]
-    if config.kind == "linear":
-        return inv_freq / factor, 1.0
-    original = options.get("original_max_position_embeddings") or max_positions
-    if config.kind == "llama3":
-        low, high = options["low_freq_factor"], options["high_freq_factor"]
-        wavelength = 2 * math.pi / inv_freq
-        smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
-        return (1 - smooth) * inv_freq / factor + smooth * inv_freq, 1.0
-    assert config.kind == "yarn", config.kind
-
-    def dimension(rotations: float) -> float:
-        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.theta))
-
-    low, high = dimension(options.get("beta_fast") or 32), dimension(options.get("beta_slow") or 1)
-    if options.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = ((torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
-    scale = options.get("attention_factor")
-    if scale is None:
-        mscale, mscale_all = options.get("mscale"), options.get("mscale_all_dim")
-
-        def amplitude(m: float) -> float:
-            return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-        scale = amplitude(mscale) / amplitude(mscale_all) if mscale and mscale_all else amplitude(1.0)
-    return inv_freq / factor * ramp + inv_freq * (1 - ramp), float(scale)
 
 
 class KVCache:
@@ -450,60 +377,3 @@ def embed_tokens(
     if project_in is not None:
         x = project_in(x)
     return x if positions is None else x + functional.embedding(span.positions + config.position_offset, positions)
-
-
-SIBLINGS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def merge_siblings(block: Block) -> None:
-    """Replace linears that read the same input by one, when scheme and kept inputs agree and all outputs are kept."""
-    for merged, names in SIBLINGS.items():
-        parts = [block.linears[n] for n in names if n in block.linears]
-        if len(parts) == len(names) and _mergeable(parts):
-            block.linears[merged] = _concatenate(parts)
-            for name in names:
-                del block.linears[name]
-
-
-def _mergeable(parts: list[nn.Module]) -> bool:
-    first = parts[0]
-    assert isinstance(first, Linear)
-    for part in parts:
-        assert isinstance(part, Linear)
-        if part.output_index is not None or (part.bias is None) != (first.bias is None):
-            return False
-        if not _same(part.input_index, first.input_index):
-            return False
-        if not _same_scheme(part.weight, first.weight):
-            return False
-    return True
-
-
-def _same_scheme(a: Tensor | QuantizedWeight, b: Tensor | QuantizedWeight) -> bool:
-    if isinstance(a, QuantizedWeight) and isinstance(b, QuantizedWeight):
-        return a.spec == b.spec and _same(a.group_index, b.group_index)
-    return type(a) is type(b)
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
-
-
-def _concatenate(parts: list[nn.Module]) -> Linear:
-    linears = [p for p in parts if isinstance(p, Linear)]
-    first = linears[0]
-    if isinstance(first.weight, QuantizedWeight):
-        weights = [p.weight for p in linears if isinstance(p.weight, QuantizedWeight)]
-        zeros = [w.zero for w in weights if w.zero is not None]
-        weight = QuantizedWeight(
-            torch.cat([w.packed for w in weights]),
-            torch.cat([w.scale for w in weights]),
-            torch.cat(zeros) if zeros else None,
-            first.weight.spec,
-            first.weight.in_features,
-            first.weight.group_index,
-        )
-    else:
-        weight = torch.cat([p.weight for p in linears if isinstance(p.weight, Tensor)])
-    biases = [p.bias for p in linears if p.bias is not None]
-    return Linear(weight, torch.cat(biases) if biases else None, first.input_index, in_features=first.in_features)

@@ -92,7 +92,7 @@ def test_broken_json_is_named_with_line_and_column(tmp_path: Path) -> None:
         read_questions(_jsonl(tmp_path / "list.jsonl", [RECORD]))
     broken = tmp_path / "q.txt"
     broken.write_text('{"article": "a",\n "questions": [}')
-    with pytest.raises(DataError, match="q.txt, line 2: not JSON"):
+    with pytest.raises(DataError, match=r"q\.txt, line 2: not JSON"):
         read_questions(broken)
 
 

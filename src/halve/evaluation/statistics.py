@@ -79,10 +79,9 @@ def paired_test(first: Sequence[float], second: Sequence[float], clusters: Seque
     else:
         half = t_quantile(groups - 1) * error
         interval = max(-1.0, mean - half), min(1.0, mean + half)
-        if error > 1e-12:  # below it is nothing but rounding
-            p_value = two_sided_p(abs(mean) / error, groups - 1)
-        else:
-            p_value = 1.0 if mean == 0 else 2.0 ** (1 - groups)
+        certain = 1.0 if mean == 0 else 2.0 ** (1 - groups)
+        # an error below this is nothing but rounding
+        p_value = two_sided_p(abs(mean) / error, groups - 1) if error > 1e-12 else certain
     gained = sum(d > 0 for d in differences)
     lost = sum(d < 0 for d in differences)
     return PairedTest(mean, interval, p_value, len(differences), groups, gained, lost)

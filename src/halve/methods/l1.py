@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halve.calibrate import BlockView
 from halve.errors import RecipeError
-from halve.model import SIBLINGS, LayerConfig
+from halve.model import LayerConfig
 from halve.plan import Key, LinearState, ModelState, StepPlan, finish, select
 from halve.pruning import (
     check_fraction,
@@ -28,6 +28,7 @@ from halve.pruning import (
     narrow_outputs,
     row_norms,
 )
+from halve.siblings import SIBLINGS
 
 PRODUCERS = ("gate_proj", "up_proj")
 
