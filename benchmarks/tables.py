@@ -54,7 +54,7 @@ def render(text: str, root: Path, source: str) -> str:
 def make_table(request: str, root: Path) -> str:
     """The Markdown of one request, such as `compare records="benchmarks/results/*.json"`."""
     kind, *words = shlex.split(request)
-    options = dict(word.partition("=")[::2] for word in words)
+    options = {key: value for key, _, value in (word.partition("=") for word in words)}
     if kind not in KINDS or "records" not in options or not options.keys() <= {"records", "columns"}:
         raise DataError(f'"{request}" is no table: write {" or ".join(KINDS)}, records="PATTERN" and columns="..."')
     records = find_records(options["records"], root)

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,12 +121,12 @@ def test_a_long_prompt_that_takes_too_long_is_left_out_unless_asked_for(
     monkeypatch.setattr(subject, "LONG_PROMPT_TOKENS", 128)
     # 8 tokens take 3 s, so 128 take 48 s, and the warm-up and 9 runs 480 s = 8 minutes
     monkeypatch.setattr(subject, "time_pass", lambda model, prompt, new: PassTimes(3000.0, [1.0] * (new - 1)))
-    options = {"prompt_tokens": 8, "new_tokens": 3}
-    record = benchmark(folder, runs=9, **options)
+    measure = partial(benchmark, folder, prompt_tokens=8, new_tokens=3)
+    record = measure(runs=9)
     assert record["long_prompt"] is None
     assert "would take about 8 minutes" in record["not_measured"]["long_prompt"]
-    assert benchmark(folder, runs=2, **options)["long_prompt"]["prompt_tokens"] == 128
-    assert benchmark(folder, runs=9, long_prompt_tokens=128, **options)["long_prompt"]["prompt_tokens"] == 128
+    assert measure(runs=2)["long_prompt"]["prompt_tokens"] == 128
+    assert measure(runs=9, long_prompt_tokens=128)["long_prompt"]["prompt_tokens"] == 128
 
 
 @pytest.mark.parametrize(

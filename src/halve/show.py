@@ -104,7 +104,8 @@ def benchmark(record: dict[str, Any]) -> None:
         f"({record['decode_tokens_per_s']:.1f} tokens/s)"
     )
     print(f"  floor     {record['floor_share']:.0%} of what {record['bandwidth_gb_per_s']:.1f} GB/s allow")
-    print(f"  memory    {size(record['peak_memory_bytes'])} peak, {size(record['weight_bytes'])} of it weights")
+    peak = record["peak_memory_bytes"]
+    print(f"  memory    {'peak not measured' if peak is None else size(peak) + ' peak'}, {size(record['weight_bytes'])} weights")
     print("  kernels   " + ", ".join(f"{name} x{count}" for name, count in record["kernels"].items()))
     for what, why in record.get("not_measured", {}).items():
         print(f"  not measured: {what} ({why})")
