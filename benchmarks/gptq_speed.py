@@ -176,7 +176,15 @@ def main() -> None:
     )
     record = new_record("gptq-speed", shape, recipe=[figures["step"]], **figures)
     write_record(args.out, record)
-    print(json.dumps({k: figures[k] for k in ("median_s", "peak_bytes", "time_ratio", "cpu_time_ratio", "memory_ratio") if k in figures}))
+    print(
+        json.dumps(
+            {
+                k: figures[k]
+                for k in ("median_s", "peak_bytes", "time_ratio", "cpu_time_ratio", "memory_ratio")
+                if k in figures
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

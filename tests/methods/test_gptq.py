@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from halve import compress, load_model
-from halve.calibrate import Walk, make_windows, read_documents
+from halve import calibrate, compress, load_model
+from halve.calibrate import BlockView, Calibration, Walk, make_windows, read_documents
 from halve.checkpoint import open_checkpoint
 from halve.errors import DataError, RecipeError
 from halve.methods import gptq as module
 from halve.methods.gptq import Gptq, Hessian, gptq, quadratic
 from halve.plan import state_of
-from halve.quantization import QuantSpec, QuantizedWeight, quantize
+from halve.quantization import QuantizedWeight, QuantSpec, quantize
 from halve.tokenizer import load_tokenizer
 
 ALL_SPECS = [QuantSpec(b, g, s) for b in (2, 3, 4, 8) for g in (16, -1) for s in (True, False)]
@@ -254,7 +253,10 @@ def test_a_hopeless_hessian_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group_size": 48}, r"group_size=48 does not divide 64 input columns: use -1 \(per channel\) or one of \[64, 32"),
+        (
+            {"group_size": 48},
+            r"group_size=48 does not divide 64 input columns: use -1 \(per channel\) or one of \[64, 32",
+        ),
         ({"damping": -0.1}, "damping=-0.1 must lie between 0 and 1"),
         ({"damping": 2.0}, "damping=2 must lie"),
         ({"scale": "best"}, "scale='best' is unknown: use minmax or mse"),
@@ -278,10 +280,150 @@ FAMILIES = [("llama", {"tie_word_embeddings": True}), ("qwen2", {}), ("qwen3", {
 TOKENS = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(7))
 
 
-def walk_of(folder: Path, windows: int = 6, tokens: int = 40) -> Walk:
-    """The states of random tokens of a small model, a batch of two windows at a time."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(0, 97, (windows, tokens), generator=generator)
-    walk = Walk(open_checkpoint(folder), None, torch.float32, torch.float32, "cpu")
-    walk.windows = drawn
-    return walk
+def walk_of(folder: Path) -> Walk:
+    """Six calibration windows of random tokens and two held out, entering a small model in float32."""
+    drawn = torch.randint(0, 97, (8, 40), generator=torch.Generator().manual_seed(0))
+    return Walk(open_checkpoint(folder), Calibration(drawn[:6], drawn[6:], {}), torch.float32, torch.float32, "cpu")
+
+
+def quantize_blocks(folder: Path, method: Gptq) -> tuple[Walk, list[BlockView], list[dict]]:
+    """The step on every block, without writing anything: states after the last block, views, report rows."""
+    walk = walk_of(folder)
+    plan = method.plan(state_of(walk.checkpoint, 4))
+    views, rows = [], []
+    with torch.inference_mode():
+        for index in range(len(walk.checkpoint.config.layers)):
+            view = walk.block(index)
+            rows += method.edit(view, plan)
+            assert view.block is not None
+            walk.advance(view.block)
+            views.append(view)
+    return walk, views, rows
+
+
+METHOD = Gptq(bits=4, group_size=16)
+
+
+@pytest.mark.parametrize(("kind", "options"), FAMILIES, ids=[f[0] for f in FAMILIES])
+def test_every_family_is_sequential_and_reports_what_it_did(make_hf, kind: str, options: dict) -> None:
+    """Errors are recomputed from the definition: the inputs of each linear in the finished, quantized, block."""
+    folder = make_hf(kind, **options)
+    walk, views, rows = quantize_blocks(folder, METHOD)
+    reported = {row["name"]: row for row in rows}
+    check = walk_of(folder)
+    for view in views:
+        original = check.checkpoint.block(view.index or 0, torch.float32)
+        seen: dict[str, list[torch.Tensor]] = {role: [] for role in view.linears}
+        handles = [
+            linear.register_forward_pre_hook(lambda _, x, role=role, seen=seen: seen[role].append(x[0].flatten(0, -2)))
+            for role, linear in view.linears.items()
+        ]
+        assert view.block is not None
+        check.advance(view.block)
+        for handle in handles:
+            handle.remove()
+        for role, linear in view.linears.items():
+            inputs = torch.cat(seen[role]).double().split(6 * 40)  # the calibration windows go first
+            assert isinstance(linear.weight, QuantizedWeight)
+            dense, row = original.linears[role].weight.double(), reported[view.name(role)]
+            for x, key in zip(inputs, ("output_error", "held_out_output_error"), strict=True):
+                wrong = x @ (linear.dense_weight().double() - dense).t()
+                assert row[key] == pytest.approx(float(wrong.norm() / (x @ dense.t()).norm()), rel=2e-3)
+            assert row["damping"] == 0.01 and row["dead_inputs"] == int((inputs[0] == 0).all(0).sum())
+    assert len(reported) == sum(len(view.linears) for view in views)
+    # one pass, halted at the stages, ends where a plain pass through the finished blocks does
+    for halted, plain in zip(walk.states[0] + walk.states[1], check.states[0] + check.states[1], strict=True):
+        torch.testing.assert_close(halted, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_sent_anew_change_nothing(make_hf, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_hf("llama")
+    monkeypatch.setattr(calibrate, "BATCH_TOKENS", 80)
+    _, held, _ = quantize_blocks(folder, METHOD)
+    for limit in (0, 20_000):  # nothing is held; the first of three batches is
+        monkeypatch.setattr(calibrate, "HELD_BYTES", limit)
+        _, anew, _ = quantize_blocks(folder, METHOD)
+        for one, other in zip(held, anew, strict=True):
+            for role, linear in one.linears.items():
+                assert torch.equal(linear.weight.packed, other.linears[role].weight.packed)
+
+
+def test_only_targets_change(make_hf) -> None:
+    _, views, rows = quantize_blocks(make_hf("llama"), Gptq(group_size=16, targets=("down_proj", "k_proj")))
+    assert {row["name"].rsplit(".", 1)[1] for row in rows} == {"down_proj", "k_proj"}
+    assert [role for role, linear in views[0].linears.items() if linear.quantized] == ["k_proj", "down_proj"]
+
+
+def test_a_group_that_does_not_divide(make_hf) -> None:
+    """48 MLP inputs of down_proj in groups of 32: refused by name with sizes that fit, or per channel where asked."""
+    folder = make_hf("llama")
+    with pytest.raises(RecipeError, match=r"does not divide the 48 inputs of .*down_proj.*\(48, 24, 16"):
+        Gptq(group_size=32).plan(state_of(open_checkpoint(folder), 4))
+    _, views, _ = quantize_blocks(folder, Gptq(group_size=32, fallback="channel"))
+    sizes = {role: linear.weight.spec.group_size for role, linear in views[0].linears.items()}
+    assert sizes.pop("down_proj") == -1 and set(sizes.values()) == {32}
+
+
+@pytest.mark.parametrize("options", [{"damping": -1.0}, {"scale": "best"}, {"fallback": "no"}, {"bits": 6}])
+def test_bad_options_are_refused_when_the_recipe_is_read(options: dict) -> None:
+    with pytest.raises(RecipeError):
+        Gptq(**options)
+
+
+# real models
+
+MODELS = ["stories260K", "babyllama-tok361"]
+STEP = "gptq:bits=4,group_size=32,fallback=channel"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_real_layer_errs_less_than_rounding(assets: Path, name: str) -> None:
+    """At identical inputs, those of the dense model, the total output error of each linear is below round-to-nearest's."""
+    folder = assets / "models" / name
+    documents = read_documents(assets / "data" / "tinystories_317.txt")
+    windows = make_windows(documents, load_tokenizer(folder), 8, 128, 0, "stories")
+    walk = Walk(open_checkpoint(folder), windows, torch.float32, torch.float32, "cpu")
+    for index in range(5):
+        view = walk.block(index)
+        for stage in view.stages():
+            x = torch.cat(list(stage.inputs(False)))
+            spec = QuantSpec(4, 32 if x.shape[1] % 32 == 0 else -1)
+            for role in stage.roles:
+                weight = view.linears[role].dense_weight()
+                for scale, share in (("minmax", 1.0), ("mse", 0.9)):
+                    made, _ = gptq(weight, hessian_of(x), spec, scale=scale)
+                    assert output_error(weight, made, x) < share * output_error(weight, quantize(weight, spec), x)
+        assert view.block is not None
+        walk.advance(view.block)
+
+
+def test_a_real_model_end_to_end(assets: Path, tmp_path: Path) -> None:
+    """Reloaded by transformers with our logits, mixed schemes included; equal runs give equal bytes; all of it reported."""
+    text = assets / "data" / "tinystories_317.txt"
+    for out in ("a", "b"):
+        compress(assets / "models" / MODELS[0], tmp_path / out, [STEP], calibration=text, samples=8, window=128)
+    for file in (*sorted((tmp_path / "a").glob("*.safetensors")), tmp_path / "a" / "halve.json"):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    layers = json.loads((tmp_path / "a" / "halve.json").read_text())["steps"][0]["layers"]
+    touched = [row for row in layers if "output_error" in row]
+    assert len(touched) == 35 and all(row["bytes_after"] < 0.2 * row["bytes_before"] for row in touched)
+    assert all(0 < row["output_error"] < 0.2 and 0 < row["held_out_output_error"] < 0.2 for row in touched)
+    assert {row["action"] for row in touched} == {"int4 g32", "int4 per channel (fallback)"}
+    tokens = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours = load_model(tmp_path / "a")(tokens)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "a")(tokens).logits
+        dense = load_model(assets / "models" / MODELS[0])(tokens)
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    assert 1e-3 < (ours - dense).norm() / dense.norm() < 0.2
+
+
+def test_the_head_of_a_tied_model(assets: Path, tmp_path: Path) -> None:
+    """Asked for by name, it is calibrated on the states after the final norm; the embedding stays as it was."""
+    text, source = assets / "data" / "tinystories_317.txt", assets / "models" / MODELS[0]
+    step = "gptq:bits=4,group_size=32,targets=lm_head"
+    result = compress(source, tmp_path / "out", [step], calibration=text, samples=8, window=128)
+    (row,) = [row for row in result.manifest["steps"][0]["layers"] if "output_error" in row]
+    assert row["name"] == "lm_head" and 0 < row["output_error"] < 0.1
+    name = "model.embed_tokens.weight"
+    assert torch.equal(open_checkpoint(source).tensor(name), open_checkpoint(tmp_path / "out").tensor(name))
