@@ -47,7 +47,7 @@ def main() -> None:
     modifier = GPTQModifier(
         config_groups=groups, ignore=["lm_head"], dampening_frac=request["damping"], actorder="static"
     )
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     oneshot(
         model=model,
         dataset=dataset,
@@ -67,6 +67,7 @@ def main() -> None:
                 "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
                 "seconds": done - start,
                 "quantize_seconds": quantized - start,
+                "cpu_seconds": time.process_time() - processor,
                 "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             }
         )
