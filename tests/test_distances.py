@@ -10,7 +10,7 @@ import torch
 
 from halve.calibrate import Calibration, Walk
 from halve.checkpoint import load_model, open_checkpoint
-from halve.depth import (
+from halve.distances import (
     angular_distance,
     angular_distances,
     best_start,
