@@ -173,7 +173,9 @@ def _notes(windows: Calibration | None, reports: list[dict[str, Any]]) -> list[s
             notes.append(f"{report['step']}: chose {chosen}")
     if windows is not None and windows.origin["windows"] != windows.origin["windows_asked"]:
         origin = windows.origin
-        notes.append(f"the calibration text gave {origin['windows']} of the {origin['windows_asked']} windows asked for")
+        notes.append(
+            f"the calibration text gave {origin['windows']} of the {origin['windows_asked']} windows asked for"
+        )
     return notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def test_depth_width_and_quantization_combine(make_hf, tmp_path: Path) -> None:
     assert torch.isfinite(logits(tmp_path / "out")).all()
     sizes = [(s["linear_bytes_before"], s["linear_bytes_after"]) for s in result.manifest["steps"]]
     assert all(before > after for before, after in sizes)
-    assert all(a[1] == b[0] for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(sizes))
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,9 @@ def test_equals_the_full_model_with_the_readers_columns_zeroed(make_hf, tmp_path
         assert relative(logits(tmp_path / "out"), model(TOKENS).logits) < 1e-5
 
 
-def test_refit_lowers_the_error_and_held_out_output_error_is_reported(stories: Path, real: dict, tmp_path: Path) -> None:
+def test_refit_lowers_the_error_and_held_out_output_error_is_reported(
+    stories: Path, real: dict, tmp_path: Path
+) -> None:
     for step, role in (("prune-mlp:fraction=0.3,multiple_of=4", "down_proj"), ("prune-heads:fraction=0.25", "o_proj")):
         for score in ("l1", "activation", "obs"):
             result = compress(stories, tmp_path / "out", [f"{step},score={score}"], overwrite=True, **real)
