@@ -75,14 +75,14 @@ def test_two_steps_mix_schemes(make_hf, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path / "out")
     assert {s.bits for s in checkpoint.schemes.values()} == {4, 8}
     assert checkpoint.schemes["model.layers.0.self_attn.q_proj"].bits == 4
-    second = {row["name"]: row for row in result.manifest["steps"][1]["layers"]}
+    second = {row["name"]: row for row in result.manifest["steps"][1]["linears"]}
     assert second["model.layers.0.self_attn.q_proj"]["reason"] == "already quantized (int4 g16)"
     assert relative(logits(tmp_path / "out"), their_logits(tmp_path / "out")) < 1e-5
 
 
 def test_every_linear_is_listed_and_bytes_are_true(make_hf, tmp_path: Path) -> None:
     result = compress(make_hf("qwen2"), tmp_path / "out", ["rtn:bits=8,ignore=down_proj"])
-    rows = {row["name"]: row for row in result.manifest["steps"][0]["layers"]}
+    rows = {row["name"]: row for row in result.manifest["steps"][0]["linears"]}
     assert len(rows) == 3 * 7 + 1
     assert rows["model.layers.1.mlp.down_proj"]["reason"] == "ignored"
     assert "lm_head" in rows["lm_head"]["reason"]

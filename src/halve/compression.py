@@ -150,7 +150,7 @@ def compress(
     _verify(source, request)
     write_text(source.folder / "halve-log.jsonl", "".join(json.dumps(s) + "\n" for s in seconds))
     _publish(work, source.folder, request.out)
-    notes = _notes(windows)
+    notes = _notes(windows, reports)
     return Result(request.out, manifest, plan, notes)
 
 
@@ -163,11 +163,20 @@ def _calibration(request: Request, plan: RecipePlan) -> Calibration | None:
     return make_windows(documents, tokenizer, request.samples, plan.window, request.seed, request.calibration)
 
 
-def _notes(windows: Calibration | None) -> list[str]:
-    if windows is None or windows.origin["windows"] == windows.origin["windows_asked"]:
-        return []
-    origin = windows.origin
-    return [f"the calibration text gave {origin['windows']} of the {origin['windows_asked']} windows asked for"]
+def _notes(windows: Calibration | None, reports: list[dict[str, Any]]) -> list[str]:
+    """What the user should know besides the result: choices made from data, and text that did not suffice."""
+    notes = []
+    for report in reports:
+        changed = {k: v for k, v in report.get("resolved", {}).items() if v != report.get(k)}
+        chosen = ", ".join(f"{k}={'|'.join(v)}" for k, v in changed.items() if isinstance(v, list))
+        if chosen:
+            notes.append(f"{report['step']}: chose {chosen}")
+    if windows is not None and windows.origin["windows"] != windows.origin["windows_asked"]:
+        origin = windows.origin
+        notes.append(
+            f"the calibration text gave {origin['windows']} of the {origin['windows_asked']} windows asked for"
+        )
+    return notes
 
 
 def _prepare_output(request: Request, plan: RecipePlan, overwrite: bool) -> Path:
@@ -355,7 +364,7 @@ def _complete(folder: Path, request: Request, source: Checkpoint, step: StepPlan
 
 def _report(asked: Method, method: Method, step: StepPlan, rows: list[dict[str, Any]]) -> dict[str, Any]:
     measured = {row["name"]: row for row in rows}
-    layers = []
+    linears = []
     for row in step.rows:
         line = {
             "name": row.name,
@@ -365,15 +374,15 @@ def _report(asked: Method, method: Method, step: StepPlan, rows: list[dict[str, 
         }
         if row.reason:
             line["reason"] = row.reason
-        layers.append(line | {k: v for k, v in measured.get(row.name, {}).items() if k != "name"})
+        linears.append(line | {k: v for k, v in measured.get(row.name, {}).items() if k != "name"})
     return {
         **step_json(asked),
         **({} if asked == method else {"resolved": step_json(method)}),
         "parameters_before": step.before.parameters,
         "parameters_after": step.after.parameters,
         "linear_bytes_before": step.before.linear_bytes,
-        "linear_bytes_after": sum(line["bytes_after"] for line in layers),
-        "layers": layers,
+        "linear_bytes_after": sum(line["bytes_after"] for line in linears),
+        "linears": linears,
     }
 
 

@@ -42,7 +42,7 @@ def zeroed(
     family, linears = open_checkpoint(folder).family, blocks(values or folder)
     with torch.no_grad():
         for (layer, role), (kept, dim) in keep.items():
-            weight = model.get_submodule(family.block_name(layer, role)).weight
+            weight = model.get_parameter(family.block_name(layer, role) + ".weight")
             weight.copy_(linears[layer][role].full_weight())
             gone = torch.ones(weight.shape[dim], dtype=torch.bool)
             gone[kept] = False

@@ -2,7 +2,7 @@
 
 drop-layers with select=angular is the run of layers of least angular distance (Gromov et al. 2024, arXiv 2403.17887,
 equation 8), select=deepest the simple variant of its section 5, which keeps the last layer. What is measured and how:
-depth.py.
+distances.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from halve.calibrate import BlockView, Walk
-from halve.depth import Unit, best_start, drop_by_perplexity, measure_layers
+from halve.distances import Unit, best_start, drop_by_perplexity, measure_layers
 from halve.errors import RecipeError
 from halve.model import LayerConfig, ModelConfig
 from halve.plan import ModelState, StepPlan, finish

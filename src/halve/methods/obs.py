@@ -119,7 +119,7 @@ def refit(weight: Tensor, hessian: Tensor, kept: Tensor) -> Tensor:
 
 def relative_error(change: Tensor, weight: Tensor, hessian: Tensor) -> float:
     """||X E^T|| / ||X W^T|| for a change E [O, I] of W [O, I] on inputs of undamped second moment H (0 when both are)."""
-    loss, energy = (float(((part @ hessian) * part).sum()) for part in (change.double(), weight.double()))
+    loss, energy = (float(((part @ hessian.double()) * part).sum()) for part in (change.double(), weight.double()))
     return (max(loss, 0.0) / energy) ** 0.5 if energy > 0 else 0.0
 
 

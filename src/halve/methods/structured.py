@@ -18,6 +18,7 @@ from halve.calibrate import BlockView, Walk
 from halve.errors import RecipeError
 from halve.linear import Linear
 from halve.methods import obs
+from halve.methods.gptq import Hessian
 from halve.model import LayerConfig, ModelConfig
 from halve.plan import Key, LinearState, ModelState, StepPlan, finish
 from halve.pruning import check_fraction, column_norms, narrow_inputs, narrow_outputs, row_norms
@@ -164,7 +165,7 @@ class Structured:
 
     def _removal(self, view: BlockView, layer: LayerConfig, config: ModelConfig, count: int) -> obs.Removal:
         reader, per_unit = view.linears[self.reader], self.columns(config, layer)
-        moment = second_moment(view, self.reader) if self.score != "l1" else None
+        moment = second_moments(view, self.reader, held_out=False)[0] if self.score != "l1" else None
         return self._rank(view, reader, moment, per_unit, self.producers(config, layer), count)
 
     def _rank(
@@ -203,8 +204,9 @@ class Structured:
         units, count = self.size(layer), left.shape.in_features // per_unit
         if count == units:
             return []
-        moment = second_moment(view, self.reader) if self.calibrates else None
+        moments = second_moments(view, self.reader) if self.calibrates else []
         producers = self.producers(config, layer)
+        moment = moments[0] if moments else None
         order = self._rank(view, reader, moment, per_unit, producers, units - count).order
         stays = torch.ones(units, dtype=torch.bool, device=order.device)
         stays[order] = False
@@ -212,8 +214,8 @@ class Structured:
         columns = _expand(kept, per_unit)
         narrow = narrow_inputs(reader, columns)
         row: dict[str, Any] = {"name": view.name(self.reader)}
-        if moment is not None:
-            narrow, measured = self._fit(view, reader, narrow, moment, columns)
+        if moments:
+            narrow, measured = self._fit(view, reader, narrow, moments, columns)
             row |= measured
         view.replace(self.reader, narrow)
         for role, rows in producers.items():
@@ -221,17 +223,17 @@ class Structured:
         return [row]
 
     def _fit(
-        self, view: BlockView, reader: Linear, narrow: Linear, moment: Tensor, columns: Tensor
+        self, view: BlockView, reader: Linear, narrow: Linear, moments: list[Tensor], columns: Tensor
     ) -> tuple[Linear, dict[str, float]]:
         """The narrower reader, refitted if asked; relative output errors on calibration and held-out inputs."""
         weight = reader.dense_weight(torch.float64)
-        judges = {"output_error": moment, "held_out_error": second_moment(view, self.reader, held_out=True)}
+        judges = dict(zip(("output_error", "held_out_output_error"), moments, strict=True))
         change = -weight
         change[:, columns] = 0
         row = {name: obs.relative_error(change, weight, judge) for name, judge in judges.items()}
         if not self.refit:
             return narrow, row
-        raised, _, used = obs.damped(moment, self.damping, view.name(self.reader))
+        raised, _, used = obs.damped(moments[0], self.damping, view.name(self.reader))
         fitted = obs.refit(weight, raised, columns).to(view.store_dtype)
         change[:, columns] = fitted.double() - weight[:, columns]
         row = {f"{name}_before_refit": value for name, value in row.items()}
@@ -291,20 +293,17 @@ class PruneHeads(Structured):
         return replace(layer, num_heads=layer.num_heads // layer.num_kv_heads * units, num_kv_heads=units)
 
 
-def second_moment(view: BlockView, role: str, held_out: bool = False) -> Tensor:
-    """X^T X / N over the inputs X [N, I] of one linear, float32 products, float64 [I, I]."""
-    size, tokens = view.linears[role].in_features, 0
-    device = view.linears[role].weight.device
-    total = torch.zeros(size, size, dtype=torch.float64, device=device)
-
-    def visit(_role: str, x: Tensor) -> None:
-        nonlocal tokens
-        x = x if x.dtype == torch.float64 else x.float()
-        tokens += x.shape[0]
-        total.add_(x.t() @ x)
-
-    view.collect([role], visit, held_out)
-    return total / max(tokens, 1)
+def second_moments(view: BlockView, role: str, held_out: bool = True) -> list[Tensor]:
+    """2/N X^T X over the inputs X [N, I] of one linear, float32 [I, I]: on calibration, and if asked held-out windows."""
+    linear = view.linears[role]
+    stage = next(stage for stage in view.stages() if role in stage.roles)
+    moments = []
+    for which in (False, True)[: 1 + held_out]:
+        hessian = Hessian(linear.in_features, linear.weight.device)
+        for x in stage.inputs(which):
+            hessian.add(x)
+        moments.append(hessian.value())
+    return moments
 
 
 def _typical_energy(states: list[Tensor]) -> float:
