@@ -160,7 +160,7 @@ def test_wrong_requests_are_one_line_and_exit_code_2(
 def test_help_and_version(run) -> None:
     code, printed, _ = run("--help")
     assert code == 0
-    for command in ("compress", "evaluate", "benchmark", "generate", "compare", "demo", "convert", "steps"):
+    for command in ("compress", "evaluate", "benchmark", "generate", "compare", "demo", "convert", "steps", "layers"):
         assert command in printed
         assert run(command, "--help")[0] == 0
     assert run("--version")[1].strip() == __import__("halve").__version__

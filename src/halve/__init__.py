@@ -12,14 +12,17 @@ if TYPE_CHECKING:
     from halve.compression import compress
     from halve.conversion import convert
     from halve.dropin import quantize_linear
+    from halve.dropin_prune import prune_linear
     from halve.errors import HalveError
     from halve.evaluation import evaluate
     from halve.generation import generate, generate_text
+    from halve.layer_analysis import analyse_layers
     from halve.tokenizer import load_tokenizer
 
 # where each public name lives; imported on first use, so that `import halve` stays instant
 _PUBLIC = {
     "HalveError": "errors",
+    "analyse_layers": "layer_analysis",
     "benchmark": "benchmarking",
     "compare": "comparison",
     "compress": "compression",
@@ -29,11 +32,13 @@ _PUBLIC = {
     "generate_text": "generation",
     "load_model": "checkpoint",
     "load_tokenizer": "tokenizer",
+    "prune_linear": "dropin_prune",
     "quantize_linear": "dropin",
 }
 __all__ = [
     "HalveError",
     "__version__",
+    "analyse_layers",
     "benchmark",
     "compare",
     "compress",
@@ -43,6 +48,7 @@ __all__ = [
     "generate_text",
     "load_model",
     "load_tokenizer",
+    "prune_linear",
     "quantize_linear",
 ]
 

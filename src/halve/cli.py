@@ -300,6 +300,26 @@ def demo(
 
 
 @app.command()
+def layers(
+    model: Model,
+    data: Annotated[str, typer.Option(help=".txt, .jsonl, a RACE folder, or c4 | wikitext2 from the hub.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tables (CSV, JSON) and the plot.")],
+    samples: Annotated[int, typer.Option(help="Windows of text.")] = 32,
+    window: Annotated[int, typer.Option(help="Tokens a window (at most the model's context).")] = 2048,
+    mark: Annotated[
+        int | None, typer.Option(help="Point out the best run of this many layers in the plot.", show_default=False)
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Measure how far every run of layers and every sublayer of MODEL turns the hidden state: what can go first."""
+    from halve.layer_analysis import analyse_layers
+
+    analyse_layers(model, data, out, samples=samples, window=window, mark=mark, seed=seed, device=device)
+    print(f"tables and plot are in {out}")
+
+
+@app.command()
 def convert(model: Model, out: Out, overwrite: Overwrite = False) -> None:
     """Turn a folder of pickled .bin weights into safetensors (most OPT checkpoints need it)."""
     from halve.conversion import convert as run

@@ -105,7 +105,9 @@ def benchmark(record: dict[str, Any]) -> None:
     )
     print(f"  floor     {record['floor_share']:.0%} of what {record['bandwidth_gb_per_s']:.1f} GB/s allow")
     peak = record["peak_memory_bytes"]
-    print(f"  memory    {'peak not measured' if peak is None else size(peak) + ' peak'}, {size(record['weight_bytes'])} weights")
+    print(
+        f"  memory    {'peak not measured' if peak is None else size(peak) + ' peak'}, {size(record['weight_bytes'])} weights"
+    )
     print("  kernels   " + ", ".join(f"{name} x{count}" for name, count in record["kernels"].items()))
     for what, why in record.get("not_measured", {}).items():
         print(f"  not measured: {what} ({why})")
