@@ -210,7 +210,7 @@ class BlockView:
     def replace(self, role: str, linear: Linear) -> None:
         self.linears[role] = linear
         if self.block is not None:
-            self.block.linears[role] = linear
+            self.block.linears[role] = self._walk.expanded(linear)
 
     def finished(self, plan: StepPlan, layer: int) -> Block:
         """The block as the step leaves it, at its place `layer` in the model after; sublayers that go are left out."""
@@ -233,7 +233,7 @@ class BlockView:
         def hook(role: str) -> Callable[..., None]:
             return lambda _module, inputs: visit(role, inputs[0].flatten(0, -2))
 
-        handles = [self.linears[role].register_forward_pre_hook(hook(role)) for role in roles]
+        handles = [self.block.linears[role].register_forward_pre_hook(hook(role)) for role in roles]
         try:
             for state in states:
                 self.block(state, self._walk.span(state.shape[1]))
@@ -310,7 +310,19 @@ class Walk:
     def block(self, index: int) -> BlockView:
         """Layer `index` of the model being compressed."""
         block = self.checkpoint.block(index, self.dtype, self.device)
-        return BlockView(self, block, {k: v for k, v in block.linears.items() if isinstance(v, Linear)}, index)
+        linears = {role: linear for role, linear in block.linears.items() if isinstance(linear, Linear)}
+        for role, linear in linears.items():
+            block.linears[role] = self.expanded(linear)
+        return BlockView(self, block, linears, index)
+
+    def expanded(self, linear: Linear) -> Linear:
+        """The linear for running many windows: a packed weight is expanded once, not at every batch."""
+        if not self.calibrated or not linear.quantized:
+            return linear
+        weight = linear.dense_weight(self.dtype)
+        return Linear(
+            weight, linear.bias, linear.input_index, linear.output_index, linear.in_features, linear.out_features
+        )
 
     def head(self) -> BlockView:
         """The output head; its inputs are the states after the final norm."""

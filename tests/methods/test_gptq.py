@@ -314,11 +314,11 @@ def test_every_family_is_sequential_and_reports_what_it_did(make_hf, kind: str, 
     for view in views:
         original = check.checkpoint.block(view.index or 0, torch.float32)
         seen: dict[str, list[torch.Tensor]] = {role: [] for role in view.linears}
+        assert view.block is not None
         handles = [
             linear.register_forward_pre_hook(lambda _, x, role=role, seen=seen: seen[role].append(x[0].flatten(0, -2)))
-            for role, linear in view.linears.items()
+            for role, linear in view.block.linears.items()
         ]
-        assert view.block is not None
         check.advance(view.block)
         for handle in handles:
             handle.remove()

@@ -31,6 +31,7 @@ from halve.quantization import (
     from_codes,
     scale_and_zero,
 )
+from halve.tensors import all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -362,7 +363,7 @@ def _check(weight: Tensor, hessian: Tensor, spec: QuantSpec, name: str) -> None:
             f"use -1 (per channel) or one of {fitting_group_sizes(columns)}"
         )
     for what, tensor in (("Hessian", hessian), ("weight", weight)):
-        if not torch.isfinite(tensor.sum(dtype=torch.float64)) and not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise DataError(f"{name}: its {what} holds inf or nan: calibrate in fp32 or check the checkpoint")
 
 
