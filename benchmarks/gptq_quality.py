@@ -157,13 +157,14 @@ def main() -> None:
         "channel_where": "the group size does not divide",
         "batch_size": 1,
     }
+    peer: dict[str, Any] = {"versions": versions, "configuration": configuration}
     record = new_record(
         "gptq-quality",
         ", ".join(folder.name for folder in args.models),
         recipe=[rows[0]["step"]],
         text={"file": args.text.name, "calibration": f"first {args.train}", "held_out": f"last {args.held_out}"},
         results=rows,
-        **({"peer": {"versions": versions, "configuration": configuration}} if args.peer_python else {}),
+        peer=peer if args.peer_python else None,
     )
     write_record(args.out, record)
 

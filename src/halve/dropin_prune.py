@@ -36,7 +36,7 @@ def prune_linear(
     check_fraction("prune_linear input_fraction", input_fraction)
     check_fraction("prune_linear output_fraction", output_fraction)
     if isinstance(layer, DropIn):
-        linear = layer.linear(torch.float32 if layer.weight is None else layer.weight.dtype)
+        linear = layer.linear(layer.weight.dtype if isinstance(layer.weight, Tensor) else torch.float32)
     else:
         linear = Linear(layer.weight.detach(), None if layer.bias is None else layer.bias.detach().clone())
     columns = kept_count(linear.weight.shape[1], input_fraction)

@@ -129,6 +129,7 @@ def _csv(header: list[str], rows: list[list[Any]]) -> str:
 
 def _plot(found: LayerAnalysis, path: Path, mark: int | None) -> None:
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -137,6 +138,8 @@ def _plot(found: LayerAnalysis, path: Path, mark: int | None) -> None:
         right.plot(list(turns), [turn.last_token for turn in turns.values()], marker="o", label=kind)
     right.set(xlabel="layer", ylabel="angular distance", title="each sublayer alone (last token)", ylim=(0, None))
     right.legend()
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(f"{Path(found.model).name}: what layers do to the residual stream")
     try:
         figure.savefig(path, dpi=120)
