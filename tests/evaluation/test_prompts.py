@@ -10,6 +10,7 @@ from halve.evaluation.prompts import (
     Prompt,
     encode_prompt,
     letter_prompt,
+    open_prompt,
     option_prompt,
     plain_prompt,
     system1_prompt,
@@ -43,6 +44,7 @@ def test_prompts_are_the_protocols_to_the_letter() -> None:
         "Article: Tom has a cat.\nQuestion: What has Tom?\nA) a dog\nB) a cat\nC) an owl\nAnswer:"
     )
     assert letters.continuations == (" A", " B", " C")
+    assert open_prompt(QUESTION) == replace(letters, continuations=())
     options = option_prompt(QUESTION)
     assert options.context == "Article: Tom has a cat.\nQuestion: What has Tom?\nAnswer:"
     assert options.continuations == (" a dog", " a cat", " an owl")
@@ -112,6 +114,18 @@ def test_each_option_is_cut_by_what_it_needs_itself(characters: Any) -> None:
         "om has a cat. an owl",
     ]
     assert encoded.cut == 1
+
+
+def test_letters_see_one_and_the_same_article(characters: Any) -> None:
+    """Even where a tokenizer makes two tokens of " D" and one of " A"."""
+    prompt = letter_prompt(QUESTION)
+    uneven = replace(prompt, continuations=(" A", " B", " CC"))
+    room = len(prompt.context) + 1
+    encoded = encode_prompt(characters, uneven, room)
+    texts = [characters.decode(list(s)) for s in encoded.sequences]
+    context = letter_prompt(replace(QUESTION, article=QUESTION.article[3:])).context
+    assert texts == [context + " A", context + " B", context + " CC"]
+    assert encoded.cut == 3
 
 
 def test_overflow_begins_where_question_and_options_alone_do_not_fit(characters: Any) -> None:

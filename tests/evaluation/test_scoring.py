@@ -87,6 +87,21 @@ def test_options_of_one_token_need_no_pass_of_their_own(model: Model) -> None:
     check(model, questions, [root], 1000)
 
 
+def test_options_that_differ_in_their_last_token_only_are_one_branch(model: Model) -> None:
+    questions = [([[0, 5, 6, 7, 8, 20], [0, 5, 6, 7, 9, 10], [0, 5, 6, 7, 9, 11], [0, 5, 6, 7, 12]], [4] * 4, 0)]
+    (root,) = question_nodes(questions)
+    assert [list(child.tokens) for child in root.children] == [[8], [9]]
+    check(model, questions, [root], 1000)
+
+
+def test_short_prefixes_are_not_shared(model: Model) -> None:
+    long = [[0, 5, *range(begin, begin + 30)] for begin in (10, 20, 40)]
+    questions = [(long, [25, 25, 25], 0)]
+    roots = question_nodes(questions)
+    assert [len(root.tokens) for root in roots] == [31, 31, 31]
+    check(model, questions, roots, 1000)
+
+
 def test_the_article_is_computed_once_for_all_its_questions(model: Model) -> None:
     article = [0, *range(20, 40)]
     questions = [([[*article, 50 + q, 60, option] for option in (1, 2)], [22, 22], 2 * q) for q in range(3)]

@@ -21,6 +21,7 @@ from halve.evaluation.prompts import (
     Tokenizer,
     encode_prompt,
     letter_prompt,
+    open_prompt,
     system1_prompt,
 )
 from halve.evaluation.race import Question, QuestionSet
@@ -54,7 +55,7 @@ PROTOCOLS = {
     "letter": Protocol(letter_prompt),
     "continuation": Protocol(None),
     "pmi": Protocol(None, prior=True),
-    "generate": Protocol(letter_prompt, read=strict_answer),
+    "generate": Protocol(open_prompt, read=strict_answer),
     "system1": Protocol(system1_prompt, read=system1_answer, over_answered=True, default_limit=SYSTEM1_QUESTIONS),
 }
 

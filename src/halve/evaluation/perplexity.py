@@ -156,9 +156,8 @@ def _record(
     not_measured = {name: "the task is perplexity" for name in absent}
     try:
         perplexity = math.exp(mean)
-    except OverflowError:
-        perplexity = None
-        not_measured["perplexity"] = f"exp({mean:.0f}) is beyond the range of a float"
+    except OverflowError:  # a model broken beyond measure
+        perplexity = math.inf
     return {
         "task": "perplexity",
         "protocol": protocol,

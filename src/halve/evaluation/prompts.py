@@ -6,7 +6,7 @@ Token sequences are lists of ids; `starts[i]` is where the option's tokens begin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol as Interface
 
 from halve.evaluation.race import LETTERS, Question
@@ -22,12 +22,16 @@ class Tokenizer(TokenizerLike, Interface):
 
 @dataclass(frozen=True)
 class Prompt:
-    """Context = head + article + tail; each continuation is judged after it (none: text is generated)."""
+    """Context = head + article + tail; each continuation is judged after it (none: text is generated).
+
+    one_cut: all continuations see the same article when it must be cut, not each the most that fits before it.
+    """
 
     head: str
     article: str
     tail: str
     continuations: tuple[str, ...] = ()
+    one_cut: bool = False
 
     @property
     def context(self) -> str:
@@ -52,7 +56,12 @@ def letter_prompt(question: Question) -> Prompt:
     """The question with lettered options and the cue "Answer:"; continued by " A", " B", ..."""
     letters = LETTERS[: len(question.options)]
     tail = f"\nQuestion: {question.text}\n{_lettered(question)}\nAnswer:"
-    return Prompt("Article: ", question.article, tail, tuple(f" {letter}" for letter in letters))
+    return Prompt("Article: ", question.article, tail, tuple(f" {letter}" for letter in letters), one_cut=True)
+
+
+def open_prompt(question: Question) -> Prompt:
+    """The prompt of `letter_prompt`, for text to be generated after it."""
+    return replace(letter_prompt(question), continuations=())
 
 
 def option_prompt(question: Question) -> Prompt:
@@ -86,8 +95,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, room: int) -> EncodedPro
     """Tokens of context + continuation together, at most `room` of them; the article loses tokens from its left to fit.
 
     An option's tokens are those after the longest common prefix with the context alone: a tokenizer may merge
-    characters across the border, and one that adds a space at the start of a text does so only once. Each option is cut
-    by what it needs itself, so that a long one does not take context from the others.
+    characters across the border, and one that adds a space at the start of a text does so only once. Options are
+    texts of very different lengths: each is cut by what it needs itself, so that a long one takes no context from others.
     """
     context = tokenizer.encode(prompt.context, bos=True)
     if prompt.continuations:
@@ -97,6 +106,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, room: int) -> EncodedPro
     else:
         sequences, starts = [context], [len(context)]
     excess = [max(0, len(s) - room) for s in sequences]
+    if prompt.one_cut:
+        excess = [max(excess)] * len(excess)
     if max(excess) > 0:
         first, count = _article_span(tokenizer, prompt, context)
         if max(excess) > count or any(first + e > start for e, start in zip(excess, starts, strict=True)):

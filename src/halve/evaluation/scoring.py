@@ -44,19 +44,34 @@ def question_nodes(questions: Sequence[tuple[Sequence[Sequence[int]], Sequence[i
     A question is (token sequences of its options, where each option starts, slot of its first option). Where a cut to
     the context left options or questions with different beginnings, the tree branches there.
     """
-    stems = [_shared_by_options(sequences) for sequences, _, _ in questions]
-    contexts = [sequences[0][:stem] for (sequences, _, _), stem in zip(questions, stems, strict=True)]
-    shared = 0
-    if len(questions) > 1:
-        # nothing is predicted from the article's own node, so it ends before the token that predicts any option
-        first_scored = min(min(starts) for _, starts, _ in questions)
-        shared = min(first_scored - 1, *(common_prefix(contexts[0], context) for context in contexts))
-    children = [
-        node
-        for (sequences, starts, slot), stem in zip(questions, stems, strict=True)
-        for node in _question_nodes(sequences, starts, slot, shared, stem)
-    ]
-    return [Node(contexts[0][:shared], [], children)] if shared > 0 else children
+    first_option = [sequences[0] for sequences, _, _ in questions]
+    # nothing is predicted from the article's own node, so it ends before the token that predicts any option
+    shared = min(min(starts) - 1 for _, starts, _ in questions)
+    shared = min(shared, *(_shared_by_options(sequences) for sequences, _, _ in questions))
+    shared = min(shared, *(common_prefix(first_option[0], tokens) for tokens in first_option))
+    longest = max(len(tokens) for sequences, _, _ in questions for tokens in sequences)
+    if len(questions) == 1 or not _worth_sharing(shared, longest):
+        shared = 0
+    children = [node for question in questions for node in _option_nodes(*question, shared)]
+    return [Node(first_option[0][:shared], [], children)] if shared > 0 else children
+
+
+def _option_nodes(sequences: Sequence[Sequence[int]], starts: Sequence[int], slot: int, begin: int) -> list[Node]:
+    """A question's tokens from `begin` on with its options as children; the options alone when they share too little."""
+    stem = _shared_by_options(sequences)
+    if not _worth_sharing(stem - begin, max(len(tokens) for tokens in sequences) - begin):
+        stem = begin
+    node = Node(sequences[0][begin:stem])
+    branches: dict[tuple[int, ...], Node] = {}  # letters of two tokens differ in the last only, and are one branch
+    for index, (tokens, start) in enumerate(zip(sequences, starts, strict=True)):
+        targets = [(t - 1, tokens[t], slot + index) for t in range(start, len(tokens))]
+        node.targets += [(at - begin, token, own) for at, token, own in targets if at < stem]
+        rest = [(at - stem, token, own) for at, token, own in targets if at >= stem]
+        if rest:
+            branch = branches.setdefault(tuple(tokens[stem:-1]), Node(tokens[stem:-1]))
+            branch.targets += rest
+    node.children = list(branches.values())
+    return [node] if node.tokens else node.children
 
 
 def _shared_by_options(sequences: Sequence[Sequence[int]]) -> int:
@@ -64,18 +79,9 @@ def _shared_by_options(sequences: Sequence[Sequence[int]]) -> int:
     return min(min(common_prefix(sequences[0], s), len(s) - 1) for s in sequences)
 
 
-def _question_nodes(
-    sequences: Sequence[Sequence[int]], starts: Sequence[int], slot: int, begin: int, stem: int
-) -> list[Node]:
-    """A question's tokens from `begin` to `stem` with its options as children; the options alone when that is empty."""
-    node = Node(sequences[0][begin:stem])
-    for index, (tokens, start) in enumerate(zip(sequences, starts, strict=True)):
-        targets = [(t - 1, tokens[t], slot + index) for t in range(start, len(tokens))]
-        node.targets += [(at - begin, token, own) for at, token, own in targets if at < stem]
-        rest = [(at - stem, token, own) for at, token, own in targets if at >= stem]
-        if rest:
-            node.children.append(Node(tokens[stem:-1], rest))
-    return [node] if node.tokens else node.children
+def _worth_sharing(shared: int, length: int) -> bool:
+    """A continued prefix needs masked attention, which costs more than the few tokens of a short one."""
+    return 5 * shared >= length
 
 
 def score(model: Model, roots: Sequence[Node], slots: int, batch_tokens: int = BATCH_TOKENS) -> Tensor:
