@@ -89,7 +89,7 @@ SPEED_COLUMNS = (
     Column("TTFT (ms)", ("ttft_ms",), "{:.1f}".format),
     Column("peak memory", ("peak_memory_bytes",), lambda n: show_bytes(n)),
     Column("weights", ("weight_bytes",), lambda n: show_bytes(n)),
-    Column("share of floor", ("floor_share",), lambda x: f"{100 * x:.0f} %"),
+    Column("share of floor", ("floor_share",), lambda x: show_share(x)),
 )
 
 
@@ -251,6 +251,11 @@ def show_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}" if count < 1e3 * size else f"{count / size:.0f} {unit}"
     return f"{count:.0f} B"
+
+
+def show_share(value: float) -> str:
+    """Per cent, whole from 10 % on."""
+    return f"{100 * value:.0f} %" if value >= 0.0995 else f"{100 * value:.2g} %"
 
 
 def show_perplexity(value: float) -> str:
