@@ -60,9 +60,11 @@ class Linear(nn.Module):
     def select_backend(self, name: str, dtype: torch.dtype) -> str:
         """Choose the kernel for this layer once; returns the name of the kernel that will run.
 
+        The weight is from then on held as that kernel reads it, and no longer as it was stored.
         `name` is "auto" or one of `kernels.BACKENDS`. Raises HalveError when an explicit choice cannot serve this weight.
         """
         self._matmul = kernels.select(name, self.weight, dtype)
+        self.weight = self._matmul.weight
         return self._matmul.kernel
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -82,7 +84,7 @@ class Linear(nn.Module):
         if self.input_index is not None:
             x = x.index_select(-1, self.input_index)
         if self._matmul is None:
-            self.select_backend("auto", x.dtype)
+            self._matmul = kernels.select("auto", self.weight, x.dtype)  # the weight may still be written out
         assert self._matmul is not None
         y = self._matmul(x)
         if self.output_index is not None:
