@@ -34,10 +34,7 @@ class _Weight(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "order", "segment_end", "segment_group")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("rows", "in_features", "columns", "words", "groups", "segments")
-        ),
+        *((name, ctypes.c_int64) for name in ("rows", "in_features", "columns", "words", "groups", "segments")),
         *((name, ctypes.c_int32) for name in ("bits", "offset", "scale_kind", "dense_kind")),
     )
 
