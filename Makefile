@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/halve demo demo-out --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks

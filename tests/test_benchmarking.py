@@ -52,7 +52,7 @@ def test_a_real_run_has_every_figure(folder: Path, tmp_path: Path) -> None:
     assert record.keys() >= set(CONTRACT)
     assert read_record(write_record(tmp_path / "r.json", record)) == record
     assert record["device"] == "cpu"
-    assert record["kernels"] == {"torch.linear": 3 * 4 + 1}  # q/k/v and gate/up are merged: 4 a layer, and the head
+    assert sum(record["kernels"].values()) == 3 * 4 + 1  # q/k/v and gate/up are merged: 4 a layer, and the head
     assert record["weight_bytes"] == file_bytes(folder)
     assert record["decode_ms_p10"] <= record["decode_ms_median"] <= record["decode_ms_p90"]
     assert math.isclose(record["prefill_tokens_per_s"], 16_000 / record["ttft_ms"])
@@ -234,7 +234,8 @@ def test_the_profile_names_operations_and_draws_the_memory(folder: Path, tmp_pat
     record = benchmark(folder, prompt_tokens=32, new_tokens=6, runs=1, long_prompt_tokens=0, profile_plot=plot)
     profile = record["profile"]
     calls = {row["operation"]: row["calls"] for row in profile["operations"]}
-    assert calls["aten::mm"] + calls.get("aten::addmm", 0) == 13 * 6  # every linear once a pass: a prefill and 5 steps
+    (kernel,) = record["kernels"]
+    assert calls[f"linear ({kernel})"] == 13 * 6  # every linear once a pass: a prefill and 5 steps
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert profile["memory_timeline"] == "plot.png"
     assert profile["phase_ms"].keys() == {"prefill", "decode"}

@@ -5,6 +5,8 @@ Shape legend: N rows of input, I logical input features, O logical output featur
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -66,6 +68,9 @@ class Linear(nn.Module):
         self._matmul = kernels.select(name, self.weight, dtype)
         self.weight = self._matmul.weight
         return self._matmul.kernel
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_matmul": None}  # a kernel may hold addresses: a copy prepares its own
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [K, S] as numbers."""

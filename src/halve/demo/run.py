@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from halve.benchmarking import Placement, Settings, benchmark_side_by_side
 from halve.checkpoint import load_model
 from halve.comparison import Comparison, compare
@@ -89,10 +91,15 @@ def demo(out: str | Path = "halve-demo", *, overwrite: bool = False) -> Comparis
 
 
 def examine(model: Path) -> list[Record]:
-    """The records of every exam for one model folder, reloaded from disk."""
-    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    """The records of every exam for one model folder, reloaded from disk.
+
+    Computed in float32: the stored weights are what is examined, and few CPUs are quick in bfloat16.
+    """
+    loaded, tokenizer = load_model(model, dtype=torch.float32), load_tokenizer(model)
     return [
-        new_record("evaluation", model, command="halve demo", **evaluate(loaded, tokenizer, **exam.options))
+        new_record(
+            "evaluation", model, command="halve demo", dtype="float32", **evaluate(loaded, tokenizer, **exam.options)
+        )
         for exam in EXAMS
     ]
 
