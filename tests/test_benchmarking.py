@@ -119,6 +119,7 @@ def test_a_long_prompt_that_takes_too_long_is_left_out_unless_asked_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subject, "LONG_PROMPT_TOKENS", 128)
+    monkeypatch.setattr(subject, "generation_ms", lambda model, prompt, tokens: float(tokens))
     # 8 tokens take 3 s, so 128 take 48 s, and the warm-up and 9 runs 480 s = 8 minutes
     monkeypatch.setattr(subject, "time_pass", lambda model, prompt, new: PassTimes(3000.0, [1.0] * (new - 1)))
     measure = partial(benchmark, folder, prompt_tokens=8, new_tokens=3)
@@ -218,6 +219,7 @@ def test_side_by_side_takes_turns_and_gives_ratios(
         return PassTimes(1.0, [2.0 * layers] * (new_tokens - 1))
 
     monkeypatch.setattr(subject, "time_pass", timed)
+    monkeypatch.setattr(subject, "generation_ms", lambda model, prompt, tokens: float(tokens))
     settings = Settings(prompt_tokens=8, new_tokens=4, runs=2, long_prompt_tokens=0)
     first, second = benchmark_side_by_side([folder, other], settings, Placement())
     assert order == [3, 3, 1, 1] + [3, 1] * 2  # the warm-up of each, then two rounds
