@@ -19,6 +19,7 @@ from halve.progress import progress
 from halve.records import Record, new_record, read_records, write_record
 from halve.tokenizer import load_tokenizer
 
+COLUMNS = ["model", "weight_bytes", "perplexity", "accuracy 1", "accuracy 2", "peak_memory_bytes", "decode_ms_median"]
 READER = Path(__file__).parent / "reader"
 SPEED_RECORDS = Path(__file__).parents[3] / "benchmarks" / "results"  # there in a checkout, not in a wheel
 
@@ -85,7 +86,7 @@ def demo(out: str | Path = "halve-demo", *, overwrite: bool = False) -> Comparis
             write_record(records / f"{model.name}-speed.json", record)
             advance(1)
     made = read_records([records])
-    table = compare(sorted(made, key=lambda r: [str(m) for m in models].index(r["model"])))
+    table = compare(sorted(made, key=lambda r: [str(m) for m in models].index(r["model"]))).only(COLUMNS)
     plot(made, out / "accuracy-size.png")
     return table
 
