@@ -58,7 +58,9 @@ def mean_error(manifest: dict[str, Any], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def measure(model: Path, step: str | None, texts: tuple[Path, Path, Path], options: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    model: Path, step: str | None, texts: tuple[Path, Path, Path], options: argparse.Namespace
+) -> dict[str, Any]:
     """Compress, reload, examine: the figures of one variant."""
     calibration, perplexity_text, exam = texts
     figures: dict[str, Any] = {"step": step}
