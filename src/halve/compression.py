@@ -371,6 +371,8 @@ def _report(asked: Method, method: Method, step: StepPlan, rows: list[dict[str, 
             "action": row.action,
             "bytes_before": row.bytes_before,
             "bytes_after": row.bytes_after,
+            "parameters_before": row.parameters_before,
+            "parameters_after": row.parameters_after,
         }
         if row.reason:
             line["reason"] = row.reason

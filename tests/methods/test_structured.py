@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import halve.compression
 from halve import compress, load_model
 from halve.checkpoint import open_checkpoint
 from halve.errors import RecipeError
@@ -215,3 +216,35 @@ def test_fraction_zero_changes_nothing(make_hf, tmp_path: Path) -> None:
     for step in ("prune-mlp", "prune-heads"):
         compress(source, tmp_path / step, [f"{step}:fraction=0,score=l1,refit=false"])
         assert torch.equal(logits(tmp_path / step), logits(source))
+
+
+def test_a_resumed_run_gives_the_same_bytes(stories: Path, real: dict, tmp_path: Path, monkeypatch) -> None:
+    """The blocks done are read back, narrower as they are, and calibrate the rest."""
+    steps = ["prune-mlp:fraction=0.2,multiple_of=4,allocation=global", "prune-heads:fraction=0.25"]
+    compress(stories, tmp_path / "whole", steps, **real)
+    original, calls = halve.compression._block_tensors, []
+
+    def crash(*arguments):
+        calls.append(None)
+        if len(calls) in (3, 9):  # the third block of the first step, then of the second
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(halve.compression, "_block_tensors", crash)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            compress(stories, tmp_path / "out", steps, **real)
+    compress(stories, tmp_path / "out", steps, **real)
+    for path in (tmp_path / "whole").glob("model*"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    assert (tmp_path / "whole" / "halve.json").read_bytes() == (tmp_path / "out" / "halve.json").read_bytes()
+
+
+def test_a_choice_that_a_later_step_cannot_take_is_found_before_the_pass(
+    stories: Path, real: dict, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("halve.methods.structured.allocate", lambda *_: [136, 136, 132, 136, 140])
+    steps = ["prune-mlp:fraction=0.2,multiple_of=4,allocation=global", "rtn:bits=4,group_size=8"]
+    with pytest.raises(RecipeError, match="group_size=8 does not divide the 132 inputs"):
+        compress(stories, tmp_path / "out", steps, **real)
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -41,6 +41,7 @@ class Structured:
     name: ClassVar[str]
     reader: ClassVar[str]  # role of the linear that reads the units
     unit: ClassVar[str]
+    sublayer: ClassVar[str]
 
     fraction: float = 0.2
     score: str = "obs"
@@ -90,7 +91,7 @@ class Structured:
         kept = self._kept(state)
         changed: dict[Key, tuple[LinearState, str]] = {}
         layers = list(state.config.layers)
-        skipped = {key: f"no {self.unit}" for key in state.linears}
+        skipped = {key: f"not part of the {self.sublayer}" for key in state.linears}
         for index, layer in enumerate(layers):
             if not self.size(layer):
                 continue
@@ -253,6 +254,7 @@ class PruneMlp(Structured):
     name: ClassVar[str] = "prune-mlp"
     reader: ClassVar[str] = "down_proj"
     unit: ClassVar[str] = "channel"
+    sublayer: ClassVar[str] = "MLP"
 
     multiple_of: int = 128
 
@@ -277,6 +279,7 @@ class PruneHeads(Structured):
     name: ClassVar[str] = "prune-heads"
     reader: ClassVar[str] = "o_proj"
     unit: ClassVar[str] = "key/value group"
+    sublayer: ClassVar[str] = "attention"
 
     fraction: float = 0.25
 
