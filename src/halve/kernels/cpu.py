@@ -33,7 +33,12 @@ class _Weight(ctypes.Structure):
     """weight_t of csrc/cpu.h."""
 
     _fields_ = (
+<<<<<<< HEAD
         *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "order", "segment_end", "segment_group")),
+=======
+        *((name, ctypes.c_void_p) for name in ("kernels", "codes", "scale", "zero", "order")),
+        *((name, ctypes.c_void_p) for name in ("segment_end", "segment_group")),
+>>>>>>> cpu
         *((name, ctypes.c_int64) for name in ("rows", "in_features", "columns", "words", "groups", "segments")),
         *((name, ctypes.c_int32) for name in ("bits", "offset", "scale_kind", "dense_kind")),
     )
@@ -49,12 +54,17 @@ class Library:
         library.halve_cpu_weight_size.restype = integer
         if library.halve_cpu_weight_size() != ctypes.sizeof(_Weight):
             raise OSError(f"{path} was built from other sources: install halve again")
-        library.halve_cpu_init.restype = ctypes.c_char_p
-        library.halve_cpu_init.argtypes = [ctypes.c_char_p, pointer]
-        name = library.halve_cpu_init(None if isa is None else isa.encode(), _torch_parallel())
-        if name is None:
+        library.halve_cpu_kernels.restype = pointer
+        library.halve_cpu_kernels.argtypes = [ctypes.c_char_p]
+        self.kernels: int | None = library.halve_cpu_kernels(None if isa is None else isa.encode())
+        if self.kernels is None:
             raise OSError(f"this processor has no {isa}")
-        self.isa: str = name.decode()
+        library.halve_cpu_name.restype = ctypes.c_char_p
+        library.halve_cpu_name.argtypes = [pointer]
+        self.isa: str = library.halve_cpu_name(self.kernels).decode()
+        library.halve_cpu_set_threads.argtypes = [pointer]
+        library.halve_cpu_set_threads.restype = None
+        library.halve_cpu_set_threads(_torch_parallel())
         self.bf16_units = bool(library.halve_cpu_bf16_units())
         self.multiply = library.halve_cpu_multiply
         self.multiply.argtypes = [pointer, pointer, pointer, integer, ctypes.c_int]
@@ -114,7 +124,7 @@ class BlockedWeight(QuantizedWeight):
         codes = torch.empty(blocks, columns * stored_bits // 32, ROWS, dtype=torch.int32)
         values = {
             "spec": weight.spec, "in_features": weight.in_features, "group_index": weight.group_index,
-            "row_count": rows, "stored_bits": stored_bits, "scale_dtype": weight.scale.dtype, "order": order,
+            "row_count": rows, "kernels": library.kernels, "stored_bits": stored_bits, "scale_dtype": weight.scale.dtype, "order": order,
             "block_codes": codes, "block_scales": _in_blocks(scale), "block_zeros": zeros,
             "segment_end": segment_end, "segment_group": segment_group,
         }  # fmt: skip
@@ -126,6 +136,7 @@ class BlockedWeight(QuantizedWeight):
         )
 
     row_count: int
+    kernels: int
     stored_bits: int
     scale_dtype: torch.dtype
     order: Tensor | None
@@ -139,7 +150,7 @@ class BlockedWeight(QuantizedWeight):
         """The C side's view; valid as long as this object lives."""
         blocks, words, _ = self.block_codes.shape
         tensors = (self.block_codes, self.block_scales, self.block_zeros, self.order)
-        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        pointers = [self.kernels, *(None if t is None else t.data_ptr() for t in tensors)]
         pointers += [self.segment_end.data_ptr(), self.segment_group.data_ptr()]
         columns, segments = words * 32 // self.stored_bits, self.segment_end.numel()
         groups = self.block_scales.shape[1]
@@ -246,7 +257,7 @@ class CpuMatmul:
             self.weight: Tensor | QuantizedWeight = weight.contiguous()
             rows, columns = weight.shape
             numbers = (rows, columns, columns, 0, 0, 0)
-            self._plan = _Weight(self.weight.data_ptr(), *[None] * 5, *numbers, 0, 0, 0, _KINDS[weight.dtype])
+            self._plan = _Weight(library.kernels, self.weight.data_ptr(), *[None] * 5, *numbers, 0, 0, 0, _KINDS[weight.dtype])
             self.kernel = f"{library.isa}-{'bf16' if weight.dtype == torch.bfloat16 else 'fp32'}"
         else:
             self.weight = BlockedWeight(weight, library)

@@ -1,7 +1,7 @@
 /* Instruction sets, threads and the functions that cpu.py calls. The kernels are in cpu_body.h, the layout in cpu.h.
 
    Needs GNU C (gcc or clang): vector extensions and `target` attributes. One object serves every processor of its
-   architecture; halve_cpu_init picks among what was compiled. */
+   architecture; halve_cpu_kernels picks among what was compiled. */
 
 #include "cpu.h"
 
@@ -169,9 +169,8 @@ static void for_all(int64_t items, int64_t bytes, void (*body)(void *, int64_t, 
 
 /* ---- choice of instruction set ---- */
 
-static const kernels_t *kernels;
-
-static const kernels_t *find_kernels(const char *name) {
+/* The kernels of instruction set `name`, or the best ones here (NULL); NULL when this processor lacks them. */
+const kernels_t *halve_cpu_kernels(const char *name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -190,14 +189,10 @@ static const kernels_t *find_kernels(const char *name) {
 
 /* ---- called from cpu.py ---- */
 
-/* Picks the instruction set `name` (NULL: the best one here); its name, or NULL when this processor lacks it. */
-const char *halve_cpu_init(const char *name, parallel_t threads) {
-    const kernels_t *found = find_kernels(name);
-    if (!found) return NULL;
-    kernels = found;
-    parallel = threads;
-    return kernels->name;
-}
+const char *halve_cpu_name(const kernels_t *kernels) { return kernels->name; }
+
+/* Hand over GOMP_parallel, or NULL: one thread. */
+void halve_cpu_set_threads(parallel_t start) { parallel = start; }
 
 /* Whether torch's matmul has bfloat16 instructions to use here. */
 int halve_cpu_bf16_units(void) {
@@ -224,7 +219,7 @@ static void product_blocks(void *data, int64_t first, int64_t last) {
     const weight_t *w = p->weight;
     float y[MAX_COUNT * ROWS];
     for (int64_t block = first; block < last; ++block) {
-        kernels->multiply(w, &p->x, block, y);
+        w->kernels->multiply(w, &p->x, block, y);
         const int64_t row = block * ROWS, size = w->rows - row < ROWS ? w->rows - row : ROWS;
         for (int64_t m = 0; m < p->x.count; ++m)
             for (int64_t r = 0; r < size; ++r) {
@@ -252,7 +247,7 @@ int halve_cpu_multiply(const weight_t *w, const void *x, void *y, int64_t count,
     int32_t *code_sum = (int32_t *)(scale + scales), *pairs = code_sum + scales;
     const int64_t row_bytes = w->in_features * (kind == BFLOAT16 ? 2 : 4);
     for (int64_t m = 0; m < count; ++m)
-        kernels->prepare(w, (const char *)x + m * row_bytes, kind, numbers + m * w->columns,
+        w->kernels->prepare(w, (const char *)x + m * row_bytes, kind, numbers + m * w->columns,
                          pairs + m * (w->columns / 2), scale + m * w->segments, code_sum + m * w->segments);
     product_t product = {w, {count, numbers, pairs, scale, code_sum}, y, kind};
     const int64_t element = w->dense_kind == BFLOAT16 ? 2 : 4;
@@ -273,7 +268,7 @@ static void expand_blocks(void *data, int64_t first, int64_t last) {
     const expansion_t *e = data;
     const int64_t block_bytes = ROWS * (e->kind == BFLOAT16 ? 2 : 4);
     for (int64_t block = first; block < last; ++block)
-        kernels->expand(e->weight, e->first + block, e->kind, e->out + block * block_bytes, e->stride);
+        e->weight->kernels->expand(e->weight, e->first + block, e->kind, e->out + block * block_bytes, e->stride);
 }
 
 /* out[in_features][stride] in `kind`: the transposed numbers of `blocks` packed blocks from `first` on. */

@@ -23,7 +23,10 @@
 enum { ROWS = 16, MAX_SEGMENT = 128, MAX_COUNT = 64 };
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
+struct kernels;
+
 typedef struct {
+    const struct kernels *kernels; /* of the instruction set in use */
     const void *codes;            /* packed: as above; dense: [rows][columns] in dense_kind */
     const void *scale;            /* NULL: the weight is dense */
     const uint8_t *zero;          /* or NULL */
@@ -52,7 +55,7 @@ typedef struct {
 } rows_t;
 
 /* One instruction set's functions. */
-typedef struct {
+typedef struct kernels {
     const char *name;
     /* prepare one row of x: codes, scales and sums (packed), or values (dense) */
     void (*prepare)(const weight_t *w, const void *x, int kind, float *values, int32_t *pairs, float *scale,

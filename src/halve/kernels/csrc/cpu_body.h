@@ -49,7 +49,7 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
     const int pairs_per_word = 16 / bits;
     /* one row of x: half of the shifts are saved by summing the upper nibbles of bytes, 16 times too large, apart */
     const int apart = bits == 4 && count == 1;
-    const VI mask = SET1(((1 << bits) - 1) * 0x10001), mask_apart = SET1(0xf00f0);
+    const VI mask = SET1(((1 << bits) - 1) * 0x10001), mask_apart = SET1(0xf000f0);
     const int32_t *codes = (const int32_t *)w->codes + block * w->words * ROWS;
     const int32_t *xs = x->pairs + first * (w->columns / 2);
     VF sum[PASS][4];
