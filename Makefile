@@ -15,7 +15,7 @@ test: $(READY)
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python benchmarks/tables.py --check
 
 docs: $(READY)
