@@ -203,7 +203,16 @@ def test_what_cannot_work_is_refused_before_any_work(make_hf, tmp_path: Path, st
 
 @pytest.mark.parametrize(
     "options",
-    ["fraction=1", "score=l2", "allocation=even", "multiple_of=0", "damping=0", "damping=2", "widths=4|x"],
+    [
+        "fraction=1",
+        "fraction=0.9,allocation=global",
+        "score=l2",
+        "allocation=even",
+        "multiple_of=0",
+        "damping=0",
+        "damping=2",
+        "widths=4|x",
+    ],
 )
 @pytest.mark.parametrize("step", ["prune-mlp", "prune-heads"])
 def test_options_out_of_range_are_refused(step: str, options: str) -> None:
@@ -248,3 +257,13 @@ def test_a_choice_that_a_later_step_cannot_take_is_found_before_the_pass(
     with pytest.raises(RecipeError, match="group_size=8 does not divide the 132 inputs"):
         compress(stories, tmp_path / "out", steps, **real)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_one_key_value_head_has_nothing_to_distribute(stories: Path, real: dict, make_hf, tmp_path: Path) -> None:
+    source = make_hf("llama", num_key_value_heads=1)
+    with pytest.raises(RecipeError, match="leave this step out"):
+        compress(source, tmp_path / "out", ["prune-heads:allocation=global"], **real)
+    for score in ("l1", "obs"):
+        step = f"prune-heads:fraction=0,allocation=global,score={score},refit=false"
+        compress(stories, tmp_path / score, [step], **real)
+        assert torch.equal(logits(tmp_path / score), logits(stories))
