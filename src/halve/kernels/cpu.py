@@ -1,4 +1,4 @@
-"""Products with few rows of x at the speed of memory, in C; many rows by torch, over tiles of expanded weights.
+"""Products with packed and dense weights in C: few rows of x at the speed of memory, many without expanding a weight.
 
 The kernels and their layout are described in csrc/cpu.h. The library is optional: where no compiler was found when
 halve was installed, or HALVE_NO_C=1 is set, `serves` says so and the reference backend runs.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from halve.quantization import QuantizedWeight, pack
 
 ROWS = 16  # output rows in a block
 MAX_SEGMENT = 128  # columns under one scale of x
-MAX_ROWS = 16  # rows of x up to which the C kernels are faster than expanding weights; they take at most 64
+MAX_ROWS = 16  # rows of x beyond which torch's matmul takes over, where it is faster (see CpuMatmul)
 _TILE_BYTES = 4 << 20  # expanded weights at a time: small against the cache, large enough for torch's matmul
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
@@ -245,7 +246,12 @@ def _segments(weight: QuantizedWeight, per_word: int) -> tuple[Tensor | None, Te
 
 
 class CpuMatmul:
-    """Packed and dense weights on the CPU through the C library."""
+    """Packed and dense weights on the CPU through the C library.
+
+    Many rows of x go to torch's matmul for float32 weights, and for all weights (expanded tile by tile) where the
+    processor has units for bfloat16 products. Elsewhere the C kernels are faster for any number of rows: their integer
+    products outrun float32 ones, and torch's bfloat16 is slower still.
+    """
 
     isa: str | None = None  # None: the best one of this processor; tests choose others
 
@@ -265,8 +271,8 @@ class CpuMatmul:
             self.kernel = f"{library.isa}-int{weight.spec.bits}"
         self._address = ctypes.addressof(self._plan)
         self._rows, self._columns = self.weight.shape
-        # bfloat16 products run in float32 unless the processor has units for them: several times faster
-        self._wide = torch.bfloat16 if dtype == torch.bfloat16 and library.bf16_units else torch.float32
+        float32 = isinstance(weight, Tensor) and weight.dtype == torch.float32
+        self._most = MAX_ROWS if float32 or library.bf16_units else sys.maxsize
 
     @classmethod
     def serves(cls, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> str | None:
@@ -285,7 +291,7 @@ class CpuMatmul:
 
     def __call__(self, x: Tensor) -> Tensor:
         count = x.numel() // self._columns
-        if count > MAX_ROWS:
+        if count > self._most:
             return self._by_tiles(x)
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self._rows))
@@ -296,20 +302,20 @@ class CpuMatmul:
     def _by_tiles(self, x: Tensor) -> Tensor:
         """Many rows: one tile of the weight at a time as numbers, and torch's matmul."""
         dense = isinstance(self.weight, Tensor)
-        if isinstance(self.weight, Tensor) and self.weight.dtype == self._wide == x.dtype:
+        if isinstance(self.weight, Tensor) and self.weight.dtype == x.dtype:
             return functional.linear(x, self.weight)
-        rows_of_x = x.reshape(-1, self._columns).to(self._wide)
+        rows_of_x = x.reshape(-1, self._columns)
         y = x.new_empty((rows_of_x.shape[0], self._rows))
-        tile_rows = max(ROWS, _TILE_BYTES // (self._columns * self._wide.itemsize) // ROWS * ROWS)
+        tile_rows = max(ROWS, _TILE_BYTES // (self._columns * x.element_size()) // ROWS * ROWS)
         tile_rows = min(tile_rows, -(-self._rows // ROWS) * ROWS)
-        tile = torch.empty((tile_rows, self._columns) if dense else (self._columns, tile_rows), dtype=self._wide)
+        tile = torch.empty((tile_rows, self._columns) if dense else (self._columns, tile_rows), dtype=x.dtype)
         for first in range(0, self._rows, tile_rows):
             size = min(tile_rows, self._rows - first)
             if isinstance(self.weight, Tensor):
                 columns = tile[:size].copy_(self.weight[first : first + size]).t()
             else:
                 blocks = -(-size // ROWS)
-                kind = _KINDS[self._wide]
+                kind = _KINDS[x.dtype]
                 self._library.expand(self._address, first // ROWS, blocks, kind, tile.data_ptr(), tile_rows)
                 columns = tile[:, :size]
             y[:, first : first + size] = rows_of_x @ columns
