@@ -208,7 +208,7 @@ def test_a_layer_keeps_one_form_of_its_weight() -> None:
 def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(4, 4)
     if not isinstance(cpu.load_library(), str):
-        with pytest.raises(HalveError, match="float32 and bfloat16, not torch.float16"):
+        with pytest.raises(HalveError, match=r"float32 and bfloat16, not torch\.float16"):
             kernels.select("cpu", weight, torch.float16)
     cpu.load_library.cache_clear()
     monkeypatch.setenv("HALVE_NO_C", "1")

@@ -34,12 +34,8 @@ class _Weight(ctypes.Structure):
     """weight_t of csrc/cpu.h."""
 
     _fields_ = (
-<<<<<<< HEAD
-        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "order", "segment_end", "segment_group")),
-=======
         *((name, ctypes.c_void_p) for name in ("kernels", "codes", "scale", "zero", "order")),
         *((name, ctypes.c_void_p) for name in ("segment_end", "segment_group")),
->>>>>>> cpu
         *((name, ctypes.c_int64) for name in ("rows", "in_features", "columns", "words", "groups", "segments")),
         *((name, ctypes.c_int32) for name in ("bits", "offset", "scale_kind", "dense_kind")),
     )
@@ -263,7 +259,9 @@ class CpuMatmul:
             self.weight: Tensor | QuantizedWeight = weight.contiguous()
             rows, columns = weight.shape
             numbers = (rows, columns, columns, 0, 0, 0)
-            self._plan = _Weight(library.kernels, self.weight.data_ptr(), *[None] * 5, *numbers, 0, 0, 0, _KINDS[weight.dtype])
+            self._plan = _Weight(
+                library.kernels, self.weight.data_ptr(), *[None] * 5, *numbers, 0, 0, 0, _KINDS[weight.dtype]
+            )
             self.kernel = f"{library.isa}-{'bf16' if weight.dtype == torch.bfloat16 else 'fp32'}"
         else:
             self.weight = BlockedWeight(weight, library)
