@@ -119,15 +119,21 @@ class BlockedWeight(QuantizedWeight):
         if weight.zero is not None:
             zeros = _in_blocks((weight.zero.to(torch.int16) + offset).to(torch.uint8))
         codes = torch.empty(blocks, columns * stored_bits // 32, ROWS, dtype=torch.int32)
-        values = {
-            "spec": weight.spec, "in_features": weight.in_features, "group_index": weight.group_index,
-            "row_count": rows, "kernels": library.kernels, "stored_bits": stored_bits,
-            "scale_dtype": weight.scale.dtype, "order": order,
-            "block_codes": codes, "block_scales": _in_blocks(scale), "block_zeros": zeros,
-            "segment_end": segment_end, "segment_group": segment_group,
-        }  # fmt: skip
-        for name, value in values.items():  # frozen, like its base
-            object.__setattr__(self, name, value)
+        self.__dict__.update(  # not by assignment: frozen, like its base
+            spec=weight.spec,
+            in_features=weight.in_features,
+            group_index=weight.group_index,
+            row_count=rows,
+            kernels=library.kernels,
+            stored_bits=stored_bits,
+            scale_dtype=weight.scale.dtype,
+            order=order,
+            block_codes=codes,
+            block_scales=_in_blocks(scale),
+            block_zeros=zeros,
+            segment_end=segment_end,
+            segment_group=segment_group,
+        )
         packed = weight.packed.contiguous()
         library.pack(
             ctypes.byref(self.describe()), packed.data_ptr(), packed.shape[1], weight.spec.bits, codes.data_ptr()

@@ -230,12 +230,13 @@ static void product_blocks(void *data, int64_t first, int64_t last) {
     }
 }
 
-/* y [count][rows] = x [count][in_features] W^T, x and y in `kind`, count <= MAX_COUNT. 0, or -1 when memory ran out. */
+/* y [count][rows] = x [count][in_features] W^T, x and y in `kind`. 0, or -1 when memory ran out. */
 int halve_cpu_multiply(const weight_t *w, const void *x, void *y, int64_t count, int kind) {
     /* scratch grows to the largest product seen and stays with its thread */
     static _Thread_local char *scratch;
     static _Thread_local int64_t scratch_size;
-    const int64_t values = count * w->columns, scales = count * w->segments;
+    const int64_t most = count < MAX_COUNT ? count : MAX_COUNT;
+    const int64_t values = most * w->columns, scales = most * w->segments;
     const int64_t need = (values + values / 2 + 2 * scales) * 4 + 64;
     if (need > scratch_size) {
         free(scratch);
@@ -245,14 +246,16 @@ int halve_cpu_multiply(const weight_t *w, const void *x, void *y, int64_t count,
     }
     float *numbers = (float *)scratch, *scale = numbers + values;
     int32_t *code_sum = (int32_t *)(scale + scales), *pairs = code_sum + scales;
-    const int64_t row_bytes = w->in_features * (kind == BFLOAT16 ? 2 : 4);
-    for (int64_t m = 0; m < count; ++m)
-        w->kernels->prepare(w, (const char *)x + m * row_bytes, kind, numbers + m * w->columns,
-                         pairs + m * (w->columns / 2), scale + m * w->segments, code_sum + m * w->segments);
-    product_t product = {w, {count, numbers, pairs, scale, code_sum}, y, kind};
-    const int64_t element = w->dense_kind == BFLOAT16 ? 2 : 4;
-    const int64_t bytes = w->scale ? w->rows * w->words * 4 : w->rows * w->columns * element;
-    for_all((w->rows + ROWS - 1) / ROWS, bytes * (count + 1) / 2, product_blocks, &product);
+    const int64_t x_bytes = w->in_features * (kind == BFLOAT16 ? 2 : 4), y_bytes = w->rows * (kind == BFLOAT16 ? 2 : 4);
+    const int64_t bytes = w->scale ? w->words * 4 : w->columns * (w->dense_kind == BFLOAT16 ? 2 : 4);
+    for (int64_t first = 0; first < count; first += MAX_COUNT) {
+        const int64_t size = count - first < MAX_COUNT ? count - first : MAX_COUNT;
+        for (int64_t m = 0; m < size; ++m)
+            w->kernels->prepare(w, (const char *)x + (first + m) * x_bytes, kind, numbers + m * w->columns,
+                                pairs + m * (w->columns / 2), scale + m * w->segments, code_sum + m * w->segments);
+        product_t product = {w, {size, numbers, pairs, scale, code_sum}, (char *)y + first * y_bytes, kind};
+        for_all((w->rows + ROWS - 1) / ROWS, bytes * w->rows * (size + 1) / 2, product_blocks, &product);
+    }
     return 0;
 }
 

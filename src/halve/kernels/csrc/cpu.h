@@ -20,7 +20,7 @@
 
 #include <stdint.h>
 
-enum { ROWS = 16, MAX_SEGMENT = 128, MAX_COUNT = 64 };
+enum { ROWS = 16, MAX_SEGMENT = 128, MAX_COUNT = 64 }; /* MAX_COUNT rows of x at a time: as many as the cache holds */
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 struct kernels;
@@ -67,7 +67,7 @@ typedef struct kernels {
 } kernels_t;
 
 #if defined(__x86_64__)
-#define IN_REGISTER(v) __asm__("" : "+x"(v)) /* keeps the compiler from regrouping sums, which spills them */
+#define IN_REGISTER(v) __asm__("" : "+v"(v)) /* keeps the compiler from regrouping sums, which spills them */
 #else
 #define IN_REGISTER(v)
 #endif
