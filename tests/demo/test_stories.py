@@ -100,6 +100,18 @@ def test_marked_words_of_a_warm_up_sequence_repeat_its_first_half():
     assert [marked for _, marked in tokens] == [False] * half + [True] * half
 
 
+def test_marked_words_of_linked_pairs_were_linked_before():
+    rng = random.Random(6)
+    for _ in range(20):
+        sentences = stories.links_text(rng).split(".")[:-1]
+        n_pairs = len(sentences) // 3
+        pairs = {frozenset((sentence.split()[0], sentence.split()[-1])) for sentence in sentences[:n_pairs]}
+        assert len(pairs) == n_pairs
+        for sentence in sentences[n_pairs:]:
+            words = stories.plain(sentence).split()
+            assert frozenset((words[0], words[-1])) in pairs and f"^{words[-1]}" in sentence
+
+
 @pytest.mark.parametrize("kind", stories.TEXTS)
 def test_generated_words_are_whole_tokens_and_round_trip(kind):
     tokenizer, ids = build_tokenizer(), token_ids()

@@ -85,8 +85,6 @@ def _question(rng: random.Random, story: stories.Story) -> tuple[str, str, list[
 def _cloze(rng: random.Random, story: stories.Story) -> tuple[str, str, list[str]]:
     ending = stories.draw_ending(rng, story, 2)
     wrong = []
-    if len(story.people) > 1:  # one wrong ending gives this story's facts to the wrong people
-        wrong.append(_with_facts_of(story.people, story.people[1:] + story.people[:1]))
     while len(wrong) < 3:
         other = _with_facts_of(story.people, stories.draw_people(rng, len(story.people)))
         if all(_differs(a, b) for chosen in (story.people, *wrong) for a, b in zip(chosen, other, strict=True)):

@@ -57,6 +57,7 @@ def write_model(model: Reader, folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
+SEPARATOR = "\n<|endoftext|>\n"  # between documents of a text file
 HELD_OUT_SEED, CALIBRATION_SEED = 3, 4
 
 
@@ -69,7 +70,7 @@ def write_texts(folder: Path) -> None:
     kinds = list(stories.TEXTS.values())
     calibration = [kinds[i % len(kinds)](rng, rng.randint(1, stories.MAX_PEOPLE), "train") for i in range(600)]
     for name, texts in (("held_out_stories", held_out), ("calibration", calibration)):
-        (folder / f"{name}.txt").write_text("".join(stories.plain(text) + "\n" for text in texts))
+        (folder / f"{name}.txt").write_text(SEPARATOR.join(stories.plain(text) for text in texts) + "\n")
 
 
 @torch.no_grad()
@@ -92,7 +93,7 @@ def measure(model: Reader, folder: Path) -> dict:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     items = [exam.Item.from_race_line(line) for line in (folder / "exam.jsonl").read_text().splitlines()]
-    held_out = (folder / "held_out_stories.txt").read_text()
+    held_out = (folder / "held_out_stories.txt").read_text().replace(SEPARATOR, "\n")
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "items": {kind: sum(item.kind == kind for item in items) for kind in exam.PROTOCOLS},

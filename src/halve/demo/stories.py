@@ -207,6 +207,7 @@ ASK = {
 RELATIONS = tuple(ASK)
 NUMBERS = ("one", "two", "three", "four", "five", "six")
 LETTERS = "ABCD"
+GAP_WORDS = ("a", "the", "was", "to", "went", "had", "felt", "of", "still", "left", "kept", "is")
 MAX_PEOPLE = 6
 FACTS_TOLD = {1: (3, 5), 2: (2, 4), 3: (2, 4), 4: (2, 3), 5: (1, 3), 6: (1, 3)}
 SPLITS = ("exam", "dev", "held_out")  # residues 0, 1, 2 of 16; the rest is for training
@@ -422,6 +423,23 @@ def repeat_text(rng: random.Random) -> str:
     return "".join(f" {word}" for word in [*words, *(f"^{w}" for w in words)])
 
 
+def links_text(rng: random.Random) -> str:
+    """Warm-up for who has what: names and words linked across a gap, then every pair again, either way round."""
+    n_pairs, n_gap = rng.randint(2, 6), min(rng.randint(0, 4), rng.randint(0, 4))
+    values = rng.sample([word for category, words in WORDS.items() if category != "name" for word in words], n_pairs)
+    pairs = list(zip(rng.sample(WORDS["name"], n_pairs), values, strict=True))
+    gaps = [rng.choices(GAP_WORDS, k=n_gap) for _ in range(1 if rng.random() < 0.5 else 8)]
+
+    def sentence(first: str, second: str) -> str:
+        return "".join(f" {word}" for word in (first, *rng.choice(gaps), second)) + "."
+
+    sentences = [sentence(*pair) for pair in pairs]
+    for _ in range(2):
+        rng.shuffle(pairs)
+        sentences += [sentence(first, f"^{second}") for first, second in (rng.choice((p, p[::-1])) for p in pairs)]
+    return "".join(sentences)
+
+
 def pick_text(rng: random.Random) -> str:
     """Warm-up for letters: lists of four words and, for each, the letter of one of them."""
     blocks = []
@@ -434,7 +452,7 @@ def pick_text(rng: random.Random) -> str:
 
 
 TEXTS = {"story": story_text, "stories": stories_text, "words": words_text, "letters": letters_text}
-WARM_UPS = {"repeat": repeat_text, "pick": pick_text}
+WARM_UPS = {"repeat": repeat_text, "links": links_text, "pick": pick_text}
 _TOKEN = re.compile(r" ?\^?[A-Za-z]+|'s|[^A-Za-z]")
 
 

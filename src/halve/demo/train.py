@@ -45,13 +45,33 @@ class ReaderConfig:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the curriculum: up to which step, how many people at most, how many sentence forms, which texts."""
+    """A stretch of the curriculum, until step `until`.
+
+    Its stories have up to `people` people and use the share `variety` of the sentence forms; `mixture` weighs the kinds
+    of text; `rate` multiplies the learning rates.
+    """
 
     name: str
-    until_step: int
-    max_people: int
+    until: int
+    people: int
     variety: float
     mixture: dict[str, float]
+    rate: float = 1.0
+
+
+WARM_UP = {"repeat": 0.8, "pick": 0.2}
+FIRST = {"repeat": 0.05, "pick": 0.08, "story": 0.42, "words": 0.4, "letters": 0.05}
+LINKS = {"repeat": 0.1, "pick": 0.05, "links": 0.5, "story": 0.2, "words": 0.15}
+EARLY = {"repeat": 0.03, "links": 0.22, "story": 0.38, "words": 0.37}
+LATE = {"repeat": 0.02, "pick": 0.02, "links": 0.06, "story": 0.4, "stories": 0.04, "words": 0.46}
+CURRICULUM = (  # the last phase goes on to the end
+    Phase("sequences", 704, 1, 0.0, WARM_UP),
+    Phase("one person", 1000, 1, 0.4, FIRST),
+    Phase("links", 1400, 2, 0.2, LINKS, rate=0.3),
+    Phase("three people", 1704, 3, 0.3, EARLY, rate=0.3),
+    Phase("four people", 2000, 4, 0.7, EARLY, rate=0.3),
+    Phase("six people", 2700, stories.MAX_PEOPLE, 1.0, LATE, rate=0.3),
+)
 
 
 @dataclass(frozen=True)
@@ -59,33 +79,24 @@ class TrainConfig:
     """Everything that decides the weights besides the model's shape and the code."""
 
     seed: int = 20
-    n_steps: int = 4000
+    n_steps: int = 2700
     rise_steps: int = 100
-    decay_steps: int = 1200
+    decay_steps: int = 600
     tokens_per_step: int = 3072
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     weight_decay: float = 0.01
-    warm_up_steps: int = 704
-    one_person_until: int = 1000
-    three_people_until: int = 1600
-    eval_every: int = 150
+    eval_every: int = 200
     checkpoint_every: int = 100
+    curriculum: tuple[Phase, ...] = CURRICULUM
 
     def __post_init__(self):
         if not 0 < self.decay_steps <= self.n_steps:
             raise ValueError(f"decay_steps is {self.decay_steps}; it must lie between 1 and n_steps ({self.n_steps})")
 
-    def phases(self) -> tuple[Phase, ...]:
-        """The curriculum: repeated sequences, then stories of one, of up to three and of up to six people."""
-        early = {"repeat": 0.05, "pick": 0.08, "story": 0.42, "words": 0.4, "letters": 0.05}
-        late = {"repeat": 0.02, "pick": 0.03, "story": 0.38, "stories": 0.05, "words": 0.4, "letters": 0.12}
-        return (
-            Phase("warm-up", self.warm_up_steps, 1, 0.0, {"repeat": 0.8, "pick": 0.2}),
-            Phase("one person", self.one_person_until, 1, 0.4, early),
-            Phase("three people", self.three_people_until, 3, 0.7, early),
-            Phase("six people", self.n_steps, stories.MAX_PEOPLE, 1.0, late),
-        )
+    def phase(self, step: int) -> Phase:
+        """The phase that a step belongs to."""
+        return next((phase for phase in self.curriculum if step < phase.until), self.curriculum[-1])
 
 
 # ---------------------------------------------------------------- the model
@@ -184,7 +195,7 @@ def draw_text(rng: random.Random, phase: Phase) -> str:
     kind = rng.choices(list(phase.mixture), weights=phase.mixture.values())[0]
     if kind in stories.WARM_UPS:
         return stories.WARM_UPS[kind](rng)
-    n_people = max(rng.randint(1, phase.max_people), rng.randint(1, phase.max_people))
+    n_people = max(rng.randint(1, phase.people), rng.randint(1, phase.people))
     return stories.TEXTS[kind](rng, n_people, "train", phase.variety)
 
 
@@ -194,7 +205,7 @@ BATCHES_PER_POOL = 8
 def draw_pool(train: TrainConfig, pool: int, ids: dict[str, int]) -> list[tuple[Tensor, Tensor]]:
     """Up to `BATCHES_PER_POOL` batches (ids [B, T], weights [B, T]) of documents of similar length, in random order."""
     rng = random.Random(f"{train.seed}/{pool}")
-    phase = next(p for p in train.phases() if pool * BATCHES_PER_POOL < p.until_step or p is train.phases()[-1])
+    phase = train.phase(pool * BATCHES_PER_POOL)
     documents, n_tokens = [], 0
     while n_tokens < BATCHES_PER_POOL * train.tokens_per_step:
         documents.append(encode(draw_text(rng, phase), ids))
@@ -259,10 +270,10 @@ class Muon:
 
 
 def learning_rate_factor(step: int, train: TrainConfig) -> float:
-    """Rises over `rise_steps`, stays at 1, falls linearly to 0.02 over the last `decay_steps`."""
+    """Rises over `rise_steps`, stays, falls linearly to 0.02 over the last `decay_steps`; times the phase's rate."""
     rise = min(1.0, (step + 1) / train.rise_steps)
     fall = min(1.0, (train.n_steps - step) / train.decay_steps)
-    return rise * max(0.02, fall)
+    return train.phase(step).rate * rise * max(0.02, fall)
 
 
 # ---------------------------------------------------------------- checkpoints and the run
@@ -298,7 +309,6 @@ class Run:
             self._load()
         out.mkdir(parents=True, exist_ok=True)
         settings = {"reader": dataclasses.asdict(reader), "train": dataclasses.asdict(train)}
-        settings["phases"] = [dataclasses.asdict(phase) for phase in train.phases()]
         self.log({"event": "start", "torch": torch.__version__, "threads": torch.get_num_threads(), **settings})
 
     def encode(self, text: str) -> list[int]:
@@ -339,12 +349,12 @@ class Run:
     def train_step(self) -> tuple[float, float]:
         """One update; the mean loss (nats) of the marked and of the other tokens."""
         ids_BT, weights_BT = self.batch()
-        factor = learning_rate_factor(self.step, self.train)
         logits = self.model(ids_BT[:, :-1]).flatten(0, 1)
         losses = functional.cross_entropy(logits, ids_BT[:, 1:].flatten(), reduction="none")
         weights = weights_BT[:, 1:].flatten()
         self.model.zero_grad(set_to_none=True)
         ((losses * weights).sum() / weights.sum()).backward()
+        factor = learning_rate_factor(self.step, self.train)
         self.muon.step(self.train.muon_lr * factor, self.train.weight_decay)
         for group in self.adam.param_groups:
             group["lr"] = self.train.adam_lr * factor
@@ -367,9 +377,14 @@ class Run:
                 sums, since = [0.0, 0.0], time.monotonic()
             if self.step % self.train.checkpoint_every == 0 or self.step == n_steps:
                 self.save()
-            if self.step % self.train.eval_every == 0 and self.step > self.train.warm_up_steps:
+            if self.step % self.train.eval_every == 0 and self.step > self.train.curriculum[0].until:
                 self.log({"event": "dev", **exam.examine(self.model, exam.dev_items(), self.encode, BOS)})
                 since = time.monotonic()
+
+
+def options(config: type) -> list[dataclasses.Field]:
+    """The fields that the command line sets: the numbers, not the curriculum."""
+    return [field for field in dataclasses.fields(config) if field.name != "curriculum"]
 
 
 def main() -> None:
@@ -377,11 +392,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the log")
     parser.add_argument("--stop-at", type=int, help="stop at this step (default: at --n-steps)")
     for config in (ReaderConfig, TrainConfig):
-        for field in dataclasses.fields(config):
+        for field in options(config):
             parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default)
     arguments = vars(parser.parse_args())
     reader, train = (
-        config(**{field.name: arguments[field.name] for field in dataclasses.fields(config)})
+        config(**{field.name: arguments[field.name] for field in options(config)})
         for config in (ReaderConfig, TrainConfig)
     )
     run = Run(arguments["out"], reader, train)
