@@ -56,7 +56,7 @@ def _memory(state: ModelState, tokens: int, itemsize: int) -> int:
 def _flops_per_s(device: torch.device | str) -> float:
     """Floating-point operations a second of a float32 product of the size calibration uses."""
     a = torch.randn(1024, 1024, device=device)
-    a @ a
+    torch.mm(a, a)
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < 0.1:
         float((a @ a)[0, 0])

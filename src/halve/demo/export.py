@@ -173,7 +173,7 @@ def export(run: Path, out: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m halve.demo.export", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m halve.demo.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args()

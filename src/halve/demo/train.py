@@ -174,6 +174,7 @@ class Reader(nn.Module):
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Logits [B, T, V] of the next token at every position."""
         T = ids_BT.shape[1]
+        assert isinstance(self.cos_TE, Tensor) and isinstance(self.sin_TE, Tensor)
         x_BTD = self.embed_tokens(ids_BT)
         for layer in self.layers:
             x_BTD = layer(x_BTD, self.cos_TE[:T], self.sin_TE[:T])
@@ -192,7 +193,7 @@ def encode(marked: str, ids: dict[str, int]) -> tuple[list[int], list[float]]:
 
 def draw_text(rng: random.Random, phase: Phase) -> str:
     """One marked training text of the phase."""
-    kind = rng.choices(list(phase.mixture), weights=phase.mixture.values())[0]
+    kind = rng.choices(list(phase.mixture), weights=list(phase.mixture.values()))[0]
     if kind in stories.WARM_UPS:
         return stories.WARM_UPS[kind](rng)
     n_people = max(rng.randint(1, phase.people), rng.randint(1, phase.people))
@@ -261,7 +262,7 @@ class Muon:
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float) -> None:
         for group, buffer in zip(self.groups, self.buffers, strict=True):
-            gradient = torch.stack([p.grad for p in group])
+            gradient = torch.stack([p.grad for p in group if p.grad is not None])
             buffer.lerp_(gradient, 1 - self.momentum)
             update = orthogonalize(gradient.lerp(buffer, self.momentum))
             scale = lr * max(1.0, group[0].shape[0] / group[0].shape[1]) ** 0.5
@@ -388,17 +389,15 @@ def options(config: type) -> list[dataclasses.Field]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m halve.demo.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m halve.demo.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the log")
     parser.add_argument("--stop-at", type=int, help="stop at this step (default: at --n-steps)")
     for config in (ReaderConfig, TrainConfig):
         for field in options(config):
             parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default)
     arguments = vars(parser.parse_args())
-    reader, train = (
-        config(**{field.name: arguments[field.name] for field in options(config)})
-        for config in (ReaderConfig, TrainConfig)
-    )
+    reader = ReaderConfig(**{field.name: arguments[field.name] for field in options(ReaderConfig)})
+    train = TrainConfig(**{field.name: arguments[field.name] for field in options(TrainConfig)})
     run = Run(arguments["out"], reader, train)
     run.until(arguments["stop_at"] or train.n_steps)
 
