@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from halve.comparison import MISSING, circumstances, compare, show_bytes
+from halve.comparison import MISSING, circumstances, compare, show_bytes, show_share
 from halve.errors import DataError, HalveError
 from halve.records import Record, read_record
 
@@ -120,7 +120,7 @@ def show(key: str, value: Any) -> str:
     if key.endswith("_bytes"):
         return show_bytes(value)
     if key.endswith("_share"):
-        return f"{100 * value:.0f} %"
+        return show_share(value)
     return f"{value:,}" if isinstance(value, int) or (abs(value) >= 1000 and value.is_integer()) else f"{value:.4g}"
 
 

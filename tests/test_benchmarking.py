@@ -52,7 +52,7 @@ def test_a_real_run_has_every_figure(folder: Path, tmp_path: Path) -> None:
     assert record.keys() >= set(CONTRACT)
     assert read_record(write_record(tmp_path / "r.json", record)) == record
     assert record["device"] == "cpu"
-    assert record["kernels"] == {"torch.linear": 3 * 4 + 1}  # q/k/v and gate/up are merged: 4 a layer, and the head
+    assert sum(record["kernels"].values()) == 3 * 4 + 1  # q/k/v and gate/up are merged: 4 a layer, and the head
     assert record["weight_bytes"] == file_bytes(folder)
     assert record["decode_ms_p10"] <= record["decode_ms_median"] <= record["decode_ms_p90"]
     assert math.isclose(record["prefill_tokens_per_s"], 16_000 / record["ttft_ms"])
@@ -119,6 +119,7 @@ def test_a_long_prompt_that_takes_too_long_is_left_out_unless_asked_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subject, "LONG_PROMPT_TOKENS", 128)
+    monkeypatch.setattr(subject, "generation_ms", lambda model, prompt, tokens: float(tokens))
     # 8 tokens take 3 s, so 128 take 48 s, and the warm-up and 9 runs 480 s = 8 minutes
     monkeypatch.setattr(subject, "time_pass", lambda model, prompt, new: PassTimes(3000.0, [1.0] * (new - 1)))
     measure = partial(benchmark, folder, prompt_tokens=8, new_tokens=3)
@@ -218,6 +219,7 @@ def test_side_by_side_takes_turns_and_gives_ratios(
         return PassTimes(1.0, [2.0 * layers] * (new_tokens - 1))
 
     monkeypatch.setattr(subject, "time_pass", timed)
+    monkeypatch.setattr(subject, "generation_ms", lambda model, prompt, tokens: float(tokens))
     settings = Settings(prompt_tokens=8, new_tokens=4, runs=2, long_prompt_tokens=0)
     first, second = benchmark_side_by_side([folder, other], settings, Placement())
     assert order == [3, 3, 1, 1] + [3, 1] * 2  # the warm-up of each, then two rounds
@@ -234,7 +236,8 @@ def test_the_profile_names_operations_and_draws_the_memory(folder: Path, tmp_pat
     record = benchmark(folder, prompt_tokens=32, new_tokens=6, runs=1, long_prompt_tokens=0, profile_plot=plot)
     profile = record["profile"]
     calls = {row["operation"]: row["calls"] for row in profile["operations"]}
-    assert calls["aten::mm"] + calls.get("aten::addmm", 0) == 13 * 6  # every linear once a pass: a prefill and 5 steps
+    (kernel,) = record["kernels"]
+    assert calls[f"linear ({kernel})"] == 13 * 6  # every linear once a pass: a prefill and 5 steps
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert profile["memory_timeline"] == "plot.png"
     assert profile["phase_ms"].keys() == {"prefill", "decode"}

@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from halve.comparison import Comparison, compare, show_bytes
+from halve.comparison import Comparison, compare, show_bytes, show_share
 from halve.errors import DataError
 
 MACHINE = {"cpu": "Chip", "cores": 2, "threads": 1}
@@ -216,3 +216,7 @@ def test_nothing_to_compare_is_an_error() -> None:
 )
 def test_bytes_as_text(count: float, text: str) -> None:
     assert show_bytes(count) == text
+
+
+def test_shares_keep_two_digits() -> None:
+    assert [show_share(x) for x in (0.00294, 0.05, 0.0999, 0.62, 1.0)] == ["0.29 %", "5 %", "10 %", "62 %", "100 %"]

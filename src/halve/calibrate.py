@@ -76,7 +76,7 @@ def _json_documents(file: Path, text: str) -> list[str]:
 
 def _hub_documents(name: str, limit: int = 20_000) -> list[str]:
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
         raise DataError(f"calibration {name!r} needs the `datasets` package: pip install 'halve[data]'") from error
     hub_id, config, split, field = HUB_DATASETS[name]

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -41,8 +42,8 @@ class Comparison:
     notes: list[str]
 
     def only(self, keys: Sequence[str]) -> Comparison:
-        """The same with the columns whose first key is in `keys`, in that order; DataError for an unknown one."""
-        by_key = {column.keys[0]: column for column in self.columns}
+        """The same with the columns of these first keys or titles, in that order; DataError for an unknown one."""
+        by_key = {column.title: column for column in self.columns} | {c.keys[0]: c for c in self.columns}
         unknown = [key for key in keys if key not in by_key]
         if unknown:
             raise DataError(f"no column {', '.join(unknown)}: use some of {', '.join(by_key)}")
@@ -74,7 +75,8 @@ class Comparison:
         for number, column in enumerate(self.columns):
             table.add_column(column.title, justify="right" if number else "left", overflow="fold")
         for row in self.rows:
-            table.add_row(*(column.text(row) for column in self.columns))
+            # intervals and p-values on a line of their own, so that columns stay narrow
+            table.add_row(*(re.sub(r" (?=[\[(])", "\n", column.text(row)) for column in self.columns))
         console = Console()
         console.print(table)
         for note in self.notes:
@@ -89,7 +91,7 @@ SPEED_COLUMNS = (
     Column("TTFT (ms)", ("ttft_ms",), "{:.1f}".format),
     Column("peak memory", ("peak_memory_bytes",), lambda n: show_bytes(n)),
     Column("weights", ("weight_bytes",), lambda n: show_bytes(n)),
-    Column("share of floor", ("floor_share",), lambda x: f"{100 * x:.0f} %"),
+    Column("share of floor", ("floor_share",), lambda x: show_share(x)),
 )
 
 
@@ -251,6 +253,11 @@ def show_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}" if count < 1e3 * size else f"{count / size:.0f} {unit}"
     return f"{count:.0f} B"
+
+
+def show_share(value: float) -> str:
+    """Per cent, whole from 10 % on."""
+    return f"{100 * value:.0f} %" if value >= 0.0995 else f"{100 * value:.2g} %"
 
 
 def show_perplexity(value: float) -> str:

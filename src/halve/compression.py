@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -22,6 +23,7 @@ import halve
 from halve.calibrate import BlockView, Calibration, Walk, make_windows, read_documents
 from halve.checkpoint import Checkpoint, check_device, compute_dtype, find_model, open_checkpoint
 from halve.errors import CheckpointError, OutputError
+from halve.estimate import Estimate, estimate
 from halve.families import block_linears, projection_linears, vector_shapes
 from halve.methods import Method, Resolvable
 from halve.plan import StepPlan, config_json, state_of
@@ -56,6 +58,7 @@ class RecipePlan:
     steps: list[StepPlan]
     other_bytes: int  # embeddings, positions, norms: never compressed
     window: int
+    estimate: Estimate
 
     @property
     def bytes_before(self) -> int:
@@ -92,16 +95,13 @@ def plan_recipe(request: Request) -> RecipePlan:
         plans.append(method.plan(states))
         states = plans[-1].after
     config = checkpoint.config
-    other = sum(_product(s) for s in vector_shapes(checkpoint.family, config).values()) * store.itemsize
+    other = sum(math.prod(s) for s in vector_shapes(checkpoint.family, config).values()) * store.itemsize
     other += sum(s.out_features * s.in_features for s in projection_linears(checkpoint.family, config)) * store.itemsize
-    return RecipePlan(checkpoint, plans, other, min(request.window, config.max_positions))
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+    window = min(request.window, config.max_positions)
+    passes = [(plan.before, method.calibrates) for plan, method in zip(plans, request.steps, strict=True)]
+    tokens = request.samples * window * 9 // 8  # an eighth more is held out
+    cost = estimate(passes, tokens, _working_dtype(request, checkpoint).itemsize, request.device)
+    return RecipePlan(checkpoint, plans, other, window, cost)
 
 
 def compress(
@@ -371,6 +371,8 @@ def _report(asked: Method, method: Method, step: StepPlan, rows: list[dict[str, 
             "action": row.action,
             "bytes_before": row.bytes_before,
             "bytes_after": row.bytes_after,
+            "parameters_before": row.parameters_before,
+            "parameters_after": row.parameters_after,
         }
         if row.reason:
             line["reason"] = row.reason

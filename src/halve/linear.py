@@ -5,6 +5,8 @@ Shape legend: N rows of input, I logical input features, O logical output featur
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -60,10 +62,15 @@ class Linear(nn.Module):
     def select_backend(self, name: str, dtype: torch.dtype) -> str:
         """Choose the kernel for this layer once; returns the name of the kernel that will run.
 
+        The weight is from then on held as that kernel reads it, and no longer as it was stored.
         `name` is "auto" or one of `kernels.BACKENDS`. Raises HalveError when an explicit choice cannot serve this weight.
         """
         self._matmul = kernels.select(name, self.weight, dtype)
+        self.weight = self._matmul.weight
         return self._matmul.kernel
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_matmul": None}  # a kernel may hold addresses: a copy prepares its own
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [K, S] as numbers."""
@@ -82,7 +89,7 @@ class Linear(nn.Module):
         if self.input_index is not None:
             x = x.index_select(-1, self.input_index)
         if self._matmul is None:
-            self.select_backend("auto", x.dtype)
+            self._matmul = kernels.select("auto", self.weight, x.dtype)  # the weight may still be written out
         assert self._matmul is not None
         y = self._matmul(x)
         if self.output_index is not None:

@@ -147,6 +147,8 @@ class Row:
     reason: str
     bytes_before: int
     bytes_after: int
+    parameters_before: int
+    parameters_after: int
 
 
 @dataclass(frozen=True)
@@ -233,14 +235,15 @@ def finish(
         reasons = "; ".join(sorted(set(skipped.values()))) or "no linear left"
         raise RecipeError(f"step {method} matched nothing to do ({reasons}): check targets and ignore")
     for key, linear in state.linears.items():
-        tied = key[1] == "head" and state.config.tied
-        before = 0 if tied else linear.nbytes(state.itemsize)
-        if key in removed:
-            plan.rows.append(Row(linear.name, removal, "", before, 0))
-            continue
         new, action = changed.get(key, (linear, "skipped"))
-        size = 0 if tied and key not in changed else new.nbytes(state.itemsize)
-        plan.rows.append(Row(linear.name, action, skipped.get(key, ""), before, size))
+        sizes = [(s.nbytes(state.itemsize), s.parameters) for s in (linear, new)]
+        if key[1] == "head" and state.config.tied:
+            sizes = [(0, 0), sizes[1] if key in changed else (0, 0)]  # a tied head is the embedding
+        reason = skipped.get(key, "")
+        if key in removed:
+            sizes, action, reason = [sizes[0], (0, 0)], removal, ""
+        (bytes_before, before), (bytes_after, after_it) = sizes
+        plan.rows.append(Row(linear.name, action, reason, bytes_before, bytes_after, before, after_it))
     return plan
 
 

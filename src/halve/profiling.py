@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.profiler import record_function
 
 from halve.errors import OutputError
 from halve.generation import Decoder, Sampling
+from halve.kernels import Matmul
 from halve.model import Model
 from halve.timing import random_prompt
 
@@ -26,12 +31,12 @@ def profile_run(model: Model, prompt_tokens: int, new_tokens: int, seed: int, pl
     Returns, for a record: the operations that took the most time of their own (milliseconds, bytes they allocated net
     of what they freed) and the highest allocation above the weights. Raises OutputError when `plot` cannot be written.
     """
-    from torch.profiler import ProfilerActivity, profile, record_function
+    from torch.profiler import ProfilerActivity, profile
 
     steps = min(new_tokens - 1, _PROFILED_STEPS)
     prompt, on_cuda = random_prompt(model, prompt_tokens, seed), model.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with profile(activities=activities, profile_memory=True) as profiler:
+    with _named_products(model), profile(activities=activities, profile_memory=True) as profiler:
         with record_function("halve.prefill"):
             decoder = Decoder(model, [prompt], prompt_tokens + steps, Sampling())
             tokens = decoder.prefill()
@@ -54,6 +59,29 @@ def profile_run(model: Model, prompt_tokens: int, new_tokens: int, seed: int, pl
         "peak_above_weights_bytes": max((held for _, held in timeline), default=0),
         "memory_timeline": plot.name,
     }
+
+
+@contextmanager
+def _named_products(model: Model) -> Iterator[None]:
+    """Give every linear's product the name of its kernel, since the profiler sees torch's own operations only."""
+    linears = [linear for _, linear in model.linears()]
+    kernels = [linear._matmul for linear in linears]
+
+    def named(matmul: Matmul) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            with record_function(f"linear ({matmul.kernel})"):
+                return matmul(x)
+
+        return run
+
+    for linear, matmul in zip(linears, kernels, strict=True):
+        if matmul is not None:
+            linear._matmul = named(matmul)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for linear, matmul in zip(linears, kernels, strict=True):
+            linear._matmul = matmul
 
 
 def _operations(profiler: torch.profiler.profile, on_cuda: bool) -> list[dict[str, Any]]:

@@ -24,6 +24,13 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, to the precision of an estimate."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def plan(recipe: RecipePlan, steps: list[Method]) -> None:
     """What every step will do, one line per kind of linear, and the sizes before and after."""
     console = Console()
@@ -32,7 +39,8 @@ def plan(recipe: RecipePlan, steps: list[Method]) -> None:
     ratio = recipe.bytes_after / recipe.bytes_before
     console.print(
         f"weights: {size(recipe.bytes_before)} -> {size(recipe.bytes_after)} ({ratio:.0%}); "
-        f"disk while working: {size(recipe.disk_bytes)}"
+        f"disk while working: {size(recipe.disk_bytes)}; memory: about {size(recipe.estimate.memory_bytes)}; "
+        f"time: about {duration(recipe.estimate.seconds)}"
     )
 
 

@@ -128,6 +128,10 @@ def test_depth_width_and_quantization_combine(make_hf, tmp_path: Path) -> None:
     sizes = [(s["linear_bytes_before"], s["linear_bytes_after"]) for s in result.manifest["steps"]]
     assert all(before > after for before, after in sizes)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(sizes))
+    for step in result.manifest["steps"]:
+        for when in ("before", "after"):
+            assert step[f"parameters_{when}"] == sum(line[f"parameters_{when}"] for line in step["linears"])
+            assert step[f"linear_bytes_{when}"] == sum(line[f"bytes_{when}"] for line in step["linears"])
 
 
 @pytest.fixture(scope="module")

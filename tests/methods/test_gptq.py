@@ -404,7 +404,7 @@ def test_a_real_model_end_to_end(assets: Path, tmp_path: Path) -> None:
         compress(assets / "models" / MODELS[0], tmp_path / out, [STEP], calibration=text, samples=8, window=128)
     for file in (*sorted((tmp_path / "a").glob("*.safetensors")), tmp_path / "a" / "halve.json"):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
-    layers = json.loads((tmp_path / "a" / "halve.json").read_text())["steps"][0]["layers"]
+    layers = json.loads((tmp_path / "a" / "halve.json").read_text())["steps"][0]["linears"]
     touched = [row for row in layers if "output_error" in row]
     assert len(touched) == 35 and all(row["bytes_after"] < 0.2 * row["bytes_before"] for row in touched)
     assert all(0 < row["output_error"] < 0.2 and 0 < row["held_out_output_error"] < 0.2 for row in touched)
@@ -423,7 +423,7 @@ def test_the_head_of_a_tied_model(assets: Path, tmp_path: Path) -> None:
     text, source = assets / "data" / "tinystories_317.txt", assets / "models" / MODELS[0]
     step = "gptq:bits=4,group_size=32,targets=lm_head"
     result = compress(source, tmp_path / "out", [step], calibration=text, samples=8, window=128)
-    (row,) = [row for row in result.manifest["steps"][0]["layers"] if "output_error" in row]
+    (row,) = [row for row in result.manifest["steps"][0]["linears"] if "output_error" in row]
     assert row["name"] == "lm_head" and 0 < row["output_error"] < 0.1
     name = "model.embed_tokens.weight"
     assert torch.equal(open_checkpoint(source).tensor(name), open_checkpoint(tmp_path / "out").tensor(name))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import halve.compression
 from halve import compress, load_model
 from halve.checkpoint import open_checkpoint
 from halve.errors import RecipeError
@@ -202,7 +203,16 @@ def test_what_cannot_work_is_refused_before_any_work(make_hf, tmp_path: Path, st
 
 @pytest.mark.parametrize(
     "options",
-    ["fraction=1", "score=l2", "allocation=even", "multiple_of=0", "damping=0", "damping=2", "widths=4|x"],
+    [
+        "fraction=1",
+        "fraction=0.9,allocation=global",
+        "score=l2",
+        "allocation=even",
+        "multiple_of=0",
+        "damping=0",
+        "damping=2",
+        "widths=4|x",
+    ],
 )
 @pytest.mark.parametrize("step", ["prune-mlp", "prune-heads"])
 def test_options_out_of_range_are_refused(step: str, options: str) -> None:
@@ -215,3 +225,45 @@ def test_fraction_zero_changes_nothing(make_hf, tmp_path: Path) -> None:
     for step in ("prune-mlp", "prune-heads"):
         compress(source, tmp_path / step, [f"{step}:fraction=0,score=l1,refit=false"])
         assert torch.equal(logits(tmp_path / step), logits(source))
+
+
+def test_a_resumed_run_gives_the_same_bytes(stories: Path, real: dict, tmp_path: Path, monkeypatch) -> None:
+    """The blocks done are read back, narrower as they are, and calibrate the rest."""
+    steps = ["prune-mlp:fraction=0.2,multiple_of=4,allocation=global", "prune-heads:fraction=0.25"]
+    compress(stories, tmp_path / "whole", steps, **real)
+    original, calls = halve.compression._block_tensors, []
+
+    def crash(*arguments):
+        calls.append(None)
+        if len(calls) in (3, 9):  # the third block of the first step, then of the second
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(halve.compression, "_block_tensors", crash)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            compress(stories, tmp_path / "out", steps, **real)
+    compress(stories, tmp_path / "out", steps, **real)
+    for path in (tmp_path / "whole").glob("model*"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    assert (tmp_path / "whole" / "halve.json").read_bytes() == (tmp_path / "out" / "halve.json").read_bytes()
+
+
+def test_a_choice_that_a_later_step_cannot_take_is_found_before_the_pass(
+    stories: Path, real: dict, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("halve.methods.structured.allocate", lambda *_: [136, 136, 132, 136, 140])
+    steps = ["prune-mlp:fraction=0.2,multiple_of=4,allocation=global", "rtn:bits=4,group_size=8"]
+    with pytest.raises(RecipeError, match="group_size=8 does not divide the 132 inputs"):
+        compress(stories, tmp_path / "out", steps, **real)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_one_key_value_head_has_nothing_to_distribute(stories: Path, real: dict, make_hf, tmp_path: Path) -> None:
+    source = make_hf("llama", num_key_value_heads=1)
+    with pytest.raises(RecipeError, match="leave this step out"):
+        compress(source, tmp_path / "out", ["prune-heads:allocation=global"], **real)
+    for score in ("l1", "obs"):
+        step = f"prune-heads:fraction=0,allocation=global,score={score},refit=false"
+        compress(stories, tmp_path / score, [step], **real)
+        assert torch.equal(logits(tmp_path / score), logits(stories))

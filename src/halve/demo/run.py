@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from halve.benchmarking import Placement, Settings, benchmark_side_by_side
 from halve.checkpoint import load_model
 from halve.comparison import Comparison, compare
@@ -17,6 +19,7 @@ from halve.progress import progress
 from halve.records import Record, new_record, read_records, write_record
 from halve.tokenizer import load_tokenizer
 
+COLUMNS = ["model", "weight_bytes", "perplexity", "accuracy 1", "accuracy 2", "peak_memory_bytes", "decode_ms_median"]
 READER = Path(__file__).parent / "reader"
 SPEED_RECORDS = Path(__file__).parents[3] / "benchmarks" / "results"  # there in a checkout, not in a wheel
 
@@ -83,16 +86,21 @@ def demo(out: str | Path = "halve-demo", *, overwrite: bool = False) -> Comparis
             write_record(records / f"{model.name}-speed.json", record)
             advance(1)
     made = read_records([records])
-    table = compare(sorted(made, key=lambda r: [str(m) for m in models].index(r["model"])))
+    table = compare(sorted(made, key=lambda r: [str(m) for m in models].index(r["model"]))).only(COLUMNS)
     plot(made, out / "accuracy-size.png")
     return table
 
 
 def examine(model: Path) -> list[Record]:
-    """The records of every exam for one model folder, reloaded from disk."""
-    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    """The records of every exam for one model folder, reloaded from disk.
+
+    Computed in float32: the stored weights are what is examined, and few CPUs are quick in bfloat16.
+    """
+    loaded, tokenizer = load_model(model, dtype=torch.float32), load_tokenizer(model)
     return [
-        new_record("evaluation", model, command="halve demo", **evaluate(loaded, tokenizer, **exam.options))
+        new_record(
+            "evaluation", model, command="halve demo", dtype="float32", **evaluate(loaded, tokenizer, **exam.options)
+        )
         for exam in EXAMS
     ]
 

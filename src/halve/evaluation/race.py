@@ -74,7 +74,7 @@ def read_hub_questions(name: str, config: str | None, split: str) -> QuestionSet
     """
     remedy = "or give --data with a local copy (.jsonl, or RACE's folder of .txt files)"
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports] - an extra
     except ImportError:
         raise DataError(
             f"{name}: reading a hub dataset needs the package 'datasets'; pip install datasets, {remedy}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from halve.errors import HalveError
+from halve.kernels.cpu import CpuMatmul
 from halve.kernels.reference import ReferenceMatmul
 from halve.quantization import QuantizedWeight
 
@@ -20,6 +21,7 @@ class Matmul(Protocol):
     """One layer's weight, prepared for one kernel."""
 
     kernel: str
+    weight: Tensor | QuantizedWeight  # as this kernel keeps it; the layer drops the form it was given
 
     def __init__(self, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> None: ...
 
@@ -27,14 +29,14 @@ class Matmul(Protocol):
         """x [..., S] -> [..., K] in x's dtype."""
         ...
 
-    @staticmethod
-    def serves(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> str | None:
+    @classmethod
+    def serves(cls, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> str | None:
         """None when this backend can run the weight, else the reason why not."""
         ...
 
 
 # best first: "auto" takes the first that serves the weight
-BACKENDS: dict[str, type[Matmul]] = {"reference": ReferenceMatmul}
+BACKENDS: dict[str, type[Matmul]] = {"cpu": CpuMatmul, "reference": ReferenceMatmul}
 
 
 def select(name: str, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Matmul:

@@ -16,8 +16,8 @@ class ReferenceMatmul:
         self.weight = weight
         self.kernel = "torch.linear" if isinstance(weight, Tensor) else f"reference-int{weight.spec.bits}"
 
-    @staticmethod
-    def serves(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> str | None:
+    @classmethod
+    def serves(cls, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> str | None:
         return None
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class Drop:
         sources = tuple(i for i, layer in enumerate(layers) if layer.has_attention or layer.has_mlp)
         left = replace(config, layers=tuple(layers[i] for i in sources))
         action = "removed" if self.resolved else f"removed (some {len(gone)} {what}, by select={self.select})"
-        skipped = {key: "stays" for key in state.linears}
+        skipped = dict.fromkeys(state.linears, "not dropped")
         return finish(self.name, state, {}, skipped, left, sources, action)
 
     def edit(self, view: BlockView, plan: StepPlan) -> list[dict[str, Any]]:

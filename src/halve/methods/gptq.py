@@ -35,11 +35,11 @@ from halve.tensors import all_finite
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_ROWS = 1024  # inputs that the held-out error of a linear is measured on
+HELD_OUT_ROWS = 512  # inputs that the held-out error of a linear is measured on
 MAX_DAMPING = 1.0  # of the mean diagonal; beyond it H is noise and the request is refused
 _LEAF = 16  # columns quantized one by one between two matrix products
 SCALES = ("minmax", "mse")
-_ROWS = 4096  # output rows solved at a time: bounds the float32 copies
+_ROWS = 16384  # output rows solved at a time: bounds the float32 copies
 SHRINKS = tuple(1 - 0.05 * step for step in range(1, 9))  # shares of the full range that scale="mse" tries
 _SEARCH_ELEMENTS = 1 << 18  # weights whose range is searched at a time: the copies stay in the cache
 _TILE = 256  # columns of a tile of X^T X: only tiles on and above the diagonal are computed

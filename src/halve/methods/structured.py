@@ -22,7 +22,7 @@ from halve.methods.gptq import Hessian
 from halve.model import LayerConfig, ModelConfig
 from halve.plan import Key, LinearState, ModelState, StepPlan, finish
 from halve.pruning import check_fraction, column_norms, narrow_inputs, narrow_outputs, row_norms
-from halve.widths import allocate, parse_widths, rounded_width
+from halve.widths import SMALLEST_SHARE, allocate, parse_widths, rounded_width
 
 SCORES = ("l1", "activation", "obs")
 ALLOCATIONS = ("uniform", "global")
@@ -41,6 +41,7 @@ class Structured:
     name: ClassVar[str]
     reader: ClassVar[str]  # role of the linear that reads the units
     unit: ClassVar[str]
+    sublayer: ClassVar[str]
 
     fraction: float = 0.2
     score: str = "obs"
@@ -61,6 +62,11 @@ class Structured:
         if not 0 < self.damping <= obs.MAX_DAMPING:
             raise RecipeError(f"step {self.name}: damping={self.damping} is not in (0, {obs.MAX_DAMPING:g}]")
         parse_widths(self.name, self.widths)
+        if not self.resolved and self.fraction > 1 - SMALLEST_SHARE:
+            raise RecipeError(
+                f"step {self.name}: allocation=global leaves every layer {SMALLEST_SHARE:.0%}: fraction={self.fraction} "
+                f"is above {1 - SMALLEST_SHARE:g}, lower it or use allocation=uniform"
+            )
 
     @property
     def calibrates(self) -> bool:
@@ -90,7 +96,7 @@ class Structured:
         kept = self._kept(state)
         changed: dict[Key, tuple[LinearState, str]] = {}
         layers = list(state.config.layers)
-        skipped = {key: f"no {self.unit}" for key in state.linears}
+        skipped = {key: f"not part of the {self.sublayer}" for key in state.linears}
         for index, layer in enumerate(layers):
             if not self.size(layer):
                 continue
@@ -113,7 +119,7 @@ class Structured:
         """Units that stay in each layer."""
         sizes = [self.size(layer) for layer in state.config.layers]
         if not self.widths:
-            return [rounded_width(self.name, s, self.fraction, self.multiple_of, self.unit) if s else 0 for s in sizes]
+            return self._uniform(sizes)
         widths = parse_widths(self.name, self.widths)
         if len(widths) != len(sizes):
             raise RecipeError(f"step {self.name}: widths names {len(widths)} layers, the model has {len(sizes)}")
@@ -121,6 +127,9 @@ class Structured:
             if width > size or (width == 0) != (size == 0):
                 raise RecipeError(f"step {self.name}: widths asks for {width} of {size} {self.unit}s in layer {index}")
         return widths
+
+    def _uniform(self, sizes: list[int]) -> list[int]:
+        return [rounded_width(self.name, s, self.fraction, self.multiple_of, self.unit) if s else 0 for s in sizes]
 
     def _check(self, state: ModelState, index: int) -> None:
         reader = state.linears[index, self.reader]
@@ -142,25 +151,22 @@ class Structured:
 
     def resolve(self, walk: Walk) -> Self:
         """The same total, distributed over the layers by score."""
-        config, state = walk.checkpoint.config, []
+        config = walk.checkpoint.config
+        sizes, curves = [self.size(layer) for layer in config.layers], []
         for index, layer in enumerate(config.layers):
-            view, total = walk.block(index), self.size(layer)
-            if total:
+            view, loss = walk.block(index), torch.zeros(0, dtype=torch.float64)
+            if sizes[index] > 1:
                 with torch.inference_mode():
-                    removal = self._removal(view, layer, config, total - 1)
+                    loss = self._removal(view, layer, config, sizes[index] - 1).loss
             if walk.calibrated and view.block is not None:
                 walk.advance(view.block)
-            if total:
+            if sizes[index] > 1:
                 # a share of the stream the layer adds to, so that layers compare; the typical token's, since a few
                 # tokens carry values a thousand times larger
-                scale = _typical_energy(walk.states[0]) if self.score != "l1" else float(removal.loss[-1])
-                state.append((total, removal.loss / max(scale, 1e-300)))
-            else:
-                state.append((0, torch.zeros(0)))
-        uniform = [
-            rounded_width(self.name, n, self.fraction, self.multiple_of, self.unit) if n else 0 for n, _ in state
-        ]
-        widths = allocate([n for n, _ in state], [c for _, c in state], sum(uniform), self.multiple_of)
+                scale = _typical_energy(walk.states[0]) if self.score != "l1" else float(loss[-1])
+                loss = loss / max(scale, 1e-300)
+            curves.append(loss)
+        widths = allocate(sizes, curves, sum(self._uniform(sizes)), self.multiple_of)
         return replace(self, widths=tuple(map(str, widths)))
 
     def _removal(self, view: BlockView, layer: LayerConfig, config: ModelConfig, count: int) -> obs.Removal:
@@ -253,6 +259,7 @@ class PruneMlp(Structured):
     name: ClassVar[str] = "prune-mlp"
     reader: ClassVar[str] = "down_proj"
     unit: ClassVar[str] = "channel"
+    sublayer: ClassVar[str] = "MLP"
 
     multiple_of: int = 128
 
@@ -277,6 +284,7 @@ class PruneHeads(Structured):
     name: ClassVar[str] = "prune-heads"
     reader: ClassVar[str] = "o_proj"
     unit: ClassVar[str] = "key/value group"
+    sublayer: ClassVar[str] = "attention"
 
     fraction: float = 0.25
 

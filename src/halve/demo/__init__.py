@@ -1,0 +1,1 @@
+"""The bundled reader: its generated English, its exam and the script that trained it."""

@@ -1,0 +1,327 @@
+"""Products with packed and dense weights in C: few rows of x at the speed of memory, many without expanding a weight.
+
+The kernels and their layout are described in csrc/cpu.h. The library is optional: where no compiler was found when
+halve was installed, or HALVE_NO_C=1 is set, `serves` says so and the reference backend runs.
+
+Shape legend: N rows of x, O output rows, I input columns, C stored columns (I and padding), G groups, W words of 32
+bits a row, B blocks of 16 output rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halve.quantization import QuantizedWeight, pack
+
+ROWS = 16  # output rows in a block
+MAX_SEGMENT = 128  # columns under one scale of x
+MAX_ROWS = 16  # rows of x beyond which torch's matmul takes over, where it is faster (see CpuMatmul)
+_TILE_BYTES = 4 << 20  # expanded weights at a time: small against the cache, large enough for torch's matmul
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
+
+
+class _Weight(ctypes.Structure):
+    """weight_t of csrc/cpu.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("kernels", "codes", "scale", "zero", "order")),
+        *((name, ctypes.c_void_p) for name in ("segment_end", "segment_group")),
+        *((name, ctypes.c_int64) for name in ("rows", "in_features", "columns", "words", "groups", "segments")),
+        *((name, ctypes.c_int32) for name in ("bits", "offset", "scale_kind", "dense_kind")),
+    )
+
+
+class Library:
+    """The C functions, for one instruction set."""
+
+    def __init__(self, path: Path, isa: str | None) -> None:
+        """Load `path` for instruction set `isa` (None: the best one here). OSError when that cannot be."""
+        library = ctypes.CDLL(str(path))
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        library.halve_cpu_weight_size.restype = integer
+        if library.halve_cpu_weight_size() != ctypes.sizeof(_Weight):
+            raise OSError(f"{path} was built from other sources: install halve again")
+        library.halve_cpu_kernels.restype = pointer
+        library.halve_cpu_kernels.argtypes = [ctypes.c_char_p]
+        self.kernels: int | None = library.halve_cpu_kernels(None if isa is None else isa.encode())
+        if self.kernels is None:
+            raise OSError(f"this processor has no {isa}")
+        library.halve_cpu_name.restype = ctypes.c_char_p
+        library.halve_cpu_name.argtypes = [pointer]
+        self.isa: str = library.halve_cpu_name(self.kernels).decode()
+        library.halve_cpu_set_threads.argtypes = [pointer]
+        library.halve_cpu_set_threads.restype = None
+        library.halve_cpu_set_threads(_torch_parallel())
+        self.bf16_units = bool(library.halve_cpu_bf16_units())
+        self.multiply = library.halve_cpu_multiply
+        self.multiply.argtypes = [pointer, pointer, pointer, integer, ctypes.c_int]
+        self.expand = library.halve_cpu_expand
+        self.expand.argtypes = [pointer, integer, integer, ctypes.c_int, pointer, integer]
+        self.expand.restype = None
+        self.pack = library.halve_cpu_pack
+        self.pack.argtypes = [pointer, pointer, integer, ctypes.c_int, pointer]
+        self.pack.restype = None
+
+
+def _torch_parallel() -> int | None:
+    """Address of the function that starts the threads of torch's own OpenMP runtime, or None: one thread.
+
+    A second runtime would bring a second pool, whose idle threads spin on the cores the first one needs.
+    """
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / name
+        if path.is_file():
+            function = getattr(ctypes.CDLL(str(path)), "GOMP_parallel", None)
+            return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
+    return None
+
+
+@functools.cache
+def load_library(isa: str | None = None) -> Library | str:
+    """The C library built beside this module, or in one line why there is none to run."""
+    if os.environ.get("HALVE_NO_C", "0") not in ("", "0"):
+        return "the C kernels are switched off by HALVE_NO_C"
+    path = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
+    if not path.is_file():
+        return "the C kernels were not built: install halve again where there is a C compiler"
+    try:
+        return Library(path, isa)
+    except (OSError, AttributeError) as error:
+        return f"the C kernels do not load: {error}"
+
+
+class BlockedWeight(QuantizedWeight):
+    """A quantized weight held only as the C kernels read it; its stored form is rebuilt whenever it is asked for.
+
+    codes int32 [B, W, 16]; scales [B, G, 16]; zeros uint8 [B, G, 16] or None; order int32 [C] or None.
+    """
+
+    def __init__(self, weight: QuantizedWeight, library: Library) -> None:
+        stored_bits = _STORED_BITS[weight.spec.bits]
+        order, segment_end, segment_group = _segments(weight, 32 // stored_bits)
+        rows, columns = weight.out_features, int(segment_end[-1]) * (32 // stored_bits)
+        blocks = -(-rows // ROWS)
+        scale = weight.scale
+        if scale.dtype not in _KINDS or (scale.dtype == torch.float16 and library.isa == "generic"):
+            scale = scale.float()
+        offset = 1 << (weight.spec.bits - 1)
+        zeros = None
+        if weight.zero is not None:
+            zeros = _in_blocks((weight.zero.to(torch.int16) + offset).to(torch.uint8))
+        codes = torch.empty(blocks, columns * stored_bits // 32, ROWS, dtype=torch.int32)
+        self.__dict__.update(  # not by assignment: frozen, like its base
+            spec=weight.spec,
+            in_features=weight.in_features,
+            group_index=weight.group_index,
+            row_count=rows,
+            kernels=library.kernels,
+            stored_bits=stored_bits,
+            scale_dtype=weight.scale.dtype,
+            order=order,
+            block_codes=codes,
+            block_scales=_in_blocks(scale),
+            block_zeros=zeros,
+            segment_end=segment_end,
+            segment_group=segment_group,
+        )
+        packed = weight.packed.contiguous()
+        library.pack(
+            ctypes.byref(self.describe()), packed.data_ptr(), packed.shape[1], weight.spec.bits, codes.data_ptr()
+        )
+
+    row_count: int
+    kernels: int
+    stored_bits: int
+    scale_dtype: torch.dtype
+    order: Tensor | None
+    block_codes: Tensor
+    block_scales: Tensor
+    block_zeros: Tensor | None
+    segment_end: Tensor
+    segment_group: Tensor
+
+    def describe(self) -> _Weight:
+        """The C side's view; valid as long as this object lives."""
+        blocks, words, _ = self.block_codes.shape
+        tensors = (self.block_codes, self.block_scales, self.block_zeros, self.order)
+        pointers = [self.kernels, *(None if t is None else t.data_ptr() for t in tensors)]
+        pointers += [self.segment_end.data_ptr(), self.segment_group.data_ptr()]
+        columns, segments = words * 32 // self.stored_bits, self.segment_end.numel()
+        groups = self.block_scales.shape[1]
+        assert blocks * ROWS >= self.row_count
+        numbers = (self.row_count, self.in_features, columns, words, groups, segments)
+        offset = 1 << (self.spec.bits - 1)
+        return _Weight(*pointers, *numbers, self.stored_bits, offset, _KINDS[self.block_scales.dtype], 0)
+
+    @property
+    def out_features(self) -> int:
+        return self.row_count
+
+    @property
+    def device(self) -> torch.device:
+        return self.block_codes.device
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.block_codes, self.block_scales, self.block_zeros, self.order, self.group_index)
+        return sum(t.nbytes for t in tensors if t is not None)
+
+    @property
+    def packed(self) -> Tensor:
+        """The codes as stored, int32 [O, W']."""
+        return pack(self.codes(), self.spec.bits)
+
+    @property
+    def scale(self) -> Tensor:
+        return _from_blocks(self.block_scales, self.row_count).to(self.scale_dtype)
+
+    @property
+    def zero(self) -> Tensor | None:
+        if self.block_zeros is None:
+            return None
+        shifted = _from_blocks(self.block_zeros, self.row_count).to(torch.int16) - (1 << (self.spec.bits - 1))
+        return shifted.to(torch.int8)
+
+    def codes(self) -> Tensor:
+        bits, offset = self.stored_bits, 1 << (self.spec.bits - 1)
+        shift = torch.tensor([c // 2 * bits + c % 2 * 16 for c in range(32 // bits)], dtype=torch.int32)
+        codes = torch.empty(self.shape, dtype=torch.int8)
+        for block, words in enumerate(self.block_codes):  # one block at a time: [W, 16] -> [16, C]
+            part = ((words.t().unsqueeze(-1) >> shift & ((1 << bits) - 1)) - offset).to(torch.int8).flatten(1)
+            first, last = block * ROWS, min((block + 1) * ROWS, self.row_count)
+            if self.order is None:
+                codes[first:last] = part[: last - first, : self.in_features]
+            else:
+                filled = self.order >= 0
+                codes[first:last, self.order[filled].long()] = part[: last - first, filled]
+        return codes
+
+
+def _in_blocks(values_OG: Tensor) -> Tensor:
+    """[O, G] -> [B, G, 16]; rows that fill the last block are 0."""
+    rows, groups = values_OG.shape
+    padded = functional.pad(values_OG, (0, 0, 0, -rows % ROWS))
+    return padded.view(-1, ROWS, groups).transpose(1, 2).contiguous()
+
+
+def _from_blocks(values_BGR: Tensor, rows: int) -> Tensor:
+    """The inverse of `_in_blocks`."""
+    return values_BGR.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
+
+
+def _segments(weight: QuantizedWeight, per_word: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """How columns are stored: order [C] (None: as they are), and per segment its end in words and its group.
+
+    Columns of a group lie together, padded to whole words, in segments of at most MAX_SEGMENT columns.
+    """
+    if weight.group_index is None:
+        groups = weight.scale.shape[1]
+        sizes = [weight.in_features // groups] * groups
+    else:
+        sizes = torch.bincount(weight.group_index, minlength=weight.scale.shape[1]).tolist()
+    ends, segment_groups, word = [], [], 0
+    for group, size in enumerate(sizes):
+        for start in range(0, size, MAX_SEGMENT):
+            word += -(-min(MAX_SEGMENT, size - start) // per_word)
+            ends.append(word)
+            segment_groups.append(group)
+    segments = torch.tensor(ends, dtype=torch.int32), torch.tensor(segment_groups, dtype=torch.int32)
+    in_order = weight.group_index is None or bool((weight.group_index.diff() >= 0).all())
+    if in_order and word * per_word == weight.in_features:
+        return None, *segments
+    by_group = torch.argsort(weight.column_groups(), stable=True)
+    order = torch.full((word * per_word,), -1, dtype=torch.int32)
+    source = target = 0
+    for size in sizes:
+        order[target : target + size] = by_group[source : source + size]
+        source, target = source + size, target + -(-size // per_word) * per_word
+    return order, *segments
+
+
+class CpuMatmul:
+    """Packed and dense weights on the CPU through the C library.
+
+    Many rows of x go to torch's matmul for float32 weights, and for all weights (expanded tile by tile) where the
+    processor has units for bfloat16 products. Elsewhere the C kernels are faster for any number of rows: their integer
+    products outrun float32 ones, and torch's bfloat16 is slower still.
+    """
+
+    isa: str | None = None  # None: the best one of this processor; tests choose others
+
+    def __init__(self, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> None:
+        library = load_library(self.isa)
+        assert isinstance(library, Library), library
+        self._library = library
+        if isinstance(weight, Tensor):
+            self.weight: Tensor | QuantizedWeight = weight.contiguous()
+            rows, columns = weight.shape
+            numbers = (rows, columns, columns, 0, 0, 0)
+            self._plan = _Weight(
+                library.kernels, self.weight.data_ptr(), *[None] * 5, *numbers, 0, 0, 0, _KINDS[weight.dtype]
+            )
+            self.kernel = f"{library.isa}-{'bf16' if weight.dtype == torch.bfloat16 else 'fp32'}"
+        else:
+            self.weight = BlockedWeight(weight, library)
+            self._plan = self.weight.describe()
+            self.kernel = f"{library.isa}-int{weight.spec.bits}"
+        self._address = ctypes.addressof(self._plan)
+        self._rows, self._columns = self.weight.shape
+        float32 = isinstance(weight, Tensor) and weight.dtype == torch.float32
+        self._most = MAX_ROWS if float32 or library.bf16_units else sys.maxsize
+
+    @classmethod
+    def serves(cls, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> str | None:
+        if weight.device.type != "cpu":
+            return f"the weight is on {weight.device}"
+        library = load_library(cls.isa)
+        if isinstance(library, str):
+            return library
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"computes in float32 and bfloat16, not {dtype}"
+        if isinstance(weight, Tensor) and weight.dtype not in (torch.float32, torch.bfloat16):
+            return f"reads dense weights in float32 and bfloat16, not {weight.dtype}"
+        if weight.shape[0] == 0 or weight.shape[1] == 0:
+            return "the weight is empty"
+        return None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        count = x.numel() // self._columns
+        if count > self._most:
+            return self._by_tiles(x)
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self._rows))
+        if self._library.multiply(self._address, x.data_ptr(), y.data_ptr(), count, _KINDS[x.dtype]):
+            raise MemoryError("no memory left for the scratch space of a product")
+        return y
+
+    def _by_tiles(self, x: Tensor) -> Tensor:
+        """Many rows: one tile of the weight at a time as numbers, and torch's matmul."""
+        dense = isinstance(self.weight, Tensor)
+        if isinstance(self.weight, Tensor) and self.weight.dtype == x.dtype:
+            return functional.linear(x, self.weight)
+        rows_of_x = x.reshape(-1, self._columns)
+        y = x.new_empty((rows_of_x.shape[0], self._rows))
+        tile_rows = max(ROWS, _TILE_BYTES // (self._columns * x.element_size()) // ROWS * ROWS)
+        tile_rows = min(tile_rows, -(-self._rows // ROWS) * ROWS)
+        tile = torch.empty((tile_rows, self._columns) if dense else (self._columns, tile_rows), dtype=x.dtype)
+        for first in range(0, self._rows, tile_rows):
+            size = min(tile_rows, self._rows - first)
+            if isinstance(self.weight, Tensor):
+                columns = tile[:size].copy_(self.weight[first : first + size]).t()
+            else:
+                blocks = -(-size // ROWS)
+                kind = _KINDS[x.dtype]
+                self._library.expand(self._address, first // ROWS, blocks, kind, tile.data_ptr(), tile_rows)
+                columns = tile[:, :size]
+            y[:, first : first + size] = rows_of_x @ columns
+        return y.view(*x.shape[:-1], self._rows)

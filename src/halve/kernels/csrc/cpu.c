@@ -1,0 +1,319 @@
+/* Instruction sets, threads and the functions that cpu.py calls. The kernels are in cpu_body.h, the layout in cpu.h.
+
+   Needs GNU C (gcc or clang): vector extensions and `target` attributes. One object serves every processor of its
+   architecture; halve_cpu_kernels picks among what was compiled. */
+
+#include "cpu.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
+#define FN(name) PASTE(name, ISA)
+
+/* ---- any processor: 128-bit vectors in GNU C, which is NEON on aarch64 and SSE on x86 ---- */
+
+typedef int32_t i32x4 __attribute__((vector_size(16)));
+typedef uint32_t u32x4 __attribute__((vector_size(16)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef float f32x4 __attribute__((vector_size(16)));
+
+INLINE i32x4 load_u8x4(const uint8_t *p) { return (i32x4){p[0], p[1], p[2], p[3]}; }
+INLINE f32x4 load_bf16x4(const uint16_t *p) {
+    return (f32x4){from_bf16(p[0]), from_bf16(p[1]), from_bf16(p[2]), from_bf16(p[3])};
+}
+INLINE i32x4 load_i32x4(const void *p) {
+    i32x4 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE f32x4 load_f32x4(const float *p) {
+    f32x4 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE void store_f32x4(float *p, f32x4 v) { memcpy(p, &v, sizeof v); }
+INLINE i32x4 low_halves(i32x4 v) { return (i32x4)((u32x4)v << 16) >> 16; }
+
+#define ISA generic
+#define NAME "generic"
+#define TARGET
+#define LANES 4
+#define PASS 2
+#define VI i32x4
+#define VF f32x4
+#define LOAD(p) load_i32x4(p)
+#define LOAD_F32(p) load_f32x4(p)
+#define LOAD_BF16(p) load_bf16x4(p)
+#define LOAD_F16(p) load_bf16x4(p) /* never reached: cpu.py widens half scales for this one */
+#define LOAD_U8(p) load_u8x4(p)
+#define STORE_F32(p, v) store_f32x4(p, v)
+#define SET1(a) ((i32x4){(a), (a), (a), (a)})
+#define SET1_F(a) ((f32x4){(a), (a), (a), (a)})
+#define ZERO_F() ((f32x4){0, 0, 0, 0})
+#define AND(a, b) ((a) & (b))
+#define SHIFT16(a, n) ((i32x4)((u16x8)(a) >> (n)))
+#define SHIFT32(a, n) ((i32x4)((u32x4)(a) >> (n)))
+#define SHIFT_LEFT16(a) ((i32x4)((u32x4)(a) << 16))
+#define SHIFT_SIGNED32(a, n) ((a) >> (n))
+#define ADD(a, b) ((a) + (b))
+#define MUL(a, b) ((a) * (b))
+#define DOT(acc, a, b) ((acc) + low_halves(a) * low_halves(b) + ((a) >> 16) * ((b) >> 16))
+#define TO_FLOAT(a) __builtin_convertvector(a, f32x4)
+#define AS_FLOAT(a) ((f32x4)(a))
+#define FMA(a, b, c) ((a) * (b) + (c))
+#define MUL_F(a, b) ((a) * (b))
+#define ADD_F(a, b) ((a) + (b))
+#define SUB_F(a, b) ((a) - (b))
+#include "cpu_body.h"
+#include "cpu_undef.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+
+/* ---- x86 with AVX2, FMA and F16C (2013 on) ---- */
+
+#define ISA avx2
+#define NAME "avx2"
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#include "cpu_avx2.h"
+#define DOT(acc, a, b) _mm256_add_epi32(acc, _mm256_madd_epi16(a, b))
+#include "cpu_body.h"
+#include "cpu_undef.h"
+
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#define HAS_AVX_VNNI
+#define ISA avxvnni
+#define NAME "avx-vnni"
+#define TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
+#include "cpu_avx2.h"
+#define DOT(acc, a, b) _mm256_dpwssd_avx_epi32(acc, a, b)
+#include "cpu_body.h"
+#include "cpu_undef.h"
+#endif
+
+/* ---- x86 with AVX-512 and its VNNI (servers from 2019 on) ---- */
+
+#define ISA avx512
+#define NAME "avx512-vnni"
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")))
+#define LANES 16
+#define PASS 4
+#define VI __m512i
+#define VF __m512
+#define LOAD(p) _mm512_loadu_si512(p)
+#define LOAD_F32(p) _mm512_loadu_ps(p)
+#define LOAD_BF16(p) \
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define LOAD_F16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
+#define LOAD_U8(p) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p)))
+#define STORE_F32(p, v) _mm512_storeu_ps(p, v)
+#define SET1(a) _mm512_set1_epi32(a)
+#define SET1_F(a) _mm512_set1_ps(a)
+#define ZERO_F() _mm512_setzero_ps()
+#define AND(a, b) _mm512_and_si512(a, b)
+#define SHIFT16(a, n) _mm512_srli_epi16(a, n)
+#define SHIFT32(a, n) _mm512_srli_epi32(a, n)
+#define SHIFT_LEFT16(a) _mm512_slli_epi32(a, 16)
+#define SHIFT_SIGNED32(a, n) _mm512_srai_epi32(a, n)
+#define ADD(a, b) _mm512_add_epi32(a, b)
+#define MUL(a, b) _mm512_mullo_epi32(a, b)
+#define DOT(acc, a, b) _mm512_dpwssd_epi32(acc, a, b)
+#define TO_FLOAT(a) _mm512_cvtepi32_ps(a)
+#define AS_FLOAT(a) _mm512_castsi512_ps(a)
+#define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define MUL_F(a, b) _mm512_mul_ps(a, b)
+#define ADD_F(a, b) _mm512_add_ps(a, b)
+#define SUB_F(a, b) _mm512_sub_ps(a, b)
+#include "cpu_body.h"
+#include "cpu_undef.h"
+#endif
+
+/* ---- threads: those of the OpenMP runtime that torch uses, handed over by cpu.py ---- */
+
+typedef void (*parallel_t)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+static parallel_t parallel; /* GOMP_parallel, or NULL: one thread */
+
+/* less work than this is done before a second thread has woken up */
+enum { SERIAL_BYTES = 1 << 16 };
+
+typedef struct {
+    void (*body)(void *data, int64_t first, int64_t last);
+    void *data;
+    int64_t items, chunk;
+    _Atomic int64_t next;
+} work_t;
+
+static void work_loop(void *argument) {
+    work_t *work = argument;
+    for (;;) {
+        const int64_t first = atomic_fetch_add_explicit(&work->next, work->chunk, memory_order_relaxed);
+        if (first >= work->items) return;
+        const int64_t last = first + work->chunk;
+        work->body(work->data, first, last < work->items ? last : work->items);
+    }
+}
+
+/* body over all items, in chunks that threads take as they come free; `bytes` is what it will read or write */
+static void for_all(int64_t items, int64_t bytes, void (*body)(void *, int64_t, int64_t), void *data) {
+    if (!parallel || bytes < SERIAL_BYTES) {
+        body(data, 0, items);
+        return;
+    }
+    work_t work = {body, data, items, items / 32 + 1, 0};
+    parallel(work_loop, &work, 0, 0); /* 0 threads: as many as torch was set to */
+}
+
+/* ---- choice of instruction set ---- */
+
+/* The kernels of instruction set `name`, or the best ones here (NULL); NULL when this processor lacks them. */
+const kernels_t *halve_cpu_kernels(const char *name) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni") && (!name || !strcmp(name, kernels_avx512.name)))
+        return &kernels_avx512;
+#ifdef HAS_AVX_VNNI
+    unsigned eax = 0, ebx, ecx, edx; /* leaf 7.1, bit 4 of eax: not every compiler knows its name */
+    const int avx_vnni = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+    if (avx2 && avx_vnni && (!name || !strcmp(name, kernels_avxvnni.name))) return &kernels_avxvnni;
+#endif
+    if (avx2 && (!name || !strcmp(name, kernels_avx2.name))) return &kernels_avx2;
+#endif
+    return !name || !strcmp(name, kernels_generic.name) ? &kernels_generic : NULL;
+}
+
+/* ---- called from cpu.py ---- */
+
+const char *halve_cpu_name(const kernels_t *kernels) { return kernels->name; }
+
+/* Hand over GOMP_parallel, or NULL: one thread. */
+void halve_cpu_set_threads(parallel_t start) { parallel = start; }
+
+/* Whether torch's matmul has bfloat16 instructions to use here. */
+int halve_cpu_bf16_units(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return 0;
+#endif
+}
+
+/* Size of weight_t, so that cpu.py can tell a library built from other sources. */
+int64_t halve_cpu_weight_size(void) { return sizeof(weight_t); }
+
+typedef struct {
+    const weight_t *weight;
+    rows_t x;
+    void *y;
+    int kind;
+} product_t;
+
+static void product_blocks(void *data, int64_t first, int64_t last) {
+    const product_t *p = data;
+    const weight_t *w = p->weight;
+    float y[MAX_COUNT * ROWS];
+    for (int64_t block = first; block < last; ++block) {
+        w->kernels->multiply(w, &p->x, block, y);
+        const int64_t row = block * ROWS, size = w->rows - row < ROWS ? w->rows - row : ROWS;
+        for (int64_t m = 0; m < p->x.count; ++m)
+            for (int64_t r = 0; r < size; ++r) {
+                const int64_t at = m * w->rows + row + r;
+                if (p->kind == BFLOAT16) ((uint16_t *)p->y)[at] = to_bf16(y[m * ROWS + r]);
+                else ((float *)p->y)[at] = y[m * ROWS + r];
+            }
+    }
+}
+
+/* y [count][rows] = x [count][in_features] W^T, x and y in `kind`. 0, or -1 when memory ran out. */
+int halve_cpu_multiply(const weight_t *w, const void *x, void *y, int64_t count, int kind) {
+    /* scratch grows to the largest product seen and stays with its thread */
+    static _Thread_local char *scratch;
+    static _Thread_local int64_t scratch_size;
+    const int64_t most = count < MAX_COUNT ? count : MAX_COUNT;
+    const int64_t values = most * w->columns, scales = most * w->segments;
+    const int64_t need = (values + values / 2 + 2 * scales) * 4 + 64;
+    if (need > scratch_size) {
+        free(scratch);
+        scratch = malloc((size_t)need);
+        scratch_size = scratch ? need : 0;
+        if (!scratch) return -1;
+    }
+    float *numbers = (float *)scratch, *scale = numbers + values;
+    int32_t *code_sum = (int32_t *)(scale + scales), *pairs = code_sum + scales;
+    const int64_t x_bytes = w->in_features * (kind == BFLOAT16 ? 2 : 4), y_bytes = w->rows * (kind == BFLOAT16 ? 2 : 4);
+    const int64_t bytes = w->scale ? w->words * 4 : w->columns * (w->dense_kind == BFLOAT16 ? 2 : 4);
+    for (int64_t first = 0; first < count; first += MAX_COUNT) {
+        const int64_t size = count - first < MAX_COUNT ? count - first : MAX_COUNT;
+        for (int64_t m = 0; m < size; ++m)
+            w->kernels->prepare(w, (const char *)x + (first + m) * x_bytes, kind, numbers + m * w->columns,
+                                pairs + m * (w->columns / 2), scale + m * w->segments, code_sum + m * w->segments);
+        product_t product = {w, {size, numbers, pairs, scale, code_sum}, (char *)y + first * y_bytes, kind};
+        for_all((w->rows + ROWS - 1) / ROWS, bytes * w->rows * (size + 1) / 2, product_blocks, &product);
+    }
+    return 0;
+}
+
+typedef struct {
+    const weight_t *weight;
+    int64_t first;
+    int kind;
+    char *out;
+    int64_t stride;
+} expansion_t;
+
+static void expand_blocks(void *data, int64_t first, int64_t last) {
+    const expansion_t *e = data;
+    const int64_t block_bytes = ROWS * (e->kind == BFLOAT16 ? 2 : 4);
+    for (int64_t block = first; block < last; ++block)
+        e->weight->kernels->expand(e->weight, e->first + block, e->kind, e->out + block * block_bytes, e->stride);
+}
+
+/* out[in_features][stride] in `kind`: the transposed numbers of `blocks` packed blocks from `first` on. */
+void halve_cpu_expand(const weight_t *w, int64_t first, int64_t blocks, int kind, void *out, int64_t stride) {
+    expansion_t expansion = {w, first, kind, out, stride};
+    for_all(blocks, blocks * ROWS * w->words * 4, expand_blocks, &expansion);
+}
+
+/* ---- packing: from the stored bit stream (quantization.pack) into blocks ---- */
+
+typedef struct {
+    const weight_t *weight;
+    const uint32_t *packed;
+    int64_t packed_words;
+    int source_bits;
+    uint32_t *codes;
+} packing_t;
+
+static void pack_blocks(void *data, int64_t first, int64_t last) {
+    const packing_t *p = data;
+    const weight_t *w = p->weight;
+    const int per_word = 32 / w->bits, source = p->source_bits;
+    for (int64_t row = first * ROWS; row < last * ROWS; ++row) {
+        uint32_t *target = p->codes + row / ROWS * w->words * ROWS + row % ROWS;
+        const uint32_t *stream = p->packed + row * p->packed_words;
+        for (int64_t word = 0; word < w->words; ++word) {
+            uint32_t value = 0;
+            for (int c = 0; row < w->rows && c < per_word; ++c) {
+                const int64_t column = word * per_word + c, at = w->order ? w->order[column] : column;
+                if (at < 0 || at >= w->in_features) continue;
+                const int64_t bit = at * source, from = bit / 32, shift = bit % 32;
+                uint64_t code = stream[from] >> shift;
+                if (shift + source > 32) code |= (uint64_t)stream[from + 1] << (32 - shift);
+                value |= (uint32_t)(code & ((1u << source) - 1)) << (c / 2 * w->bits + c % 2 * 16);
+            }
+            target[word * ROWS] = value;
+        }
+    }
+}
+
+/* Fill `codes` of w from packed [rows][packed_words], codes of `source_bits` (w->bits, or 3 kept in 4) as stored. */
+void halve_cpu_pack(const weight_t *w, const void *packed, int64_t packed_words, int source_bits, void *codes) {
+    packing_t packing = {w, packed, packed_words, source_bits, codes};
+    for_all((w->rows + ROWS - 1) / ROWS, w->rows * w->words * 4, pack_blocks, &packing);
+}

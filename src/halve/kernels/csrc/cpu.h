@@ -1,0 +1,93 @@
+/* Matrix-vector and small-batch products with packed or dense weights: what the C side and cpu.py agree on.
+
+   Packed weights lie in blocks of ROWS output rows; inside a block, word t holds the same columns of all ROWS rows:
+
+       codes  uint32 [blocks][words][ROWS]      32 / bits codes a word, unsigned (code + offset)
+       scale         [blocks][groups][ROWS]     float, bfloat16 or half
+       zero   uint8  [blocks][groups][ROWS]     zero point + offset, or NULL: every zero point is 0
+
+   so that a block is read front to back, every vector lane stands for one output row, and one value of x serves all.
+   Pair j of a word is its columns 2j (in the low 16 bits, at bit j * bits) and 2j + 1 (in the high 16 bits, likewise):
+   shifting by j * bits and masking leaves two 16-bit integers, the operands of a widening pairwise multiply-add.
+
+   A segment is a run of at most 128 columns of one group. Each row of x is rounded segment by segment to 16-bit
+   integers under one scale, multiplied in integers, and added up in float32:
+
+       y[r] = sum over segments s: scale[r, group(s)] * x_scale[s] * sum over columns: (code - zero) * x_code
+*/
+#ifndef HALVE_CPU_H
+#define HALVE_CPU_H
+
+#include <stdint.h>
+
+enum { ROWS = 16, MAX_SEGMENT = 128, MAX_COUNT = 64 }; /* MAX_COUNT rows of x at a time: as many as the cache holds */
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+struct kernels;
+
+typedef struct {
+    const struct kernels *kernels; /* of the instruction set in use */
+    const void *codes;            /* packed: as above; dense: [rows][columns] in dense_kind */
+    const void *scale;            /* NULL: the weight is dense */
+    const uint8_t *zero;          /* or NULL */
+    const int32_t *order;         /* [columns] which x each stored column reads, -1 for padding; NULL: in order */
+    const int32_t *segment_end;   /* [segments] first word after the segment */
+    const int32_t *segment_group; /* [segments] */
+    int64_t rows;
+    int64_t in_features; /* length of a row of x */
+    int64_t columns;     /* stored columns, a multiple of the codes in a word; dense: in_features */
+    int64_t words;       /* per row */
+    int64_t groups;
+    int64_t segments;
+    int32_t bits;       /* 2, 4 or 8 */
+    int32_t offset;     /* code + offset is what is stored */
+    int32_t scale_kind; /* FLOAT32, BFLOAT16 or FLOAT16 */
+    int32_t dense_kind; /* FLOAT32 or BFLOAT16 */
+} weight_t;
+
+/* x of `count` rows, prepared once per product for all threads. */
+typedef struct {
+    int64_t count;
+    const float *values;     /* dense: [count][columns], bfloat16 weights: see `spread` */
+    const int32_t *pairs;    /* packed: [count][columns / 2], two 16-bit codes each */
+    const float *scale;      /* packed: [count][segments] */
+    const int32_t *code_sum; /* packed: [count][segments] */
+} rows_t;
+
+/* One instruction set's functions. */
+typedef struct kernels {
+    const char *name;
+    /* prepare one row of x: codes, scales and sums (packed), or values (dense) */
+    void (*prepare)(const weight_t *w, const void *x, int kind, float *values, int32_t *pairs, float *scale,
+                    int32_t *code_sum);
+    /* y [count][ROWS] of one block */
+    void (*multiply)(const weight_t *w, const rows_t *x, int64_t block, float *y);
+    /* transposed numbers of one packed block: out[column * stride + row] in FLOAT32 or BFLOAT16 */
+    void (*expand)(const weight_t *w, int64_t block, int kind, void *out, int64_t stride);
+} kernels_t;
+
+#if defined(__x86_64__)
+#define IN_REGISTER(v) __asm__("" : "+v"(v)) /* keeps the compiler from regrouping sums, which spills them */
+#else
+#define IN_REGISTER(v)
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE float bits_float(int32_t bits) {
+    union { int32_t i; float f; } v = {bits};
+    return v.f;
+}
+
+INLINE int32_t float_bits(float value) {
+    union { float f; int32_t i; } v = {value};
+    return v.i;
+}
+
+INLINE float from_bf16(uint16_t bits) { return bits_float((int32_t)((uint32_t)bits << 16)); }
+
+INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even; a NaN stays one */
+    const uint32_t bits = (uint32_t)float_bits(value);
+    return (uint16_t)(value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+#endif

@@ -1,0 +1,274 @@
+/* The kernels, written once over a handful of vector operations and compiled once per instruction set (cpu.c).
+
+   Before inclusion: FN(name) names the functions; TARGET marks them; LANES is the number of 32-bit lanes; PASS the rows of x whose
+   sums fit into registers (2 or 4); VI and VF
+   are the vectors of int32 and float32; the operations are those that cpu.c defines for every instruction set. */
+
+#define VECS (ROWS / LANES)
+
+/* Statements for every vector i of a block and every row m of x, written out: with constant indices from the start
+   compilers keep the arrays in registers. */
+#define EACH_VEC(...) \
+    { \
+        { enum { i = 0 }; __VA_ARGS__ } \
+        if (VECS > 1) { enum { i = VECS > 1 }; __VA_ARGS__ } \
+        if (VECS > 2) { enum { i = VECS > 2 ? 2 : 0 }; __VA_ARGS__ } \
+        if (VECS > 2) { enum { i = VECS > 2 ? 3 : 0 }; __VA_ARGS__ } \
+    }
+#define EACH_OF_4(...) \
+    { \
+        { enum { r = 0 }; __VA_ARGS__ } \
+        if (rows > 1) { enum { r = 1 }; __VA_ARGS__ } \
+        if (rows > 2) { enum { r = 2 }; __VA_ARGS__ } \
+        if (rows > 3) { enum { r = 3 }; __VA_ARGS__ } \
+    }
+#define EACH_ROW_2(...) \
+    { \
+        { enum { m = 0 }; __VA_ARGS__ } \
+        if (count > 1) { enum { m = 1 }; __VA_ARGS__ } \
+    }
+#define EACH_ROW(...) \
+    { \
+        { enum { m = 0 }; __VA_ARGS__ } \
+        if (count > 1) { enum { m = 1 }; __VA_ARGS__ } \
+        if (count > 2) { enum { m = 2 }; __VA_ARGS__ } \
+        if (count > 3) { enum { m = 3 }; __VA_ARGS__ } \
+    }
+
+/* LANES scales of a group, as float32 */
+INLINE TARGET VF FN(load_scale)(const weight_t *w, int64_t index) {
+    if (w->scale_kind == BFLOAT16) return LOAD_BF16((const uint16_t *)w->scale + index);
+    if (w->scale_kind == FLOAT16) return LOAD_F16((const uint16_t *)w->scale + index);
+    return LOAD_F32((const float *)w->scale + index);
+}
+
+/* ---- packed weights ---- */
+
+INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t block, const int bits, int64_t first,
+                                   const int count, float *y) {
+    const int pairs_per_word = 16 / bits;
+    /* one row of x: half of the shifts are saved by summing the upper nibbles of bytes, 16 times too large, apart */
+    const int apart = bits == 4 && count == 1;
+    const VI mask = SET1(((1 << bits) - 1) * 0x10001), mask_apart = SET1(0xf000f0);
+    const int32_t *codes = (const int32_t *)w->codes + block * w->words * ROWS;
+    const int32_t *xs = x->pairs + first * (w->columns / 2);
+    VF sum[PASS][4];
+    EACH_ROW(EACH_VEC(sum[m][i] = ZERO_F();))
+
+    int64_t word = 0;
+    for (int64_t s = 0; s < w->segments; ++s) {
+        const int64_t group = (block * w->groups + w->segment_group[s]) * ROWS;
+        const int32_t *sums = x->code_sum + first * w->segments + s;
+        VI total[PASS][4], total_apart[4];
+        /* sum of (code - zero) * x = sum of code * x - zero * sum of x: integers, so exact (wrapping is undone) */
+        EACH_VEC(const VI zero = w->zero ? LOAD_U8(w->zero + group + i * LANES) : SET1(w->offset);
+                 EACH_ROW(total[m][i] = MUL(zero, SET1(-sums[m * w->segments]));)
+                 total_apart[i] = SET1(0);)
+        for (const int64_t end = w->segment_end[s]; word < end; ++word) {
+            VI packed[4];
+            EACH_VEC(packed[i] = LOAD(codes + word * ROWS + i * LANES);)
+#pragma GCC unroll 8
+            for (int j = 0; j < pairs_per_word; ++j) {
+                VI code[4];
+                if (apart && j % 2) {
+                    const VI pair = SET1(xs[word * pairs_per_word + j]);
+                    EACH_VEC(total_apart[i] = DOT(total_apart[i], AND(packed[i], mask_apart), pair);)
+                    EACH_VEC(packed[i] = SHIFT16(packed[i], 8);)
+                    continue;
+                }
+                EACH_VEC(code[i] = j && !apart ? SHIFT16(packed[i], j * bits) : packed[i];
+                         if (j + 1 < pairs_per_word) code[i] = AND(code[i], mask);)
+                EACH_ROW(const VI pair = SET1(xs[m * (w->columns / 2) + word * pairs_per_word + j]);
+                         EACH_VEC(total[m][i] = DOT(total[m][i], code[i], pair); IN_REGISTER(total[m][i]);))
+            }
+        }
+        if (apart) EACH_VEC(total[0][i] = ADD(total[0][i], SHIFT_SIGNED32(total_apart[i], 4));)
+        EACH_VEC(const VF scale = FN(load_scale)(w, group + i * LANES);
+                 EACH_ROW(const VF factor = MUL_F(scale, SET1_F(x->scale[(first + m) * w->segments + s]));
+                          sum[m][i] = FMA(TO_FLOAT(total[m][i]), factor, sum[m][i]);))
+    }
+    EACH_ROW(EACH_VEC(STORE_F32(y + (first + m) * ROWS + i * LANES, sum[m][i]);))
+}
+
+#define PACKED_PASS(bits) \
+    { \
+        if (count == 1) FN(packed_pass)(w, x, block, bits, first, 1, y); \
+        else if (count == 2) FN(packed_pass)(w, x, block, bits, first, 2, y); \
+        else if (PASS > 2 && count == 3) FN(packed_pass)(w, x, block, bits, first, PASS > 2 ? 3 : 2, y); \
+        else if (PASS > 2) FN(packed_pass)(w, x, block, bits, first, PASS > 2 ? 4 : 2, y); \
+    }
+
+/* ---- dense weights ---- */
+
+/* `rows` rows of the weight against `count` rows of x; both constants, so that all sums stay in registers */
+INLINE TARGET void FN(dense_tile)(const weight_t *w, const rows_t *x, int64_t row, const int rows, int64_t first,
+                                  const int count, float *y, const int kind) {
+    const int64_t columns = w->columns, step = kind == BFLOAT16 ? 2 * LANES : LANES;
+    const int64_t whole = columns / step * step;
+    const int odd_sum = count == 1; /* one row of x: two sums a row hide the latency; two rows do so themselves */
+    const float *xs = x->values + first * columns;
+    VF sum[4][2][2];
+    EACH_OF_4(EACH_ROW_2(sum[r][m][0] = ZERO_F(); sum[r][m][1] = ZERO_F();))
+    for (int64_t c = 0; c < whole; c += step) {
+        VF low[2], high[2];
+        EACH_ROW_2(low[m] = LOAD_F32(xs + m * columns + c);
+                   if (kind == BFLOAT16) high[m] = LOAD_F32(xs + m * columns + c + LANES);)
+        EACH_OF_4(
+            if (kind == BFLOAT16) {
+                /* two bfloat16 a lane: either half, with zeros below, is a float32 */
+                const VI two = LOAD((const uint16_t *)w->codes + (row + r) * columns + c);
+                const VF even = AS_FLOAT(SHIFT_LEFT16(two)), odd = AS_FLOAT(AND(two, SET1((int32_t)0xffff0000)));
+                EACH_ROW_2(sum[r][m][0] = FMA(even, low[m], sum[r][m][0]);
+                           sum[r][m][odd_sum] = FMA(odd, high[m], sum[r][m][odd_sum]);)
+            } else {
+                const VF weights = LOAD_F32((const float *)w->codes + (row + r) * columns + c);
+                EACH_ROW_2(sum[r][m][0] = FMA(weights, low[m], sum[r][m][0]);)
+            })
+    }
+    EACH_OF_4(EACH_ROW_2(
+        float lanes[LANES], total = 0;
+        STORE_F32(lanes, ADD_F(sum[r][m][0], sum[r][m][1]));
+        for (int i = 0; i < LANES; ++i) total += lanes[i];
+        for (int64_t c = whole; c < columns; ++c) {
+            const int64_t at = (row + r) * columns + c;
+            const float weight = kind == BFLOAT16 ? from_bf16(((const uint16_t *)w->codes)[at])
+                                                  : ((const float *)w->codes)[at];
+            total += weight * xs[m * columns + c];
+        }
+        y[(first + m) * ROWS + row % ROWS + r] = total;))
+}
+
+INLINE TARGET void FN(dense_block)(const weight_t *w, const rows_t *x, int64_t block, float *y, const int kind) {
+    const int64_t last = (block + 1) * ROWS < w->rows ? (block + 1) * ROWS : w->rows;
+    for (int64_t row = block * ROWS; row < last;) {
+        const int four = row + 4 <= last;
+        for (int64_t first = 0; first < x->count; first += 2) {
+            const int two = first + 2 <= x->count;
+            if (four && two) FN(dense_tile)(w, x, row, 4, first, 2, y, kind);
+            else if (four) FN(dense_tile)(w, x, row, 4, first, 1, y, kind);
+            else if (two) FN(dense_tile)(w, x, row, 1, first, 2, y, kind);
+            else FN(dense_tile)(w, x, row, 1, first, 1, y, kind);
+        }
+        row += four ? 4 : 1;
+    }
+}
+
+/* ---- what cpu.c calls ---- */
+
+static TARGET void FN(multiply)(const weight_t *w, const rows_t *x, int64_t block, float *y) {
+    if (!w->scale) {
+        if (w->dense_kind == BFLOAT16) FN(dense_block)(w, x, block, y, BFLOAT16);
+        else FN(dense_block)(w, x, block, y, FLOAT32);
+        return;
+    }
+    /* passes of even size: the second reads the block from the cache */
+    const int64_t passes = (x->count + PASS - 1) / PASS;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t first = x->count * pass / passes;
+        const int count = (int)(x->count * (pass + 1) / passes - first);
+        if (w->bits == 4) PACKED_PASS(4)
+        else if (w->bits == 8) PACKED_PASS(8)
+        else PACKED_PASS(2)
+    }
+}
+
+static TARGET void FN(prepare)(const weight_t *w, const void *x, int kind, float *values, int32_t *pairs,
+                               float *scale, int32_t *code_sum) {
+    const float *source = x;
+    if (kind == BFLOAT16) {
+        for (int64_t c = 0; c < w->in_features; ++c) values[c] = from_bf16(((const uint16_t *)x)[c]);
+        source = values;
+    }
+    if (!w->scale) {
+        float block[2 * LANES];
+        const int64_t step = w->dense_kind == BFLOAT16 ? 2 * LANES : 1;
+        const int64_t whole = w->dense_kind == BFLOAT16 ? w->columns / step * step : 0;
+        for (int64_t c = 0; c < whole; c += step) { /* even columns, then odd ones, as the kernel reads bfloat16 */
+            for (int i = 0; i < 2 * LANES; ++i) block[i] = source[c + i];
+            for (int i = 0; i < LANES; ++i) values[c + i] = block[2 * i], values[c + LANES + i] = block[2 * i + 1];
+        }
+        for (int64_t c = whole; c < w->columns; ++c) values[c] = source[c];
+        return;
+    }
+    int16_t *codes = (int16_t *)pairs;
+    const int64_t per_word = 32 / w->bits;
+    int64_t first = 0;
+    for (int64_t s = 0; s < w->segments; ++s) {
+        const int64_t size = w->segment_end[s] * per_word - first;
+        float gathered[MAX_SEGMENT];
+        const float *part = source + first;
+        if (w->order || first + size > w->in_features) {
+            for (int64_t c = 0; c < size; ++c) {
+                const int64_t at = w->order ? w->order[first + c] : first + c;
+                gathered[c] = at >= 0 && at < w->in_features ? source[at] : 0.0f;
+            }
+            part = gathered;
+        }
+        /* magnitudes of floats order as their bits do; an infinity or NaN ends up in the scale and so in y */
+        int32_t largest = 0;
+        for (int64_t c = 0; c < size; ++c) {
+            const int32_t magnitude = float_bits(part[c]) & 0x7fffffff;
+            largest = magnitude > largest ? magnitude : largest;
+        }
+        /* below this 1 / scale would overflow: such a segment counts as 0 */
+        const int normal = largest >= 0x04000000;
+        const float peak = bits_float(largest), inverse = normal ? 32767.0f / peak : 0.0f;
+        scale[s] = normal ? peak / 32767.0f : 0.0f;
+        int32_t sum = 0;
+        for (int64_t c = 0; c < size; ++c) {
+            /* adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa */
+            const int32_t code = float_bits(part[c] * inverse + 12582912.0f) - 0x4b400000;
+            codes[first + c] = (int16_t)code;
+            sum += code;
+        }
+        code_sum[s] = sum;
+        first += size;
+    }
+}
+
+INLINE TARGET void FN(expand_block)(const weight_t *w, int64_t block, const int bits, int kind, void *out,
+                                    int64_t stride) {
+    const int32_t *codes = (const int32_t *)w->codes + block * w->words * ROWS;
+    const VI mask = SET1((1 << bits) - 1);
+    int64_t word = 0;
+    for (int64_t s = 0; s < w->segments; ++s) {
+        const int64_t group = (block * w->groups + w->segment_group[s]) * ROWS;
+        VF scale[VECS], zero[VECS];
+        for (int i = 0; i < VECS; ++i) {
+            scale[i] = FN(load_scale)(w, group + i * LANES);
+            zero[i] = TO_FLOAT(w->zero ? LOAD_U8(w->zero + group + i * LANES) : SET1(w->offset));
+        }
+        for (const int64_t end = w->segment_end[s]; word < end; ++word) {
+            VI packed[VECS];
+            for (int i = 0; i < VECS; ++i) packed[i] = LOAD(codes + word * ROWS + i * LANES);
+#pragma GCC unroll 16
+            for (int c = 0; c < 32 / bits; ++c) {
+                const int64_t column = word * (32 / bits) + c, at = w->order ? w->order[column] : column;
+                if (at < 0 || at >= w->in_features) continue;
+                float numbers[ROWS];
+                float *target = kind == FLOAT32 ? (float *)out + at * stride : numbers;
+                for (int i = 0; i < VECS; ++i) {
+                    const VI code = AND(SHIFT32(packed[i], c / 2 * bits + c % 2 * 16), mask);
+                    STORE_F32(target + i * LANES, MUL_F(SUB_F(TO_FLOAT(code), zero[i]), scale[i]));
+                }
+                if (kind == BFLOAT16)
+                    for (int i = 0; i < ROWS; ++i) ((uint16_t *)out)[at * stride + i] = to_bf16(numbers[i]);
+            }
+        }
+    }
+}
+
+static TARGET void FN(expand)(const weight_t *w, int64_t block, int kind, void *out, int64_t stride) {
+    if (w->bits == 4) FN(expand_block)(w, block, 4, kind, out, stride);
+    else if (w->bits == 8) FN(expand_block)(w, block, 8, kind, out, stride);
+    else FN(expand_block)(w, block, 2, kind, out, stride);
+}
+
+static const kernels_t FN(kernels) = {NAME, FN(prepare), FN(multiply), FN(expand)};
+
+#undef VECS
+#undef PACKED_PASS
+#undef EACH_VEC
+#undef EACH_ROW
+#undef EACH_ROW_2
+#undef EACH_OF_4
