@@ -46,7 +46,7 @@ class Comparison:
         by_key = {column.title: column for column in self.columns} | {c.keys[0]: c for c in self.columns}
         unknown = [key for key in keys if key not in by_key]
         if unknown:
-            raise DataError(f"no column {', '.join(unknown)}: use some of {', '.join(by_key)}")
+            raise DataError(f"no column {', '.join(unknown)}: use some of {', '.join(c.keys[0] for c in self.columns)}")
         return Comparison([by_key[key] for key in keys], self.rows, self.notes)
 
     def markdown(self) -> str:

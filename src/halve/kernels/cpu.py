@@ -276,8 +276,8 @@ class CpuMatmul:
             self.kernel = f"{library.isa}-int{weight.spec.bits}"
         self._address = ctypes.addressof(self._plan)
         self._rows, self._columns = self.weight.shape
-        float32 = isinstance(weight, Tensor) and weight.dtype == torch.float32
-        self._most = MAX_ROWS if float32 or library.bf16_units else sys.maxsize
+        # float32 was asked for to be exact: beyond a few rows packed weights are then expanded, not met as integers
+        self._most = MAX_ROWS if dtype == torch.float32 or library.bf16_units else sys.maxsize
 
     @classmethod
     def serves(cls, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> str | None:
