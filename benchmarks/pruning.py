@@ -4,13 +4,15 @@
 
 The first --calibration-documents documents of TEXT (split at <|endoftext|>) calibrate; perplexity is measured on the
 others, and of EXAM the questions whose article comes from a calibration document are left out. One record a variant
-(existing ones are kept, so an interrupted run goes on), then pruning.png. docs/pruning.md shows the table.
+(existing ones are kept, so an interrupted run goes on), then a plot. With --steps, the steps named instead of all that,
+each on its own, and no plot. docs/pruning.md shows the tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -74,6 +76,7 @@ def measure(
             "linear_bytes": done["linear_bytes_after"],
             "linear_parameters": done["parameters_after"],
             "widths": done.get("resolved", {}).get("widths"),
+            "layers": "|".join(done.get("resolved", {}).get("layers", [])) or None,
             "mean_output_error": mean_error(result.manifest, "output_error"),
             "mean_held_out_output_error": mean_error(result.manifest, "held_out_output_error"),
             "calibration": result.manifest["calibration"],
@@ -115,6 +118,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help=f"documents split at {SEPARATOR}")
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
+    parser.add_argument("--steps", nargs="+", help="NAME:key=value,... of the variants")
     parser.add_argument("--multiple-of", type=int, default=4)
     parser.add_argument("--calibration-documents", type=int, default=120)
     parser.add_argument("--samples", type=int, default=128)
@@ -130,7 +134,10 @@ def main() -> None:
         model = Path(work) / options.model.name  # records name the model, not where it lies here
         shutil.copytree(options.model, model)
         texts = split(options.text, options.exam, options.calibration_documents, Path(work))
-        for name, step in variants(options.fractions, options.multiple_of).items():
+        steps = variants(options.fractions, options.multiple_of)
+        if options.steps:
+            steps = {re.sub(r"[^a-z0-9.]+", "-", step): step for step in options.steps}
+        for name, step in steps.items():
             path = options.out / f"{options.model.name}-{name}.json"
             if not path.exists():
                 figures = measure(model, step, texts, options)
@@ -139,7 +146,8 @@ def main() -> None:
             records[name] = read_record(path)
             found = {key: records[name].get(key) for key in ("accuracy", "perplexity", "mean_held_out_output_error")}
             print(json.dumps({"variant": name} | found), flush=True)
-    plot(records, options.fractions, options.out / f"{options.model.name}.png")
+    if not options.steps:
+        plot(records, options.fractions, options.out / f"{options.model.name}.png")
 
 
 if __name__ == "__main__":
