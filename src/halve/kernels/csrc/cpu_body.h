@@ -67,6 +67,7 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
         for (const int64_t end = w->segment_end[s]; word < end; ++word) {
             VI packed[4];
             EACH_VEC(packed[i] = LOAD(codes + word * ROWS + i * LANES);)
+            __builtin_prefetch(codes + word * ROWS + PREFETCH_BYTES / 4, 0, 3);
 #pragma GCC unroll 8
             for (int j = 0; j < pairs_per_word; ++j) {
                 VI code[4];
@@ -100,7 +101,8 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
 
 /* ---- dense weights ---- */
 
-/* `rows` rows of the weight against `count` rows of x; both constants, so that all sums stay in registers */
+/* `rows` rows of the weight against `count` rows of x; both constants, so that all sums stay in registers.
+   The rows that come next are fetched into the second-level cache meanwhile: processors stop doing so at page ends. */
 INLINE TARGET void FN(dense_tile)(const weight_t *w, const rows_t *x, int64_t row, const int rows, int64_t first,
                                   const int count, float *y, const int kind) {
     const int64_t columns = w->columns, step = kind == BFLOAT16 ? 2 * LANES : LANES;
@@ -117,11 +119,13 @@ INLINE TARGET void FN(dense_tile)(const weight_t *w, const rows_t *x, int64_t ro
             if (kind == BFLOAT16) {
                 /* two bfloat16 a lane: either half, with zeros below, is a float32 */
                 const VI two = LOAD((const uint16_t *)w->codes + (row + r) * columns + c);
+                __builtin_prefetch((const uint16_t *)w->codes + (row + r + 4) * columns + c, 0, 2);
                 const VF even = AS_FLOAT(SHIFT_LEFT16(two)), odd = AS_FLOAT(AND(two, SET1((int32_t)0xffff0000)));
                 EACH_ROW_2(sum[r][m][0] = FMA(even, low[m], sum[r][m][0]);
                            sum[r][m][odd_sum] = FMA(odd, high[m], sum[r][m][odd_sum]);)
             } else {
                 const VF weights = LOAD_F32((const float *)w->codes + (row + r) * columns + c);
+                __builtin_prefetch((const float *)w->codes + (row + r + 4) * columns + c, 0, 2);
                 EACH_ROW_2(sum[r][m][0] = FMA(weights, low[m], sum[r][m][0]);)
             })
     }
