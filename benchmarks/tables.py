@@ -102,10 +102,13 @@ KINDS: dict[str, Callable[[list[Record], str | None], str]] = {"compare": compar
 
 
 def look_up(record: Record, key: str) -> Any:
-    """The value at a dotted key, None where there is none."""
+    """The value at a dotted key (numbers count in lists), None where there is none."""
     value: Any = record
     for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
