@@ -161,6 +161,9 @@ def main() -> None:
     record = new_record(
         "gptq-quality",
         ", ".join(folder.name for folder in args.models),
+        command=f"gptq_quality.py --models {' '.join(m.name for m in args.models)} --text {args.text.name} "
+        f"--draws {args.draws} --samples {args.samples} --window {args.window} --train {args.train} "
+        f"--held-out {args.held_out} --bits {args.bits} --group-size {args.group_size} --options '{args.options}'",
         recipe=[rows[0]["step"]],
         text={"file": args.text.name, "calibration": f"first {args.train}", "held_out": f"last {args.held_out}"},
         results=rows,

@@ -174,7 +174,8 @@ def main() -> None:
     shape = (
         f"{args.layers} layers, hidden {args.hidden}, MLP {args.mlp}, {args.samples} x {args.window} tokens, float32"
     )
-    record = new_record("gptq-speed", shape, recipe=[figures["step"]], **figures)
+    command = f"gptq_speed.py --runs {args.runs} --threads {args.threads}{' --profile' if args.profile else ''}"
+    record = new_record("gptq-speed", shape, command=command, recipe=[figures["step"]], **figures)
     write_record(args.out, record)
     print(
         json.dumps(
