@@ -104,14 +104,14 @@ def make_windows(
 ) -> Calibration:
     """Documents shuffled by `seed`, packed end to end, cut into windows that each begin with BOS.
 
-    An eighth as many windows again (at least one) is held out for judging. Too little text gives fewer windows, and
+    A sixteenth as many windows again (at least one) is held out for judging. Too little text gives fewer windows, and
     `origin` says so. Raises DataError when there is not enough for one window and one held out.
     """
     if samples < 1 or window < 2:
         raise DataError(f"samples={samples}, window={window}: need at least 1 sample and 2 tokens a window")
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
-    held = max(1, samples // 8)
+    held = max(1, samples // 16)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     body, stream, used = window - len(bos), [], 0
     for index in order:
@@ -125,7 +125,7 @@ def make_windows(
             f"calibration text {source!r} has {len(stream)} tokens: two windows of {window} need {2 * body}; "
             "use more text or a smaller --window"
         )
-    held = min(held, max(1, len(rows) // 8)) if len(rows) < samples + held else held
+    held = min(held, max(1, len(rows) // 16)) if len(rows) < samples + held else held
     tokens = torch.tensor(rows)
     taken = tokens[: len(rows) - held], tokens[len(rows) - held :]
     origin = {

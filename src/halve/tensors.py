@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,8 +50,7 @@ class SafetensorsFolder:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._handles: dict[str, Any] = {}
-        self._files = ExitStack()
+        self._paths: dict[str, Path] = {}
         listing = self._listing() if shards is None else dict.fromkeys(shards)
         for path, expected in listing.items():
             names = self._open(path)
@@ -89,15 +87,15 @@ class SafetensorsFolder:
         if not path.is_file():
             raise CheckpointError(f"{path}: the shard is missing: download it again")
         try:
-            handle = self._files.enter_context(safe_open(path, framework="pt"))
-            names = set(handle.keys())
-            for name in names:
-                part = handle.get_slice(name)
-                dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
-                if dtype is None:
-                    raise CheckpointError(f"{path}: {name} has dtype {part.get_dtype()}, which is not handled")
-                self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), dtype
-                self._handles[name] = handle
+            with safe_open(path, framework="pt") as handle:
+                names = set(handle.keys())
+                for name in names:
+                    part = handle.get_slice(name)
+                    dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
+                    if dtype is None:
+                        raise CheckpointError(f"{path}: {name} has dtype {part.get_dtype()}, which is not handled")
+                    self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), dtype
+                    self._paths[name] = path
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path}: truncated or corrupt safetensors file ({error}): download it again"
@@ -106,7 +104,9 @@ class SafetensorsFolder:
 
     def get(self, name: str) -> Tensor:
         """The tensor, as stored. Raises CheckpointError when it holds NaN or infinity."""
-        tensor = self._handles[name].get_tensor(name)
+        # a mapping of its own for each tensor: what was read leaves memory with it
+        with safe_open(self._paths[name], framework="pt") as handle:
+            tensor = handle.get_tensor(name)
         if not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
