@@ -68,8 +68,8 @@ CURRICULUM = (  # the last phase goes on to the end
     Phase("sequences", 704, 1, 0.0, WARM_UP),
     Phase("one person", 1000, 1, 0.4, FIRST),
     Phase("links", 1400, 2, 0.2, LINKS, rate=0.3),
-    Phase("three people", 1704, 3, 0.3, EARLY, rate=0.3),
-    Phase("four people", 2000, 4, 0.7, EARLY, rate=0.3),
+    Phase("three people", 1504, 3, 0.3, EARLY, rate=0.3),
+    Phase("four people", 1704, 4, 1.0, LATE, rate=0.3),
     Phase("six people", 2700, stories.MAX_PEOPLE, 1.0, LATE, rate=0.3),
 )
 
