@@ -222,6 +222,7 @@ def gptq(
     _check(weight, hessian, spec, name)
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal) if act_order else torch.arange(weight.shape[1], device=weight.device).flip(0)
+    place = torch.argsort(order)  # of each column in that order
     scale_OG, zero_OG = group_scales(weight, spec, scale_dtype or weight.dtype, diagonal, scale)
     factor, ridge, used = _factor(hessian, order, damping, name)
     pivots = factor.diagonal().clone()
@@ -233,7 +234,7 @@ def gptq(
         zero = None if zero_OG is None else zero_OG[rows]
         solver = _Solver(weight[rows], order, factor, pivots, scale_OG[rows], zero, spec)
         solver.solve(0, weight.shape[1])
-        codes[rows, order] = solver.codes_IO.t()
+        codes[rows] = solver.codes_IO.index_select(0, place).t()
         losses.append(solver.loss(ridge))
     info = GPTQInfo(used, int((diagonal <= 0).sum()), torch.cat(losses), quadratic(weight, hessian))
     return from_codes(codes, scale_OG, zero_OG, spec), info
@@ -312,7 +313,7 @@ class _Solver:
         zero_OG: Tensor | None,
         spec: QuantSpec,
     ) -> None:
-        self.weight_IO = weight.t()[order].float()  # a column is one contiguous row
+        self.weight_IO = weight.t().contiguous().index_select(0, order).float()  # a column is one contiguous row
         self.factor, self.spec = unit_factor, spec
         self.groups = (order // spec.columns_per_group(weight.shape[1])).tolist()
         self.squared_pivots = pivots.double().square().tolist()
@@ -377,7 +378,7 @@ def _factor(hessian: Tensor, order: Tensor, damping: float, name: str) -> tuple[
         # an input never seen is coupled to nothing: any positive diagonal rounds its column to nearest
         ridge = torch.where(live, damping * mean, mean)
         for dtype in (torch.float32, torch.float64):
-            damped = hessian[order][:, order].to(dtype)
+            damped = hessian.index_select(0, order).index_select(1, order).to(dtype)
             damped.diagonal().add_(ridge)
             factor, failed = torch.linalg.cholesky_ex(damped)
             if not failed and torch.isfinite(factor.sum()):
