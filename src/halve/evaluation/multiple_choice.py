@@ -26,7 +26,7 @@ from halve.evaluation.prompts import (
 )
 from halve.evaluation.race import Question, QuestionSet
 from halve.evaluation.resume import Progress, fingerprint
-from halve.evaluation.scoring import BATCH_TOKENS, Node, question_nodes, score, sequence_node
+from halve.evaluation.scoring import BATCH_TOKENS, Node, check_ids, question_nodes, score, sequence_node
 from halve.evaluation.statistics import accuracy_interval
 from halve.generation import Sampling, generate
 from halve.model import Model
@@ -103,7 +103,8 @@ def run(
     ask = protocol.prompt or TEMPLATES[how.template]
     room = model.config.max_positions - (0 if protocol.read is None else MAX_NEW_TOKENS)
     encoded = [encode_prompt(tokenizer, ask(q), room) for q in track(questions, len(questions), "tokenize")]
-    batches = list(_batches(questions, encoded, how.batch_tokens))
+    check_ids(model, (s for e in encoded for s in e.sequences))
+    batches = list(_batches(questions, encoded, how.batch_tokens, shared=protocol.read is None))
     label = f"{how.task} {how.protocol}"
     with (
         Progress(progress_file, _identity(model, data, how) if progress_file else {}) as progress,
@@ -129,10 +130,11 @@ def _identity(model: Model, data: QuestionSet, how: Settings) -> dict[str, Any]:
 
 
 def _batches(
-    questions: Sequence[Question], encoded: Sequence[EncodedPrompt], batch_tokens: int
+    questions: Sequence[Question], encoded: Sequence[EncodedPrompt], batch_tokens: int, shared: bool
 ) -> Iterator[list[list[int]]]:
     """Questions that fit, by article, articles of similar length together, longest first.
 
+    An article is one row of a batch where its questions share it, else each of its questions is.
     The division depends on the whole set only, so a resumed run computes the very same batches.
     """
     articles: dict[str, list[int]] = {}
@@ -144,11 +146,14 @@ def _batches(
         return max(len(s) for index in group for s in encoded[index].sequences)
 
     batch: list[list[int]] = []
+    rows = 0
     for group in sorted(articles.values(), key=length, reverse=True):
-        if batch and (len(batch) + 1) * length(batch[0]) > batch_tokens:
+        more = 1 if shared else len(group)
+        if batch and (rows + more) * length(batch[0]) > batch_tokens:
             yield batch
-            batch = []
+            batch, rows = [], 0
         batch.append(group)
+        rows += more
     if batch:
         yield batch
 

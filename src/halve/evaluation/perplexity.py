@@ -13,7 +13,7 @@ from typing import Any
 from halve.errors import DataError, HalveError
 from halve.evaluation.prompts import Tokenizer
 from halve.evaluation.resume import Progress, fingerprint
-from halve.evaluation.scoring import BATCH_TOKENS, score, sequence_node
+from halve.evaluation.scoring import BATCH_TOKENS, check_ids, score, sequence_node
 from halve.model import Model
 from halve.progress import track
 
@@ -114,6 +114,7 @@ def run(
     sequences = sequences[: how.limit]
     if not sequences:
         raise DataError(f"{text.name}: fewer than 2 tokens, nothing can be predicted; give a longer text")
+    check_ids(model, sequences)
     identity: dict[str, Any] = {}
     if progress_file is not None:
         identity = {"task": "perplexity", "protocol": text.protocol, "window": window, "limit": how.limit}
