@@ -16,7 +16,7 @@ from halve.compression import compress
 from halve.errors import OutputError
 from halve.evaluation import evaluate
 from halve.progress import progress
-from halve.records import Record, new_record, read_records, write_record
+from halve.records import Record, checkpoint_recipe, new_record, read_records, write_record
 from halve.tokenizer import load_tokenizer
 
 COLUMNS = ["model", "weight_bytes", "perplexity", "accuracy 1", "accuracy 2", "peak_memory_bytes", "decode_ms_median"]
@@ -82,11 +82,13 @@ def demo(out: str | Path = "halve-demo", *, overwrite: bool = False) -> Comparis
                 write_record(records / f"{model.name}-{exam.name}.json", record)
                 advance(1)
         settings = Settings(prompt_tokens=128, new_tokens=64, runs=5, long_prompt_tokens=0)
-        for model, record in zip(models, benchmark_side_by_side(models, settings, Placement()), strict=True):
-            write_record(records / f"{model.name}-speed.json", record)
+        timed = benchmark_side_by_side(models, settings, Placement(), command="halve demo")
+        for model, record in zip(models, timed, strict=True):
+            record["side_by_side"]["models"] = [m.name for m in models]
+            write_record(records / f"{model.name}-speed.json", record | {"model": model.name})
             advance(1)
     made = read_records([records])
-    table = compare(sorted(made, key=lambda r: [str(m) for m in models].index(r["model"]))).only(COLUMNS)
+    table = compare(sorted(made, key=lambda r: [m.name for m in models].index(r["model"]))).only(COLUMNS)
     plot(made, out / "accuracy-size.png")
     return table
 
@@ -99,7 +101,12 @@ def examine(model: Path) -> list[Record]:
     loaded, tokenizer = load_model(model, dtype=torch.float32), load_tokenizer(model)
     return [
         new_record(
-            "evaluation", model, command="halve demo", dtype="float32", **evaluate(loaded, tokenizer, **exam.options)
+            "evaluation",
+            model.name,  # not where it lies on this machine
+            command="halve demo",
+            recipe=checkpoint_recipe(model),
+            dtype="float32",
+            **evaluate(loaded, tokenizer, **exam.options),
         )
         for exam in EXAMS
     ]
