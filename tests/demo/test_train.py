@@ -23,6 +23,7 @@ from halve.demo.train import (
     draw_pool,
     encode,
     learning_rate_factor,
+    orthogonalize,
 )
 
 TINY = ReaderConfig(
@@ -31,7 +32,7 @@ TINY = ReaderConfig(
 SHORT = TrainConfig(
     n_steps=24,
     rise_steps=4,
-    muon_lr=0.02,
+    muon_lr=0.05,
     adam_lr=0.02,
     decay_steps=8,
     tokens_per_step=400,
@@ -104,10 +105,18 @@ def test_the_curriculum_goes_from_warm_up_to_six_people(trained):
     assert most_names(2) >= 5
 
 
-def test_learning_rate_rises_stays_and_falls():
-    train = TrainConfig(n_steps=1000, decay_steps=200)
-    factors = [learning_rate_factor(step, train) for step in (0, 99, 500, 900, 999)]
-    assert factors == pytest.approx([0.01, 1.0, 1.0, 0.5, 0.02])
+def test_orthogonalize_brings_singular_values_near_one():
+    matrices = torch.randn(3, 24, 48, generator=torch.Generator().manual_seed(0))
+    for stack in (matrices, matrices.mT):
+        values = torch.linalg.svdvals(orthogonalize(stack))
+        assert values.min() > 0.6 and values.max() < 1.3  # the quintic's fixed band is about 0.7 to 1.2
+
+
+def test_learning_rate_rises_stays_falls_and_follows_the_phase():
+    phases = (Phase("a", 600, 1, 1.0, WARM_UP), Phase("b", 700, 1, 1.0, WARM_UP, rate=0.6))
+    train = TrainConfig(n_steps=1000, decay_steps=200, curriculum=phases)
+    factors = [learning_rate_factor(step, train) for step in (0, 99, 500, 600, 900, 999)]
+    assert factors == pytest.approx([0.01, 1.0, 1.0, 0.6, 0.3, 0.012])
 
 
 def test_a_decay_longer_than_the_run_is_refused():

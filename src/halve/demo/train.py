@@ -367,15 +367,14 @@ class Run:
 
     def until(self, n_steps: int) -> None:
         """Trains up to step `n_steps`, with checkpoints, log lines and examinations on the development split."""
-        sums, since = [0.0, 0.0], time.monotonic()
+        losses, since = [], time.monotonic()
         while self.step < n_steps:
-            marked, unmarked = self.train_step()
-            sums = [sums[0] + marked, sums[1] + unmarked]
+            losses.append(self.train_step())
             if self.step % 50 == 0:
-                seconds = time.monotonic() - since
-                losses = {"marked_nats": round(sums[0] / 50, 4), "unmarked_nats": round(sums[1] / 50, 4)}
-                self.log({"event": "loss", **losses, "seconds": round(seconds, 1)})
-                sums, since = [0.0, 0.0], time.monotonic()
+                means = [round(sum(column) / len(losses), 4) for column in zip(*losses, strict=True)]
+                nats = dict(zip(("marked_nats", "unmarked_nats"), means, strict=True))
+                self.log({"event": "loss", **nats, "seconds": round(time.monotonic() - since, 1)})
+                losses, since = [], time.monotonic()
             if self.step % self.train.checkpoint_every == 0 or self.step == n_steps:
                 self.save()
             if self.step % self.train.eval_every == 0 and self.step > self.train.curriculum[0].until:

@@ -8,6 +8,7 @@ the same width it loads anywhere.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -29,7 +30,7 @@ ALLOCATIONS = ("uniform", "global")
 
 
 @dataclass(frozen=True)
-class Structured:
+class Structured(ABC):
     """What prune-mlp and prune-heads share.
 
     score: l1 (absolute sum of all weights that go), activation (squared output the unit carries alone) or obs (least
@@ -76,21 +77,21 @@ class Structured:
     def resolved(self) -> bool:
         return self.allocation == "uniform" or bool(self.widths)
 
+    @abstractmethod
     def size(self, layer: LayerConfig) -> int:
         """Units of a layer, 0 when it lacks the sublayer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def columns(self, config: ModelConfig, layer: LayerConfig) -> int:
         """Columns of the reader that belong to one unit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def producers(self, config: ModelConfig, layer: LayerConfig) -> dict[str, int]:
         """The linears whose rows go with a unit, and how many rows each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shrunk(self, layer: LayerConfig, units: int) -> LayerConfig:
         """The layer with `units` left."""
-        raise NotImplementedError
 
     def plan(self, state: ModelState) -> StepPlan:
         kept = self._kept(state)
