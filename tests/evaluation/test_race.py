@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import types
 from pathlib import Path
@@ -154,12 +155,17 @@ def test_missing_package_and_missing_network_are_explained(monkeypatch: pytest.M
     with pytest.raises(DataError, match=r"needs the package 'datasets'; pip install .*--data"):
         read_hub_questions("ehovy/race", "high", "test")
 
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    level = logging.getLogger("huggingface_hub").level
+
     def unreachable(*args: Any, **kwargs: Any) -> None:
+        assert not logger.isEnabledFor(logging.WARNING), "a retry is no line of its own"
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=unreachable))
     with pytest.raises(DataError, match=r"cannot be fetched: no route to host; check the network, or give --data"):
         read_hub_questions("ehovy/race", "high", "test")
+    assert logging.getLogger("huggingface_hub").level == level
 
 
 def test_the_real_datasets_package_reads_the_same_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

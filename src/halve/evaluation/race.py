@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,8 @@ def read_hub_questions(name: str, config: str | None, split: str) -> QuestionSet
             f"{name}: reading a hub dataset needs the package 'datasets'; pip install datasets, {remedy}"
         ) from None
     try:
-        rows: Iterable[Any] = datasets.load_dataset(name, config, split=split)  # pyright: ignore[reportAssignmentType]
+        with _without_retry_notes():
+            rows: Iterable[Any] = datasets.load_dataset(name, config, split=split)  # pyright: ignore[reportAssignmentType]
     except Exception as error:  # whatever network, hub client or dataset builder raises, the remedy is the same
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(
@@ -93,6 +96,18 @@ def read_hub_questions(name: str, config: str | None, split: str) -> QuestionSet
     if not questions:
         raise DataError(f"{name} ({config}, {split}): holds no questions; {LAYOUT}")
     return QuestionSet(questions, ":".join(part for part in (name, config, split) if part), digest.hexdigest())
+
+
+@contextmanager
+def _without_retry_notes() -> Iterator[None]:
+    """Keep the hub client from logging a line per retry: the error that follows says it all in one."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def load_question_set(data: Path | str | None, default: tuple[str, str, str] | None) -> QuestionSet:
