@@ -84,13 +84,20 @@ def test_sliding_windows_bound_the_keys_read(make_hf: Callable[..., Path]) -> No
     assert [kv_bytes_per_step(model, n) for n in (4, 6, 60)] == [4 * per_token, 6 * per_token, 6 * per_token]
 
 
-def test_prefill_and_decode_are_timed_apart(folder: Path) -> None:
+def test_prefill_and_decode_are_timed_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only the model's passes move: 80 ms for one of many tokens, 20 ms for one of a single token."""
+    now_ms = 0.0
+
+    def work(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal now_ms
+        now_ms += 80.0 if inputs[0].shape[1] > 1 else 20.0
+
     model = load_model(folder)
-    model.blocks[0].register_forward_pre_hook(lambda _, inputs: time.sleep(0.08 if inputs[0].shape[1] > 1 else 0.02))
+    model.blocks[0].register_forward_pre_hook(work)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now_ms / 1e3))
     times = time_pass(model, random_prompt(model, 12, seed=0), 5)
-    assert times.ttft_ms >= 80
-    assert len(times.steps_ms) == 4
-    assert all(20 <= step < 80 for step in times.steps_ms)
+    assert times.ttft_ms == pytest.approx(80.0)
+    assert times.steps_ms == pytest.approx([20.0] * 4)
 
 
 @pytest.mark.usefixtures("quick")
