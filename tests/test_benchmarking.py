@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from halve import benchmarking as module
-from halve import machine, subject
+from halve import machine, subject, timing
 from halve.benchmarking import Placement, Settings, benchmark, benchmark_side_by_side
 from halve.checkpoint import load_model
 from halve.errors import HalveError, OutputError

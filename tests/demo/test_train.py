@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -105,6 +106,21 @@ def test_the_curriculum_goes_from_warm_up_to_six_people(trained):
     assert most_names(2) >= 5
 
 
+def test_training_goes_on_from_an_exported_folder(trained, tmp_path):
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    export.write_model(trained.model, folder)
+    (folder / "measured.json").write_text(json.dumps({"steps": 6, "tokens": 1234}))
+    shutil.copyfile(trained.log_path, folder / "train_log.jsonl")
+    run = Run(tmp_path / "on", TINY, trained.train, weights=folder)
+    assert (run.step, run.tokens_seen) == (6, 1234)
+    for name, tensor in trained.model.state_dict().items():
+        torch.testing.assert_close(run.model.state_dict()[name], tensor.to(torch.bfloat16).float(), rtol=0, atol=0)
+    assert run.log_path.read_text().startswith(trained.log_path.read_text())  # one log tells the whole story
+    run.until(8)
+    assert Run(tmp_path / "on", TINY, trained.train, weights=folder).step == 8  # its own checkpoint goes first
+
+
 def test_orthogonalize_brings_singular_values_near_one():
     matrices = torch.randn(3, 24, 48, generator=torch.Generator().manual_seed(0))
     for stack in (matrices, matrices.mT):
@@ -163,13 +179,16 @@ def test_examine_reports_every_protocol_by_people(trained):
 def test_the_model_card_holds_the_measured_figures(trained):
     row = {"all": 0.5, **{str(n): n / 10 for n in range(1, 7)}}
     measured = {
+        "steps": 24,
+        "tokens": 9600,
         "parameters": 1234567,
         "items": {"cloze": 500, "question": 500},
         "accuracy": {"cloze_pmi": row},
         "accuracy_without_story": {"cloze_pmi": {"all": 0.251}},
         "held_out_stories": {"perplexity": 7.25, "tokens": 1000, "window": 512},
     }
-    card = export.model_card(trained.model, measured, steps=24, tokens_seen=9600)
+    card = export.model_card(trained.model, measured)
     assert "1,234,567 parameters" in card
     assert "| cloze | pmi | 50.0 | 10.0 | 20.0 | 30.0 | 40.0 | 50.0 | 60.0 | 25.1 |" in card
     assert "7.25 (1,000 tokens, windows of 512)" in card
+    assert "24 steps, 9,600 tokens" in card

@@ -143,7 +143,7 @@ def accuracy_table(measured: dict) -> str:
     return "\n".join(lines)
 
 
-def model_card(model: Reader, measured: dict, steps: int, tokens_seen: int) -> str:
+def model_card(model: Reader, measured: dict) -> str:
     """The README of the model's folder."""
     return CARD.format(
         **{**vars(model.config), **measured["held_out_stories"]},
@@ -152,8 +152,8 @@ def model_card(model: Reader, measured: dict, steps: int, tokens_seen: int) -> s
         accuracy_table=accuracy_table(measured),
         n_cloze=measured["items"]["cloze"],
         n_question=measured["items"]["question"],
-        steps=steps,
-        tokens_seen=tokens_seen,
+        steps=measured["steps"],
+        tokens_seen=measured["tokens"],
     )
 
 
@@ -166,9 +166,9 @@ def export(run: Path, out: Path) -> dict:
     write_model(model, out)
     write_texts(out)
     shutil.copyfile(run / "train_log.jsonl", out / "train_log.jsonl")
-    measured = measure(model, out)
+    measured = {"steps": state["step"], "tokens": state["tokens_seen"], **measure(model, out)}
     (out / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
-    (out / "README.md").write_text(model_card(model, measured, state["step"], state["tokens_seen"]))
+    (out / "README.md").write_text(model_card(model, measured))
     return measured
 
 

@@ -13,11 +13,13 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -295,7 +297,7 @@ def load_checkpoint(path: Path) -> dict:
 class Run:
     """A training run in a folder: the model, its optimizers, the step reached and the log."""
 
-    def __init__(self, out: Path, reader: ReaderConfig, train: TrainConfig):
+    def __init__(self, out: Path, reader: ReaderConfig, train: TrainConfig, weights: Path | None = None):
         self.out, self.train, self.step, self.tokens_seen = out, train, 0, 0
         self.checkpoint, self.log_path = out / "checkpoint.pt", out / "train_log.jsonl"
         torch.manual_seed(train.seed)
@@ -306,9 +308,11 @@ class Run:
         self.adam = torch.optim.AdamW(others, lr=train.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.ids = token_ids()
         self.pool: tuple[int, list] = (-1, [])
+        out.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             self._load()
-        out.mkdir(parents=True, exist_ok=True)
+        elif weights is not None:
+            self._start_from(weights)
         settings = {"reader": dataclasses.asdict(reader), "train": dataclasses.asdict(train)}
         self.log({"event": "start", "torch": torch.__version__, "threads": torch.get_num_threads(), **settings})
 
@@ -339,6 +343,16 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.muon.buffers = state["muon"]
         self.adam.load_state_dict(state["adam"])
+
+    def _start_from(self, folder: Path) -> None:
+        """Takes the weights of an exported folder and the step it was exported at; the optimizers start anew."""
+        tensors = {
+            name.removeprefix("model."): t.float() for name, t in load_file(folder / "model.safetensors").items()
+        }
+        self.model.load_state_dict(tensors)
+        measured = json.loads((folder / "measured.json").read_text())
+        self.step, self.tokens_seen = measured["steps"], measured["tokens"]
+        shutil.copyfile(folder / "train_log.jsonl", self.log_path)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """The batch of the current step."""
@@ -390,6 +404,7 @@ def options(config: type) -> list[dataclasses.Field]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m halve.demo.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the log")
+    parser.add_argument("--weights", type=Path, help="an exported folder to go on from, where --out has no checkpoint")
     parser.add_argument("--stop-at", type=int, help="stop at this step (default: at --n-steps)")
     for config in (ReaderConfig, TrainConfig):
         for field in options(config):
@@ -397,7 +412,7 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     reader = ReaderConfig(**{field.name: arguments[field.name] for field in options(ReaderConfig)})
     train = TrainConfig(**{field.name: arguments[field.name] for field in options(TrainConfig)})
-    run = Run(arguments["out"], reader, train)
+    run = Run(arguments["out"], reader, train, arguments["weights"])
     run.until(arguments["stop_at"] or train.n_steps)
 
 
