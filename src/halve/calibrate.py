@@ -29,6 +29,7 @@ HUB_DATASETS = {
     "c4": ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "train", "text"),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
 }
+HELD_OUT_SHARE = 32  # calibration windows to one that is held out
 BATCH_TOKENS = 4096  # tokens sent through a block at once
 HELD_BYTES = 1 << 30  # activations kept between two stages of a block; windows beyond that are sent anew
 
@@ -104,14 +105,14 @@ def make_windows(
 ) -> Calibration:
     """Documents shuffled by `seed`, packed end to end, cut into windows that each begin with BOS.
 
-    A sixteenth as many windows again (at least one) is held out for judging. Too little text gives fewer windows, and
+    One window more for every HELD_OUT_SHARE (at least one) is held out for judging. Too little text gives fewer windows, and
     `origin` says so. Raises DataError when there is not enough for one window and one held out.
     """
     if samples < 1 or window < 2:
         raise DataError(f"samples={samples}, window={window}: need at least 1 sample and 2 tokens a window")
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
-    held = max(1, samples // 16)
+    held = max(1, samples // HELD_OUT_SHARE)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     body, stream, used = window - len(bos), [], 0
     for index in order:
@@ -125,7 +126,7 @@ def make_windows(
             f"calibration text {source!r} has {len(stream)} tokens: two windows of {window} need {2 * body}; "
             "use more text or a smaller --window"
         )
-    held = min(held, max(1, len(rows) // 16)) if len(rows) < samples + held else held
+    held = min(held, max(1, len(rows) // HELD_OUT_SHARE)) if len(rows) < samples + held else held
     tokens = torch.tensor(rows)
     taken = tokens[: len(rows) - held], tokens[len(rows) - held :]
     origin = {
