@@ -138,6 +138,8 @@ def compress(
             method, step = _resolve(request, source, windows, work, number)
             rows = _run_step(request, source, method, step, windows if method.calibrates else None, folder, number)
             reports.append(_report(asked, method, step, rows))
+            timed = [row for row in rows if "seconds" in row]
+            seconds += [{"linear": row["name"], "seconds": round(row["seconds"], 3)} for row in timed]
             manifest = _manifest(request, plan.checkpoint, reports, windows)
             _complete(folder, request, source, step, manifest)
         else:  # an interrupted run got this far
@@ -376,7 +378,7 @@ def _report(asked: Method, method: Method, step: StepPlan, rows: list[dict[str, 
         }
         if row.reason:
             line["reason"] = row.reason
-        linears.append(line | {k: v for k, v in measured.get(row.name, {}).items() if k != "name"})
+        linears.append(line | {k: v for k, v in measured.get(row.name, {}).items() if k not in ("name", "seconds")})
     return {
         **step_json(asked),
         **({} if asked == method else {"resolved": step_json(method)}),

@@ -51,7 +51,9 @@ class SafetensorsFolder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._paths: dict[str, Path] = {}
-        self._finite: set[str] = set()  # found to be so: a large tensor is looked through once, however often it is read
+        self._finite: set[str] = (
+            set()
+        )  # found to be so: a large tensor is looked through once, however often it is read
         listing = self._listing() if shards is None else dict.fromkeys(shards)
         for path, expected in listing.items():
             names = self._open(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,23 @@ def test_fewer_tokens_than_inputs_still_work() -> None:
     assert output_error(weight, made, x) < output_error(weight, quantize(weight, QuantSpec(4, 16)), x)
 
 
+def test_a_hessian_that_only_float64_can_factor_needs_no_damping(caplog: pytest.LogCaptureFixture) -> None:
+    """Blocks of integers that float32 holds exactly, with determinant 1 and an eigenvalue so near 0 that float32 rounding
+    loses its sign; that it is kept in all eight by chance is as good as impossible."""
+    generator, eye, blocks = torch.Generator().manual_seed(0), torch.eye(8, dtype=torch.float64), []
+    for _ in range(8):
+        drawn = torch.randint(-3, 4, (2, 8, 8), generator=generator).double()
+        root = (drawn[0].triu(1) + eye) @ (drawn[1].tril(-1) + eye)
+        blocks.append(root @ root.t())
+    exact = torch.block_diag(*blocks)
+    hessian = exact.float()
+    assert torch.equal(hessian.double(), exact) and torch.linalg.cholesky_ex(hessian)[1] > 0
+    with caplog.at_level(logging.WARNING):
+        made, info = gptq(weights(), hessian, QuantSpec(4, -1), damping=0.0, act_order=False)
+    assert info.damping == 0.0 and not caplog.records
+    assert torch.isfinite(made.dequantize()).all()
+
+
 def test_zero_damping_starts_small_when_it_must_grow() -> None:
     _, info = gptq(weights(), hessian_of(correlated(rows=5)), QuantSpec(4, 16), damping=0.0)
     assert 0 < info.damping <= 0.01
@@ -364,6 +382,16 @@ def test_a_group_that_does_not_divide(make_hf) -> None:
     assert sizes.pop("down_proj") == -1 and set(sizes.values()) == {32}
 
 
+def test_siblings_fall_back_together(make_hf) -> None:
+    """The 24 inputs left to k_proj do not divide by 16: q and v, which read the same, are per channel with it."""
+    folder = make_hf("llama")
+    state = state_of(open_checkpoint(folder), 4)
+    linears = {k: s.keeping(inputs=24) if k == (0, "k_proj") else s for k, s in state.linears.items()}
+    plan = Gptq(group_size=16, fallback="channel").plan(replace(state, linears=linears))
+    fallen = {row.name.split("layers.")[1] for row in plan.rows if "fallback" in row.action}
+    assert fallen == {f"0.self_attn.{role}" for role in ("q_proj", "k_proj", "v_proj")}
+
+
 @pytest.mark.parametrize("options", [{"damping": -1.0}, {"scale": "best"}, {"fallback": "no"}, {"bits": 6}])
 def test_bad_options_are_refused_when_the_recipe_is_read(options: dict) -> None:
     with pytest.raises(RecipeError):
@@ -409,6 +437,10 @@ def test_a_real_model_end_to_end(assets: Path, tmp_path: Path) -> None:
     assert len(touched) == 35 and all(row["bytes_after"] < 0.2 * row["bytes_before"] for row in touched)
     assert all(0 < row["output_error"] < 0.2 and 0 < row["held_out_output_error"] < 0.2 for row in touched)
     assert {row["action"] for row in touched} == {"int4 g32", "int4 per channel (fallback)"}
+    assert not any("seconds" in row for row in layers)  # equal runs are equal: times are in the log
+    log = [json.loads(line) for line in (tmp_path / "a" / "halve-log.jsonl").read_text().splitlines()]
+    assert [line["linear"] for line in log if "linear" in line] == [row["name"] for row in touched]
+    assert all(line["seconds"] >= 0 for line in log) and log[-1]["step"] == "gptq"
     tokens = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         ours = load_model(tmp_path / "a")(tokens)

@@ -11,6 +11,7 @@ Shape legend: O output features (rows), I input features (columns), G groups, N 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -121,14 +122,19 @@ class Gptq:
             roles = [role for role in stage.roles if role in touched]
             if not roles:
                 continue
+            started = time.monotonic()
             linear = view.linears[roles[0]]
             assert isinstance(linear.weight, Tensor)
             accumulator = Hessian(linear.in_features, linear.weight.device)
             for x in stage.inputs(False):
                 accumulator.add(x)
             hessian = accumulator.value()
+            done = []
             for siblings in _siblings(view, plan, roles):
-                rows += self._quantize(view, view.spec(plan, siblings[0]), siblings, hessian, stage)
+                done += self._quantize(view, view.spec(plan, siblings[0]), siblings, hessian, stage)
+            for row in done:  # what they took together, their inputs and Hessian included, in equal parts
+                row["seconds"] = (time.monotonic() - started) / len(done)
+            rows += done
         return rows
 
     def _quantize(
