@@ -74,7 +74,8 @@ CURRICULUM = (  # the last phase goes on to the end
     Phase("three people", 1504, 3, 0.3, EARLY, rate=0.3),
     Phase("four people", 1704, 4, 1.0, LATE, rate=0.3),
     Phase("six people", 2304, stories.MAX_PEOPLE, 1.0, LATE, rate=0.3),
-    Phase("letters", 3400, stories.MAX_PEOPLE, 1.0, LETTERS, rate=0.3),
+    Phase("letters", 2704, stories.MAX_PEOPLE, 1.0, LETTERS, rate=0.3),
+    Phase("answers", 3000, stories.MAX_PEOPLE, 1.0, LATE, rate=0.3),
 )
 
 
@@ -83,9 +84,9 @@ class TrainConfig:
     """Everything that decides the weights besides the model's shape and the code."""
 
     seed: int = 20
-    n_steps: int = 3400
+    n_steps: int = 3000
     rise_steps: int = 100
-    decay_steps: int = 500
+    decay_steps: int = 300
     tokens_per_step: int = 3072
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
