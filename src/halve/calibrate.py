@@ -69,9 +69,14 @@ def _json_documents(file: Path, text: str) -> list[str]:
             continue
         try:
             item = json.loads(line)
-            documents.append(item["text"] if "text" in item else item["article"])
+            document = item["text"] if "text" in item else item["article"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file}:{number}: needs a JSON object with `text` or `article` ({error!r})") from error
+        if not isinstance(document, str):
+            raise DataError(f"{file}:{number}: `text` or `article` must be a string, not {type(document).__name__}")
+        # RACE with a question a line repeats the article for each of them
+        if "text" in item or not documents or documents[-1] != document:
+            documents.append(document)
     return documents
 
 

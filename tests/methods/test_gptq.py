@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from halve.methods.gptq import Gptq, Hessian, gptq, quadratic
 from halve.plan import state_of
 from halve.quantization import QuantizedWeight, QuantSpec, quantize
 from halve.tokenizer import load_tokenizer
+from halve.writer import CheckpointWriter
 
 ALL_SPECS = [QuantSpec(b, g, s) for b in (2, 3, 4, 8) for g in (16, -1) for s in (True, False)]
 SPEC_IDS = [f"{s.bits}bit-g{s.group_size}-{'sym' if s.symmetric else 'asym'}" for s in ALL_SPECS]
@@ -432,9 +434,14 @@ def test_a_real_model_end_to_end(assets: Path, tmp_path: Path) -> None:
         compress(assets / "models" / MODELS[0], tmp_path / out, [STEP], calibration=text, samples=8, window=128)
     for file in (*sorted((tmp_path / "a").glob("*.safetensors")), tmp_path / "a" / "halve.json"):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
-    layers = json.loads((tmp_path / "a" / "halve.json").read_text())["steps"][0]["linears"]
+    manifest = json.loads((tmp_path / "a" / "halve.json").read_text())
+    used = manifest["calibration"]
+    assert (used["windows"], used["tokens"], used["held_out_tokens"]) == (8, 8 * 128, 128)
+    assert used["source"] == text.name and 0 < used["documents_used"] < used["documents_available"] == 317
+    layers = manifest["steps"][0]["linears"]
     touched = [row for row in layers if "output_error" in row]
     assert len(touched) == 35 and all(row["bytes_after"] < 0.2 * row["bytes_before"] for row in touched)
+    assert all(row["damping"] == 0.01 for row in touched)
     assert all(0 < row["output_error"] < 0.2 and 0 < row["held_out_output_error"] < 0.2 for row in touched)
     assert {row["action"] for row in touched} == {"int4 g32", "int4 per channel (fallback)"}
     assert not any("seconds" in row for row in layers)  # equal runs are equal: times are in the log
@@ -448,6 +455,30 @@ def test_a_real_model_end_to_end(assets: Path, tmp_path: Path) -> None:
         dense = load_model(assets / "models" / MODELS[0])(tokens)
     assert (ours - theirs).norm() < 1e-5 * theirs.norm()
     assert 1e-3 < (ours - dense).norm() / dense.norm() < 0.2
+
+
+def test_an_interrupted_calibration_goes_on(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before the third of five blocks is written: the states are taken through the finished two, same bytes."""
+    write, written = CheckpointWriter.write, []
+
+    def interrupted(self: CheckpointWriter, part: int, *rest: Any) -> None:
+        if part == 2 and 2 not in written:
+            written.append(part)
+            raise KeyboardInterrupt
+        written.append(part)
+        write(self, part, *rest)
+
+    text, source = assets / "data" / "tinystories_317.txt", assets / "models" / MODELS[0]
+    compress(source, tmp_path / "whole", [STEP], calibration=text, samples=8, window=128)
+    monkeypatch.setattr(CheckpointWriter, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compress(source, tmp_path / "out", [STEP], calibration=text, samples=8, window=128)
+    compress(source, tmp_path / "out", [STEP], calibration=text, samples=8, window=128)
+    assert written == [0, 1, 2, 2, 3, 4, 5]
+    for file in (*sorted((tmp_path / "whole").glob("*.safetensors")), tmp_path / "whole" / "halve.json"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    log = (tmp_path / "out" / "halve-log.jsonl").read_text()
+    assert log.count('"linear"') == 35  # the times of the first blocks are those of the first run
 
 
 def test_the_head_of_a_tied_model(assets: Path, tmp_path: Path) -> None:
