@@ -158,7 +158,11 @@ def _plot_runs(axes: Axes, found: LayerAnalysis, mark: int | None) -> None:
         axes.plot([start], [line[start]], marker="o", color="red" if bold else colour)
         if bold:
             axes.annotate(
-                f"layers {start}..{start + count - 1}", (start, line[start]), (0, 8), textcoords="offset points"
+                f"layers {start}..{start + count - 1}",
+                (start, line[start]),
+                (0, -16),
+                textcoords="offset points",
+                ha="center",
             )
     axes.set(
         xlabel="first layer of the run", ylabel="angular distance", title="runs of n layers (last token; dot: the best)"
