@@ -46,7 +46,7 @@ VARIANTS = (
     Variant("4bit-l1-10", (GPTQ_4, "l1-inputs:fraction=0.1")),
     Variant("4bit-head-l1-10", (GPTQ_4, "l1-inputs:fraction=0.1,targets=lm_head")),
     Variant("prune-mlp-4bit", ("prune-mlp:fraction=0.33,multiple_of=128", GPTQ_4)),
-    Variant("drop-layer-int8", ("drop-layers:count=1,select=perplexity", INT8)),
+    Variant("drop-layer-int8", ("drop-layers:count=1", INT8)),
 )
 
 
