@@ -223,6 +223,7 @@ def test_options_that_make_no_sense_are_refused(text: str, words: str) -> None:
     ("steps", "words"),
     [
         (["drop-layers:count=3"], "3 of 3 layers would go"),
+        (["drop-layers:count=9,select=deepest"], "9 of 3 layers would go"),
         (["drop-layers:layers=0..2"], "3 of 3 layers would go"),
         (["drop-layers:layers=3"], "no layer 3 to drop: the model has layers 0..2"),
         (["drop-attention:count=3"], "3 of 3 attention sublayers"),
