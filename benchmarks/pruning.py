@@ -1,11 +1,12 @@
 """MLP width pruned by every score, without and with refit: accuracy, perplexity and layer errors, as records and a plot.
 
+    python benchmarks/pruning.py --out benchmarks/results/pruning-reader        the bundled reader, its exams and texts
     python benchmarks/pruning.py MODEL --exam EXAM.jsonl --text TEXT.txt --out benchmarks/results/pruning
 
-The first --calibration-documents documents of TEXT (split at <|endoftext|>) calibrate; perplexity is measured on the
-others, and of EXAM the questions whose article comes from a calibration document are left out. One record a variant
-(existing ones are kept, so an interrupted run goes on), then a plot. With --steps, the steps named instead of all that,
-each on its own, and no plot. docs/pruning.md shows the tables.
+Of another MODEL the first --calibration-documents documents of TEXT (split at <|endoftext|>) calibrate; perplexity is
+measured on the others, and of EXAM the questions whose article comes from a calibration document are left out. One
+record a variant (existing ones are kept, so an interrupted run goes on), then a plot. With --recipes, the recipes named
+(steps separated by spaces) instead of all that, and no plot. docs/pruning.md shows the tables.
 """
 
 from __future__ import annotations
@@ -16,28 +17,45 @@ import re
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from halve import compress, load_model, load_tokenizer
+from halve.demo.run import EXAMS, READER
 from halve.evaluation import evaluate
 from halve.records import new_record, read_record, write_record
 
 SCORES = ("l1", "activation", "obs")
 SEPARATOR = "<|endoftext|>"
+CLOZE = {"task": "multiple-choice", "protocol": "pmi", "template": "plain"}
 
 
-def variants(fractions: list[float], multiple: int) -> dict[str, str | None]:
-    """Name of each variant -> its step, None for the model as it is."""
-    steps: dict[str, str | None] = {"dense": None}
+@dataclass(frozen=True)
+class Material:
+    """A model, the text it is calibrated on, and what it is examined on: options of `evaluate` by name."""
+
+    model: Path
+    calibration: Path
+    exams: dict[str, dict[str, Any]]
+
+
+def variants(fractions: list[float], multiple: int) -> dict[str, tuple[list[str], dict[str, Any]]]:
+    """Name of each variant -> its recipe, and what the table says of it."""
+    found: dict[str, tuple[list[str], dict[str, Any]]] = {"dense": ([], {"removed_share": 0.0})}
     for fraction in fractions:
         for score in SCORES:
-            for refit in ("false", "true"):
-                name = f"{fraction * 100:02.0f}-{score}{'-refit' if refit == 'true' else ''}"
-                steps[name] = f"prune-mlp:fraction={fraction:g},score={score},refit={refit},multiple_of={multiple}"
-        name = f"{fraction * 100:02.0f}-obs-refit-global"
-        steps[name] = f"prune-mlp:fraction={fraction:g},allocation=global,multiple_of={multiple}"
-    return steps
+            for refit in ("no", "yes"):
+                name = f"{fraction * 100:02.0f}-{score}{'-refit' * (refit == 'yes')}"
+                step = f"prune-mlp:fraction={fraction:g},score={score},multiple_of={multiple},refit="
+                said = {"removed_share": fraction, "score": score, "refit": refit}
+                found[name] = [step + ("true" if refit == "yes" else "false")], said
+        step = f"prune-mlp:fraction={fraction:g},allocation=global,multiple_of={multiple}"
+        said = {"removed_share": fraction, "score": "obs, global", "refit": "yes"}
+        found[f"{fraction * 100:02.0f}-obs-refit-global"] = [step], said
+    return found
 
 
 def split(text: Path, exam: Path, documents: int, folder: Path) -> tuple[Path, Path, Path]:
@@ -55,99 +73,116 @@ def split(text: Path, exam: Path, documents: int, folder: Path) -> tuple[Path, P
     return paths
 
 
+def material(options: argparse.Namespace, folder: Path) -> Material:
+    """What the options ask for; `folder` takes a copy of the model, so that records name it and not where it lies."""
+    if options.model is None:
+        return Material(READER, READER / "calibration.txt", {exam.name: exam.options for exam in EXAMS})
+    if options.exam is None or options.text is None:
+        sys.exit("MODEL needs --exam and --text")
+    model = shutil.copytree(options.model, folder / options.model.name)
+    calibration, text, exam = split(options.text, options.exam, options.calibration_documents, folder)
+    exams = {"cloze": CLOZE | {"data": exam}}
+    exams["perplexity"] = {"task": "perplexity", "protocol": "documents", "data": text}
+    return Material(model, calibration, exams)
+
+
 def mean_error(manifest: dict[str, Any], name: str) -> float | None:
     values = [line[name] for line in manifest["steps"][-1]["linears"] if name in line]
     return sum(values) / len(values) if values else None
 
 
-def measure(
-    model: Path, step: str | None, texts: tuple[Path, Path, Path], options: argparse.Namespace
-) -> dict[str, Any]:
-    """Compress, reload, examine: the figures of one variant."""
-    calibration, perplexity_text, exam = texts
-    figures: dict[str, Any] = {"step": step}
-    folder = model
-    if step is not None:
-        folder = calibration.parent / "pruned"
-        result = compress(model, folder, [step], calibration=calibration, samples=options.samples,
-                          window=options.window, overwrite=True)  # fmt: skip
-        done = result.manifest["steps"][-1]
-        figures |= {
-            "linear_bytes": done["linear_bytes_after"],
-            "linear_parameters": done["parameters_after"],
-            "widths": done.get("resolved", {}).get("widths"),
-            "layers": "|".join(done.get("resolved", {}).get("layers", [])) or None,
-            "mean_output_error": mean_error(result.manifest, "output_error"),
-            "mean_held_out_output_error": mean_error(result.manifest, "held_out_output_error"),
-            "calibration": result.manifest["calibration"],
-        }
-    loaded, tokenizer = load_model(folder), load_tokenizer(folder)
-    asked = {"task": "multiple-choice", "protocol": options.protocol, "template": options.template}
-    answers = evaluate(loaded, tokenizer, data=exam, limit=options.limit, **asked)
-    text = evaluate(loaded, tokenizer, task="perplexity", protocol="documents", data=perplexity_text)
-    figures |= {key: answers[key] for key in ("protocol", "template", "questions", "accuracy", "accuracy_ci95")}
-    return figures | {key: text[key] for key in ("tokens", "perplexity", "nll_nats_per_token")}
+def measure(material: Material, recipe: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Compress, reload, examine in float32: the figures of one variant."""
+    figures: dict[str, Any] = {"steps": " ".join(recipe) or None}
+    with tempfile.TemporaryDirectory() as work:
+        folder = material.model
+        if recipe:
+            folder = Path(work) / "pruned"
+            made = compress(material.model, folder, recipe, calibration=material.calibration,
+                            samples=options.samples, window=options.window).manifest  # fmt: skip
+            chosen = [step.get("resolved", {}) for step in made["steps"]]
+            figures |= {
+                "linear_bytes": made["steps"][-1]["linear_bytes_after"],
+                "linear_parameters": made["steps"][-1]["parameters_after"],
+                "widths": next((step["widths"] for step in chosen if step.get("widths")), None),
+                "layers": "|".join(part for step in chosen for part in step.get("layers", [])) or None,
+                "mean_output_error": mean_error(made, "output_error"),
+                "mean_held_out_output_error": mean_error(made, "held_out_output_error"),
+                "calibration": made["calibration"],
+            }
+        loaded, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+        figures["weight_bytes"] = loaded.weight_bytes()
+        for name, asked in material.exams.items():
+            answers = evaluate(loaded, tokenizer, **asked)
+            if name == "perplexity":
+                figures |= {key: answers[key] for key in ("tokens", "perplexity", "nll_nats_per_token")}
+            else:
+                kept = ("protocol", "template", "questions", "accuracy", "accuracy_ci95")
+                figures[name] = {key: answers[key] for key in kept}
+    return figures
 
 
 def plot(records: dict[str, dict[str, Any]], fractions: list[float], path: Path) -> None:
+    """Each exam's accuracy and the perplexity against the share removed, a line for each score."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    exams = [name for name in ("cloze", "questions") if name in records["dense"]]
+    figure = Figure(figsize=(5 * (1 + len(exams)), 4.4), layout="constrained")
     series = [(f"{s}{r}", f"{s}{' + refit' if r else ''}") for s in SCORES for r in ("", "-refit")]
     series.append(("obs-refit-global", "obs + refit, global"))
     colours = {"l1": "tab:gray", "activation": "tab:blue", "obs": "tab:red"}
-    for axes, key, title in zip(
-        figure.subplots(1, 2), ("accuracy", "perplexity"), ("accuracy", "perplexity"), strict=True
-    ):
+    panels = figure.subplots(1, 1 + len(exams))
+    for axes, name in zip(panels, [*exams, "perplexity"], strict=True):
         for suffix, label in series:
-            values = [records["dense"][key]] + [records[f"{f * 100:02.0f}-{suffix}"][key] for f in fractions]
+            shown = [records["dense"], *(records[f"{f * 100:02.0f}-{suffix}"] for f in fractions)]
+            values = [r[name] if name == "perplexity" else 100 * r[name]["accuracy"] for r in shown]
             style = ":" if "global" in suffix else "-" if "refit" in suffix else "--"
-            axes.plot([0, *(100 * f for f in fractions)], values, style, marker="o",
+            axes.plot([0, *(100 * f for f in fractions)], values, style, marker="o", markersize=4,
                       color=colours[suffix.split("-")[0]], label=label)  # fmt: skip
-        axes.set(xlabel="MLP channels removed (%)", title=title)
-    figure.axes[0].axhline(0.25, color="black", linewidth=0.5)
-    figure.axes[1].set_yscale("log")
-    figure.axes[1].legend(fontsize="small")
+        axes.set(xlabel="MLP channels removed (%)", title=name if name == "perplexity" else f"{name}: accuracy (%)")
+        if name == "perplexity":
+            axes.set_yscale("log")
+        else:
+            axes.axhline(25, color="black", linewidth=0.5)  # chance
+    panels[-1].legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--exam", type=Path, required=True, help=".jsonl in RACE's layout")
-    parser.add_argument("--text", type=Path, required=True, help=f"documents split at {SEPARATOR}")
+    """The program."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, nargs="?", help="left out: the bundled reader")
+    parser.add_argument("--exam", type=Path, help=".jsonl in RACE's layout")
+    parser.add_argument("--text", type=Path, help=f"documents split at {SEPARATOR}")
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
-    parser.add_argument("--steps", nargs="+", help="NAME:key=value,... of the variants")
+    parser.add_argument("--recipes", nargs="+", help="'NAME:key=value,... NAME:...' of the variants")
     parser.add_argument("--multiple-of", type=int, default=4)
     parser.add_argument("--calibration-documents", type=int, default=120)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--protocol", default="pmi")
-    parser.add_argument("--template", default="plain")
-    parser.add_argument("--limit", type=int, default=None, help="the first questions only")
     options = parser.parse_args()
-    command = f"python benchmarks/pruning.py {options.model.name} --exam {options.exam.name} --text {options.text.name}"
+    command = "python benchmarks/pruning.py"
+    if options.model is not None:
+        command += f" {options.model.name} --exam {options.exam.name} --text {options.text.name}"
     records: dict[str, dict[str, Any]] = {}
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
-        model = Path(work) / options.model.name  # records name the model, not where it lies here
-        shutil.copytree(options.model, model)
-        texts = split(options.text, options.exam, options.calibration_documents, Path(work))
-        steps = variants(options.fractions, options.multiple_of)
-        if options.steps:
-            steps = {re.sub(r"[^a-z0-9.]+", "-", step): step for step in options.steps}
-        for name, step in steps.items():
-            path = options.out / f"{options.model.name}-{name}.json"
+        what = material(options, Path(work))
+        asked = variants(options.fractions, options.multiple_of)
+        if options.recipes:
+            asked = {re.sub(r"[^a-z0-9.]+", "-", recipe): (recipe.split(), {}) for recipe in options.recipes}
+        for name, (recipe, said) in asked.items():
+            path = options.out / f"{what.model.name}-{name}.json"
             if not path.exists():
-                figures = measure(model, step, texts, options)
-                recipe = [] if step is None else [step]
-                write_record(path, new_record("pruning", model.name, command=command, recipe=recipe, **figures))
+                figures = said | measure(what, recipe, options)
+                write_record(path, new_record("pruning", what.model.name, command=command, recipe=recipe, **figures))
             records[name] = read_record(path)
-            found = {key: records[name].get(key) for key in ("accuracy", "perplexity", "mean_held_out_output_error")}
-            print(json.dumps({"variant": name} | found), flush=True)
-    if not options.steps:
-        plot(records, options.fractions, options.out / f"{options.model.name}.png")
+            exams = {exam: records[name][exam]["accuracy"] for exam in what.exams if exam != "perplexity"}
+            print(json.dumps({"variant": name, "perplexity": records[name]["perplexity"]} | exams), flush=True)
+    if not options.recipes:
+        plot(records, options.fractions, options.out / f"{what.model.name}.png")
 
 
 if __name__ == "__main__":

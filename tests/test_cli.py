@@ -57,6 +57,8 @@ def test_compress_evaluate_benchmark_compare(run, model: Path, tmp_path: Path) -
     assert code == 0 and "int8 per channel" in printed and "lm_head" in printed and not out.exists()
     code, printed, _ = run("compress", model, out, "--step", "rtn:bits=8")
     assert code == 0 and f"wrote {out}" in printed
+    (done,) = json.loads((out / "halve.json").read_text())["steps"]
+    assert f"parameters {done['parameters_before']:,} -> {done['parameters_after']:,}" in printed
     records.mkdir()
     for folder in (model, out):
         target = records / f"{folder.name}-ppl.json"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from halve.calibrate import Calibration, Walk
 from halve.checkpoint import load_model, open_checkpoint
@@ -16,7 +17,7 @@ from halve.distances import (
     best_start,
     drop_by_perplexity,
     influence,
-    measure_all_tokens,
+    measure_every_run,
     measure_layers,
     sublayer,
 )
@@ -84,11 +85,8 @@ def expected(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_every_distance_of_a_model(make_hf, kind: str) -> None:
     folder = make_hf(kind)
-    model, walk = load_model(folder), walk_of(folder)
-    stream = stream_of(model)
-    turns = measure_layers(walk)
-    with torch.inference_mode():
-        everything = measure_all_tokens(walk_of(folder), list(model.blocks))  # type: ignore[arg-type]
+    stream = stream_of(load_model(folder))
+    turns, everything = measure_every_run(walk_of(folder))
     for start in range(4):
         for end in range(start + 1, 4):
             pair = expected(stream[start], stream[end])
@@ -99,6 +97,27 @@ def test_every_distance_of_a_model(make_hf, kind: str) -> None:
         assert turn.last_token == pytest.approx(float(pair[:, -1].mean()), rel=1e-5)
         assert turn.all_tokens == pytest.approx(float(pair.mean()), rel=1e-5)
         assert turn.influence == pytest.approx(float(1 - (pair * math.pi).cos().mean()), rel=1e-5)
+
+
+def test_the_last_point_lies_before_the_final_norm(make_hf) -> None:
+    """transformers' last hidden state is the normed one: runs that reach the end would be measured against that."""
+    folder = make_hf("llama")
+    theirs, last = AutoModelForCausalLM.from_pretrained(folder), []
+    theirs.model.layers[-1].register_forward_hook(lambda _m, _x, y: last.append(y))
+    with torch.inference_mode():
+        states = theirs(TOKENS[:-1], output_hidden_states=True).hidden_states
+    pairs = measure_layers(walk_of(folder)).pairs
+    for start in range(3):
+        right, trap = (float(expected(states[start], end)[:, -1].mean()) for end in (last[0], states[-1]))
+        assert float(pairs[start, 3]) == pytest.approx(right, rel=1e-4)
+        assert abs(trap - right) > 1e-3
+
+
+def test_one_block_in_memory_measures_what_the_whole_model_measures(make_hf) -> None:
+    folder = make_hf("llama")
+    one, whole = measure_layers(walk_of(folder)), measure_every_run(walk_of(folder))[0]
+    assert torch.allclose(one.pairs, whole.pairs, rtol=1e-6)
+    assert (one.layers, one.sublayers) == (whole.layers, whole.sublayers)
 
 
 def test_sublayers_in_order_are_the_block(make_hf) -> None:

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from halve.checkpoint import Checkpoint
 from halve.errors import DataError, HalveError, OutputError
 from halve.layer_analysis import FILES, analyse_layers
 
 
-def test_tables_agree_and_every_run_is_there(assets: Path, tmp_path: Path) -> None:
+def test_tables_agree_and_every_run_is_there(assets: Path, tmp_path: Path, monkeypatch) -> None:
     model, data = assets / "models" / "stories260K", assets / "data" / "tinystories_317.txt"
+    read, original = [], Checkpoint.block
+    monkeypatch.setattr(Checkpoint, "block", lambda self, i, *rest: read.append(i) or original(self, i, *rest))
     found = analyse_layers(model, data, tmp_path / "out", samples=4, window=64, mark=2)
+    assert read == [0, 1, 2, 3, 4]  # one pass
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES)
     with (tmp_path / "out" / "distances.csv").open() as file:
         runs = {(int(r["start"]), int(r["count"])): r for r in csv.DictReader(file)}
@@ -23,7 +27,7 @@ def test_tables_agree_and_every_run_is_there(assets: Path, tmp_path: Path) -> No
         parts = {(int(r["layer"]), r["part"]): r for r in csv.DictReader(file)}
     assert set(parts) == {(layer, part) for layer in range(5) for part in ("attention", "mlp", "layer")}
     for layer in range(5):
-        for column in ("last_token", "all_tokens"):  # one walk block by block, another batch by batch
+        for column in ("last_token", "all_tokens"):
             assert float(parts[layer, "layer"][column]) == pytest.approx(float(runs[layer, 1][column]), rel=1e-4)
             assert 0 < float(parts[layer, "attention"][column]) < 1
     two = [float(runs[start, 2]["last_token"]) for start in range(4)]

@@ -16,7 +16,7 @@ from halve.pruning import (
     narrow_outputs,
     row_norms,
 )
-from halve.quantization import QuantSpec, quantize
+from halve.quantization import QuantizedWeight, QuantSpec, quantize
 
 SPECS = [None, QuantSpec(4, 8), QuantSpec(4, 8, False), QuantSpec(8, -1), QuantSpec(3, 24)]
 INS, OUTS = torch.tensor([0, 3, 4, 9, 17, 22, 23]), torch.tensor([1, 2, 8, 15])
@@ -67,6 +67,19 @@ def test_narrowing_follows_the_neighbours(spec: QuantSpec | None) -> None:
     narrow = narrow_outputs(linear, OUTS)
     assert narrow.output_index is None and narrow.out_features == 4
     assert error(narrow(x), linear(x)[..., OUTS]) <= 1e-12
+
+
+def test_a_quantized_layer_is_never_expanded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halve.pruning._CHUNK_ROWS", 4)
+    expanded, original = [], QuantizedWeight.dequantize
+    monkeypatch.setattr(
+        QuantizedWeight, "dequantize", lambda self, *a: expanded.append(self.out_features) or original(self, *a)
+    )
+    linear, _ = make(QuantSpec(4, 8))
+    pruned = keep_inputs(linear, largest(column_norms(linear), 7))
+    pruned = keep_outputs(pruned, largest(row_norms(pruned), 5))
+    assert expanded == [4, 4, 4, 4] * 2  # a few rows at a time, for their norms
+    assert isinstance(pruned.weight, QuantizedWeight) and pruned.weight.shape == (5, 7)
 
 
 def test_norms_of_a_hand_made_weight() -> None:

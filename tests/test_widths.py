@@ -29,6 +29,7 @@ def test_rounded_width(size: int, fraction: float, multiple: int, kept: int) -> 
     [
         (172, 0.1, 128, "multiple_of=32"),  # 154.8 -> 160
         (172, 0.99, 4, "multiple_of=2"),  # nothing would be left: 1.72 -> 2
+        (48, 0.99, 4, r"\(0.75, 0.8333, 0.9167, ...\)"),
         (4, 0.1, 1, "0.25"),
         (1, 0.5, 1, "leave this step out"),
     ],

@@ -73,7 +73,7 @@ class Turns:
 
 @dataclass(frozen=True)
 class LayerTurns:
-    """What one walk measures: `pairs` float64 [P, P], d(start, end) of the last token, mean over windows; the turns of
+    """What one pass measures: `pairs` float64 [P, P], d(start, end) of the last token, mean over windows; the turns of
     every layer; those of every sublayer, by kind and layer."""
 
     pairs: Tensor
@@ -99,59 +99,76 @@ class _Mean:
         return Turns(self.last / self.windows, self.all / self.tokens, self.turned / self.tokens)
 
 
+class _Gauge:
+    """Runs one block, sublayer by sublayer, and keeps what it and each of them do to the stream."""
+
+    def __init__(self) -> None:
+        self.whole = _Mean()
+        self.parts = {kind: _Mean() for kind in SUBLAYERS}
+
+    def run(self, block: Block, state: Tensor, span: Span) -> Tensor:
+        x = state
+        for kind, mean in self.parts.items():
+            part = sublayer(block, kind)
+            if part is not None:
+                y = part(x, span)
+                mean.add(x, y)
+                x = y
+        self.whole.add(state, x)
+        return x
+
+
+def _turns(pairs: Tensor, gauges: list[_Gauge]) -> LayerTurns:
+    parts: dict[str, dict[int, Turns]] = {
+        kind: {i: gauge.parts[kind].value() for i, gauge in enumerate(gauges) if gauge.parts[kind].tokens}
+        for kind in SUBLAYERS
+    }
+    return LayerTurns(pairs, [gauge.whole.value() for gauge in gauges], parts)
+
+
 @torch.inference_mode()
 def measure_layers(walk: Walk) -> LayerTurns:
-    """Walk through a model once, one block in memory, besides the last tokens [windows, P, D] at every point."""
-    layers = len(walk.checkpoint.config.layers)
+    """Walk through a model block by block: one block in memory, and the last tokens [windows, P, D] at every point."""
+    gauges = [_Gauge() for _ in walk.checkpoint.config.layers]
     last = [torch.cat([state[:, -1].float() for state in walk.states[0]])]
-    whole: list[Turns] = []
-    parts: dict[str, dict[int, Turns]] = {kind: {} for kind in SUBLAYERS}
-    for index in range(layers):
+    for index, gauge in enumerate(gauges):
         block = walk.block(index).block
         assert block is not None
-        means = {kind: _Mean() for kind in (*SUBLAYERS, "layer")}
         for i, state in enumerate(walk.states[0]):
-            span, x = walk.span(state.shape[1]), state
-            for kind in SUBLAYERS:
-                part = sublayer(block, kind)
-                if part is not None:
-                    y = part(x, span)
-                    means[kind].add(x, y)
-                    x = y
-            means["layer"].add(state, x)
-            walk.states[0][i] = x
-        whole.append(means["layer"].value())
-        for kind in SUBLAYERS:
-            if means[kind].tokens:
-                parts[kind][index] = means[kind].value()
+            walk.states[0][i] = gauge.run(block, state, walk.span(state.shape[1]))
         last.append(torch.cat([state[:, -1].float() for state in walk.states[0]]))
     pairs = angular_distances(torch.stack(last, 1)).mean(0, dtype=torch.float64)
-    return LayerTurns(pairs.cpu(), whole, parts)
+    return _turns(pairs.cpu(), gauges)
 
 
 @torch.inference_mode()
-def measure_all_tokens(walk: Walk, blocks: list[Block]) -> Tensor:
-    """d(start, end) float64 [P, P], mean over all tokens: every point of the stream at once, a batch of windows at a time."""
-    points = len(blocks) + 1
-    total, tokens = torch.zeros(points, points, dtype=torch.float64), 0
+def measure_every_run(walk: Walk) -> tuple[LayerTurns, Tensor]:
+    """The same and d(start, end) float64 [P, P] as the mean over all tokens, in one pass, a batch of windows at a time.
+
+    The whole model is in memory, and the stream at every point for one batch.
+    """
+    blocks = [walk.block(index).block for index in range(len(walk.checkpoint.config.layers))]
+    gauges, points = [_Gauge() for _ in blocks], len(blocks) + 1
+    last, everything = (torch.zeros(points, points, dtype=torch.float64) for _ in range(2))
+    windows, tokens = 0, 0
     for state in walk.states[0]:
         span, stream = walk.span(state.shape[1]), [state.float()]
-        for block in blocks:
-            state = block(state, span)
+        for block, gauge in zip(blocks, gauges, strict=True):
+            assert block is not None
+            state = gauge.run(block, state, span)
             stream.append(state.float())
         for window in zip(*stream, strict=True):  # the points of one window, each [T, D]
-            total += angular_distances(torch.stack(window, 1)).sum(0, dtype=torch.float64).cpu()
-            tokens += window[0].shape[0]
-    return total / tokens
+            pairs = angular_distances(torch.stack(window, 1))
+            last += pairs[-1].double().cpu()
+            everything += pairs.sum(0, dtype=torch.float64).cpu()
+            windows, tokens = windows + 1, tokens + pairs.shape[0]
+    return _turns(last / windows, gauges), everything / tokens
 
 
 def best_start(pairs: Tensor, count: int) -> int:
     """First layer of the run of `count` layers with the least distance (equation 8 of the source)."""
     starts = pairs.shape[0] - count
     return int(torch.stack([pairs[start, start + count] for start in range(starts)]).argmin())
-
-
-Units = list[tuple[int, str | None]]  # (layer, sublayer kind or None for the whole layer)
 
 
 Unit = tuple[int, str | None]  # (layer, kind of sublayer; None for the whole layer)

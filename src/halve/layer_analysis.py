@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halve.calibrate import Walk, make_windows, read_documents
 from halve.checkpoint import check_device, open_checkpoint
-from halve.distances import LayerTurns, best_start, measure_all_tokens, measure_layers
+from halve.distances import LayerTurns, best_start, measure_every_run
 from halve.errors import OutputError
 from halve.tokenizer import load_tokenizer
 from halve.writer import write_text
@@ -108,12 +108,8 @@ def analyse_layers(
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made ({error.strerror or error}): choose another place") from error
 
-    def walk() -> Walk:
-        return Walk(checkpoint, calibration, dtype, dtype, device)
-
-    turns = measure_layers(walk())
-    blocks = [checkpoint.block(index, dtype, device) for index in range(layers)]
-    found = LayerAnalysis(str(model), turns, turns.pairs, measure_all_tokens(walk(), blocks), calibration.origin)
+    turns, all_tokens = measure_every_run(Walk(checkpoint, calibration, dtype, dtype, device))
+    found = LayerAnalysis(str(model), turns, turns.pairs, all_tokens, calibration.origin)
     write_text(folder / "distances.csv", found.distances_csv())
     write_text(folder / "sublayers.csv", found.sublayers_csv())
     write_text(folder / "layers.json", json.dumps(found.as_json(), indent=2) + "\n")
@@ -162,7 +158,11 @@ def _plot_runs(axes: Axes, found: LayerAnalysis, mark: int | None) -> None:
         axes.plot([start], [line[start]], marker="o", color="red" if bold else colour)
         if bold:
             axes.annotate(
-                f"layers {start}..{start + count - 1}", (start, line[start]), (0, 8), textcoords="offset points"
+                f"layers {start}..{start + count - 1}",
+                (start, line[start]),
+                (0, -16),
+                textcoords="offset points",
+                ha="center",
             )
     axes.set(
         xlabel="first layer of the run", ylabel="angular distance", title="runs of n layers (last token; dot: the best)"

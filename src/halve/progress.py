@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from multiprocessing import parent_process
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ def progress(description: str, total: float | None = None) -> Iterator[Advance]:
     """Show one bar while the block runs; the block calls the yielded function with the amount done since the last call.
 
     `total` is in the same unit (None: unknown, no time left is shown). Bars nest. Nothing is written when stderr is
-    not a terminal, so logs and pipes stay clean.
+    not a terminal, so logs and pipes stay clean, nor by the workers of a pool, whose bars would overwrite each other.
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or parent_process() is not None:
         yield lambda amount: None
         return
     display = _open[0] if _open else _start()

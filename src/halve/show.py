@@ -77,8 +77,12 @@ def _text(default: object) -> str:
 
 
 def result(done: Result) -> None:
-    """Where the result is, and what is worth knowing about it."""
+    """What every step left of the linears, where the result is, and what is worth knowing about it."""
     console = Console()
+    for step in done.manifest["steps"][-len(done.plan.steps) :]:
+        sizes = " -> ".join(size(step[f"linear_bytes_{when}"]) for when in ("before", "after"))
+        counts = " -> ".join(f"{step[f'parameters_{when}']:,}" for when in ("before", "after"))
+        console.print(f"{step['step']}: linears {sizes}, parameters {counts}", soft_wrap=True, highlight=False)
     for note in done.notes:
         console.print(f"note: {note}")
     console.print(f"wrote {done.out}", soft_wrap=True)

@@ -13,7 +13,10 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer  # seconds to import: only when text is involved
+        from transformers.utils import logging
 
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns of a model_type it does not know, and `halve` is one
         try:
             self.inner = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -21,6 +24,8 @@ class Tokenizer:
             raise CheckpointError(
                 f"{folder}: no usable tokenizer ({reason}): copy the model's tokenizer files there"
             ) from error
+        finally:
+            logging.set_verbosity(verbosity)
         self.folder = folder
         self.bos_id: int | None = self.inner.bos_token_id
         self.eos_ids = self._eos_ids()

@@ -27,8 +27,10 @@ def rounded_width(step: str, size: int, fraction: float, multiple: int, unit: st
     if smaller is not None:
         remedy = f"use multiple_of={smaller} (keeps {_nearest(size, fraction, smaller)})"
     else:
-        shares = ", ".join(f"{1 - n / size:.4g}" for n in range(size - 1, max(0, size - 4), -1))
-        remedy = f"use a fraction that fits ({shares}, ...)" if size > 1 else "leave this step out"
+        fitting = list(range(multiple, size, multiple)) or list(range(1, size))
+        nearest = sorted(sorted(fitting, key=lambda n: abs(n - exact))[:3], reverse=True)
+        shares = ", ".join(f"{1 - n / size:.4g}" for n in nearest)
+        remedy = f"use a fraction that fits ({shares}, ...)" if nearest else "leave this step out"
     raise RecipeError(
         f"step {step}: fraction={fraction} of {size} {unit}s leaves {exact:g}, and no multiple of {multiple} "
         f"is near that and below {size}: {remedy}"

@@ -161,6 +161,14 @@ def test_selectors_choose_and_say_so(assets: Path, real: dict, tmp_path: Path, s
         assert lost == chosen
 
 
+def test_deepest_keeps_the_last_layer(make_hf, tmp_path: Path) -> None:
+    source = make_hf("llama", num_hidden_layers=5)
+    for count, gone in ((1, [3]), (3, [1, 2, 3]), (4, [0, 1, 2, 3])):
+        out = tmp_path / str(count)
+        compress(source, out, [f"drop-layers:count={count},select=deepest"])
+        assert torch.equal(logits(out), without(source, gone))
+
+
 def test_perplexity_beats_the_other_selectors_by_its_own_measure(assets: Path, real: dict, tmp_path: Path) -> None:
     source, losses = assets / "models" / "stories260K", {}
     tokens = halve.load_tokenizer(source).encode((assets / "data" / "tinystories_317.txt").read_text()[:4000], bos=True)
@@ -215,6 +223,7 @@ def test_options_that_make_no_sense_are_refused(text: str, words: str) -> None:
     ("steps", "words"),
     [
         (["drop-layers:count=3"], "3 of 3 layers would go"),
+        (["drop-layers:count=9,select=deepest"], "9 of 3 layers would go"),
         (["drop-layers:layers=0..2"], "3 of 3 layers would go"),
         (["drop-layers:layers=3"], "no layer 3 to drop: the model has layers 0..2"),
         (["drop-attention:count=3"], "3 of 3 attention sublayers"),

@@ -107,8 +107,9 @@ def test_down_proj_narrows_the_mlp_to_a_plain_model(make_hf, tmp_path: Path) -> 
     assert relative(logits(tmp_path / "out"), zeroed(source, keep)) < 1e-5
 
 
-def test_siblings_share_one_set_and_merge(make_hf, tmp_path: Path) -> None:
-    compress(make_hf("llama"), tmp_path / "out", ["l1-inputs:fraction=0.5,shared=true"])
+@pytest.mark.parametrize("first", [[], ["rtn:bits=4,group_size=16"]], ids=["dense", "quantized"])
+def test_siblings_share_one_set_and_merge(make_hf, tmp_path: Path, first: list[str]) -> None:
+    compress(make_hf("llama"), tmp_path / "out", [*first, "l1-inputs:fraction=0.5,shared=true"])
     for block in blocks(tmp_path / "out"):
         for roles in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
             sets = {tuple(block[role].input_index.tolist()) for role in roles}  # type: ignore[union-attr]

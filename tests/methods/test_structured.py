@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,23 @@ def test_refit_lowers_the_error_and_held_out_output_error_is_reported(
             for row in measured:
                 assert row["output_error"] <= row["output_error_before_refit"]
                 assert 0 < row["held_out_output_error"] < row["held_out_output_error_before_refit"]
+
+
+def test_a_refit_that_rounding_would_undo_is_left_out(stories: Path, real: dict, tmp_path: Path) -> None:
+    """Channels that carry next to nothing go: in bfloat16, moving all other weights costs more than they did."""
+    model = AutoModelForCausalLM.from_pretrained(stories)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, :16] *= 1e-6
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        if (stories / name).exists():
+            shutil.copy(stories / name, tmp_path / "model")
+    step = "prune-mlp:widths=156|156|156|156|156,multiple_of=4"
+    measured = rows(compress(tmp_path / "model", tmp_path / "out", [step], **real), "down_proj")
+    assert len(measured) == 5
+    for row in measured:
+        assert 0 < row["output_error"] <= row["output_error_before_refit"]
 
 
 def test_heads_that_do_not_divide_the_hidden_size_are_not_called_llama(make_hf, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from halve.comparison import Comparison, compare
 from halve.compression import compress
 from halve.errors import OutputError
 from halve.evaluation import evaluate
+from halve.machine import usable_cores
 from halve.progress import progress
 from halve.records import Record, checkpoint_recipe, new_record, read_records, write_record
 from halve.tokenizer import load_tokenizer
@@ -32,10 +35,18 @@ class Variant:
     steps: tuple[str, ...]
 
 
+INT8, GPTQ_8, GPTQ_4 = "rtn:bits=8", "gptq:bits=8,group_size=128", "gptq:bits=4,group_size=128"
 VARIANTS = (
-    Variant("int8", ("rtn:bits=8",)),
-    Variant("gptq-8bit", ("gptq:bits=8,group_size=128",)),
-    Variant("gptq-4bit", ("gptq:bits=4,group_size=128",)),
+    Variant("int8", (INT8,)),
+    Variant("gptq-8bit", (GPTQ_8,)),
+    Variant("gptq-4bit", (GPTQ_4,)),
+    # quantized, then pruned by L1 norm: every linear, or the head alone
+    Variant("8bit-l1-35", (GPTQ_8, "l1-inputs:fraction=0.35")),
+    Variant("8bit-head-l1-35", (GPTQ_8, "l1-inputs:fraction=0.35,targets=lm_head")),
+    Variant("4bit-l1-10", (GPTQ_4, "l1-inputs:fraction=0.1")),
+    Variant("4bit-head-l1-10", (GPTQ_4, "l1-inputs:fraction=0.1,targets=lm_head")),
+    Variant("prune-mlp-4bit", ("prune-mlp:fraction=0.33,multiple_of=128", GPTQ_4)),
+    Variant("drop-layer-int8", ("drop-layers:count=1", INT8)),
 )
 
 
@@ -69,18 +80,15 @@ def demo(out: str | Path = "halve-demo", *, overwrite: bool = False) -> Comparis
         shutil.rmtree(out)
     records = out / "records"
     records.mkdir(parents=True)
-    models = [READER]
-    with progress("demo", total=2 + len(VARIANTS) + len(EXAMS) * (1 + len(VARIANTS))) as advance:
-        for variant in VARIANTS:
-            folder = out / "models" / variant.name
-            folder.parent.mkdir(exist_ok=True)
-            compress(READER, folder, variant.steps, calibration=READER / "calibration.txt", samples=64)
-            models.append(folder)
+    (out / "models").mkdir()
+    models = [READER, *(out / "models" / variant.name for variant in VARIANTS)]
+    # a model this small keeps one core busy at best: as many at a time as there are cores
+    workers = ProcessPoolExecutor(min(usable_cores(), len(models)), get_context("spawn"), torch.set_num_threads, (1,))
+    with progress("demo", total=2 * len(models)) as advance, workers:
+        jobs = [workers.submit(make_and_examine, *job, records) for job in zip((None, *VARIANTS), models, strict=True)]
+        for job in as_completed(jobs):
+            job.result()
             advance(1)
-        for model in models:
-            for record, exam in zip(examine(model), EXAMS, strict=True):
-                write_record(records / f"{model.name}-{exam.name}.json", record)
-                advance(1)
         settings = Settings(prompt_tokens=128, new_tokens=64, runs=5, long_prompt_tokens=0)
         timed = benchmark_side_by_side(models, settings, Placement(), command="halve demo")
         for model, record in zip(models, timed, strict=True):
@@ -91,6 +99,14 @@ def demo(out: str | Path = "halve-demo", *, overwrite: bool = False) -> Comparis
     table = compare(sorted(made, key=lambda r: [m.name for m in models].index(r["model"]))).only(COLUMNS)
     plot(made, out / "accuracy-size.png")
     return table
+
+
+def make_and_examine(variant: Variant | None, model: Path, records: Path) -> None:
+    """Make one variant in the folder `model` (None: it is there), and write its records into the folder `records`."""
+    if variant is not None:
+        compress(READER, model, variant.steps, calibration=READER / "calibration.txt", samples=64)
+    for record, exam in zip(examine(model), EXAMS, strict=True):
+        write_record(records / f"{model.name}-{exam.name}.json", record)
 
 
 def examine(model: Path) -> list[Record]:
@@ -113,36 +129,32 @@ def examine(model: Path) -> list[Record]:
 
 
 def plot(records: list[Record], path: Path) -> None:
-    """Accuracy with its interval against weight bytes, a point per model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Weight bytes and accuracy with its interval, a line per model, the largest on top."""
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     size = {r["model"]: r["weight_bytes"] / 1e6 for r in records if r["kind"] == "benchmark"}
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for exam, marker in (("exam_questions.jsonl", "o"), ("exam_cloze.jsonl", "s")):
-        rows = sorted((size[r["model"]], r) for r in records if r.get("data") == exam)
-        if not rows:
-            continue
-        accuracy = [100 * r["accuracy"] for _, r in rows]
-        low = [100 * (r["accuracy"] - r["accuracy_ci95"][0]) for _, r in rows]
-        high = [100 * (r["accuracy_ci95"][1] - r["accuracy"]) for _, r in rows]
+    models = sorted(size, key=lambda name: size[name])
+    figure = Figure(figsize=(9, 1.8 + 0.4 * len(models)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
+    bars = left.barh(range(len(models)), [size[name] for name in models], color="tab:gray", height=0.6)
+    left.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    left.set(xlabel="weights (MB)", xlim=(0, 1.2 * max(size.values())))
+    left.set_yticks(range(len(models)), models)
+    for number, (exam, marker) in enumerate((("exam_cloze.jsonl", "s"), ("exam_questions.jsonl", "o"))):
+        rows = {r["model"]: r for r in records if r.get("data") == exam}
+        places = [(y + 0.12 * (1 - 2 * number), rows[name]) for y, name in enumerate(models) if name in rows]
+        accuracy = [100 * r["accuracy"] for _, r in places]
+        low = [100 * (r["accuracy"] - r["accuracy_ci95"][0]) for _, r in places]
+        high = [100 * (r["accuracy_ci95"][1] - r["accuracy"]) for _, r in places]
         label = exam.removeprefix("exam_").removesuffix(".jsonl")
-        axes.errorbar([x for x, _ in rows], accuracy, yerr=[low, high], marker=marker, capsize=3, label=label)
-        if exam == "exam_cloze.jsonl":  # the same models lie below
-            for n, ((x, r), y) in enumerate(zip(rows, high, strict=True)):
-                place = {"textcoords": "offset points", "xytext": (0, 8 + 11 * (n % 3)), "ha": "center", "fontsize": 8}
-                axes.annotate(Path(r["model"]).name, (x, accuracy[n] + y), **place)
-    axes.axhline(25, color="grey", linestyle=":", label="chance")
-    axes.set(
-        xlabel="weights (MB)", ylabel="accuracy (%)", title="The bundled reader: accuracy against size", ylim=(0, 100)
-    )
-    axes.legend(loc="lower right")
-    axes.grid(alpha=0.3)
+        right.errorbar(accuracy, [y for y, _ in places], xerr=[low, high], fmt=marker, capsize=3, label=label)
+    right.axvline(25, color="grey", linestyle=":", label="chance")
+    right.set(xlabel="accuracy (%), 95 % interval", xlim=(0, 100))
+    right.grid(alpha=0.3)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize="small")
+    figure.suptitle("The bundled reader: accuracy against size", x=0.01, ha="left")
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=150)
-    pyplot.close(figure)
     temporary.replace(path)
 
 

@@ -57,10 +57,9 @@ class Drop:
         config = state.config
         gone = self._gone(config)
         what = "layers" if self.kind is None else f"{self.kind} sublayers"
-        if len(gone) >= len(self._candidates(config)):
-            raise RecipeError(
-                f"step {self.name}: {len(gone)} of {len(self._candidates(config))} {what} would go: keep at least one"
-            )
+        asked, there = self.count or len(gone), len(self._candidates(config))
+        if asked >= there:
+            raise RecipeError(f"step {self.name}: {asked} of {there} {what} would go: keep at least one")
         layers = [self._without(layer) if index in gone else layer for index, layer in enumerate(config.layers)]
         sources = tuple(i for i, layer in enumerate(layers) if layer.has_attention or layer.has_mlp)
         left = replace(config, layers=tuple(layers[i] for i in sources))

@@ -243,13 +243,15 @@ class Structured(ABC):
         raised, _, used = obs.damped(moments[0], self.damping, view.name(self.reader))
         fitted = obs.refit(weight, raised, columns).to(view.store_dtype)
         change[:, columns] = fitted.double() - weight[:, columns]
-        row = {f"{name}_before_refit": value for name, value in row.items()}
-        row |= {name: obs.relative_error(change, weight, judge) for name, judge in judges.items()}
+        before = {f"{name}_before_refit": value for name, value in row.items()}
+        after = {name: obs.relative_error(change, weight, judge) for name, judge in judges.items()}
+        if after["output_error"] > row["output_error"]:
+            # next to nothing goes: rounding the other columns anew would cost more than their refit gives
+            return narrow, before | row
         assert isinstance(narrow.weight, Tensor)
         weight = fitted.to(narrow.weight.dtype).contiguous()
-        return Linear(weight, narrow.bias, None, narrow.output_index, narrow.in_features, narrow.out_features), row | {
-            "damping": used
-        }
+        refitted = Linear(weight, narrow.bias, None, narrow.output_index, narrow.in_features, narrow.out_features)
+        return refitted, before | after | {"damping": used}
 
 
 @dataclass(frozen=True)
