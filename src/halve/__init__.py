@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from halve.errors import HalveError
     from halve.evaluation import evaluate
     from halve.generation import generate, generate_text
+    from halve.hub import fetch
     from halve.layer_analysis import analyse_layers
     from halve.tokenizer import load_tokenizer
 
@@ -28,6 +29,7 @@ _PUBLIC = {
     "compress": "compression",
     "convert": "conversion",
     "evaluate": "evaluation",
+    "fetch": "hub",
     "generate": "generation",
     "generate_text": "generation",
     "load_model": "checkpoint",
@@ -44,6 +46,7 @@ __all__ = [
     "compress",
     "convert",
     "evaluate",
+    "fetch",
     "generate",
     "generate_text",
     "load_model",

@@ -320,6 +320,19 @@ def layers(
 
 
 @app.command()
+def fetch(model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id (owner/name).")]) -> None:
+    """Download MODEL from the Hugging Face hub once; every command then takes its id, without a network.
+
+    Takes safetensors, config and tokenizer. It lands in the hub's own cache (set HF_HOME to move it).
+    """
+    from halve.hub import fetch as run
+
+    folder = run(model)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{model}: {size / 1e9:.2f} GB in {folder}")
+
+
+@app.command()
 def convert(model: Model, out: Out, overwrite: Overwrite = False) -> None:
     """Turn a folder of pickled .bin weights into safetensors (most OPT checkpoints need it)."""
     from halve.conversion import convert as run
