@@ -101,7 +101,7 @@ def test_a_download_that_was_cut_off_is_not_taken_for_whole(hub: Hub) -> None:
     for name in ("model-1-of-2.safetensors", "model-2-of-2.safetensors"):
         (hub.files / name).write_bytes(b"weights")
     hub.stop_before = "model-2-of-2.safetensors"
-    with pytest.raises(CheckpointError, match="connection was reset.*again"):
+    with pytest.raises(CheckpointError, match=r"connection was reset.*again"):
         fetch("owner/tiny")
     assert cached("owner/tiny") is None
     hub.stop_before = ""
@@ -142,7 +142,7 @@ def test_weights_of_another_kind_and_too_large_ones_are_refused_before_the_downl
         fetch("owner/tiny")
     (hub.files / "model.safetensors").unlink()
     (hub.files / "pytorch_model.bin").write_bytes(b"pickled")
-    with pytest.raises(CheckpointError, match="no safetensors.*halve convert"):
+    with pytest.raises(CheckpointError, match=r"no safetensors.*halve convert"):
         fetch("owner/tiny")
     assert cached("owner/tiny", weights=False) is None
 

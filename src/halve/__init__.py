@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from halve.generation import generate, generate_text
     from halve.hub import fetch
     from halve.layer_analysis import analyse_layers
+    from halve.reproduction import reproduce_system1
     from halve.tokenizer import load_tokenizer
 
 # where each public name lives; imported on first use, so that `import halve` stays instant
@@ -36,6 +37,7 @@ _PUBLIC = {
     "load_tokenizer": "tokenizer",
     "prune_linear": "dropin_prune",
     "quantize_linear": "dropin",
+    "reproduce_system1": "reproduction",
 }
 __all__ = [
     "HalveError",
@@ -53,6 +55,7 @@ __all__ = [
     "load_tokenizer",
     "prune_linear",
     "quantize_linear",
+    "reproduce_system1",
 ]
 
 
