@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from halve.generation import generate, generate_text
     from halve.hub import fetch
     from halve.layer_analysis import analyse_layers
+    from halve.page import write_page
     from halve.reproduction import reproduce_system1
     from halve.tokenizer import load_tokenizer
 
@@ -38,6 +39,7 @@ _PUBLIC = {
     "prune_linear": "dropin_prune",
     "quantize_linear": "dropin",
     "reproduce_system1": "reproduction",
+    "write_page": "page",
 }
 __all__ = [
     "HalveError",
@@ -56,6 +58,7 @@ __all__ = [
     "prune_linear",
     "quantize_linear",
     "reproduce_system1",
+    "write_page",
 ]
 
 

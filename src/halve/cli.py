@@ -381,6 +381,24 @@ def reproduce(
 
 
 @app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Records, compressed models, a study, or all of them.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write (default: FOLDER/report.html).", show_default=False)
+    ] = None,
+    title: Annotated[
+        str | None, typer.Option(help="Its title (default: the folder's name).", show_default=False)
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about everything in FOLDER: tables, plots, recipes, machine."""
+    from halve.page import write_page
+
+    print(f"wrote {write_page(folder, out, title=title)}")
+
+
+@app.command()
 def fetch(model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id (owner/name).")]) -> None:
     """Download MODEL from the Hugging Face hub once; every command then takes its id, without a network.
 
