@@ -336,6 +336,9 @@ def reproduce(
     template: Annotated[
         str | None, typer.Option(help="race (default) or plain, for continuation and pmi.", show_default=False)
     ] = None,
+    own_protocol: Annotated[
+        str, typer.Option(help="The same of its own way; another one for a model that cannot answer in letters.")
+    ] = "system1",
     limit: Annotated[int | None, typer.Option(help="The first N questions only.", show_default=False)] = None,
     calibration: Annotated[
         str, typer.Option(help=".txt, .jsonl, a RACE folder, or c4 | wikitext2 from the hub.", metavar="NAME|FILE")
@@ -365,7 +368,14 @@ def reproduce(
         raise HalveError(f"study {study!r} is not known: use system1")
     options = {
         **{"data": data, "protocol": protocol, "template": template, "limit": limit, "calibration": calibration},
-        **{"samples": samples, "floor": floor, "fractions": fractions, "runs": runs, "device": device},
+        **{
+            "own_protocol": own_protocol,
+            "samples": samples,
+            "floor": floor,
+            "fractions": fractions,
+            "runs": runs,
+            "device": device,
+        },
         **{"random_weights": random_weights, "dtype": _dtype(dtype)},
     }
     if dry_run:

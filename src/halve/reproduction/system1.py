@@ -49,6 +49,7 @@ class Study:
     data: str | None = None
     protocol: str = "letter"
     template: str | None = None
+    own_protocol: str = "system1"  # of its own way; another one for models that cannot answer in letters
     limit: int | None = None
     calibration: str = "c4"
     samples: int = published.SAMPLES
@@ -77,7 +78,10 @@ class Study:
         """Options of `evaluate` for one way of judging."""
         how: dict[str, Any] = {"task": "race-h" if self.data is None else "multiple-choice", "data": self.data}
         if way is OWN:
-            return how | {"protocol": "system1", "limit": min(self.limit or SYSTEM1_QUESTIONS, SYSTEM1_QUESTIONS)}
+            return how | {
+                "protocol": self.own_protocol,
+                "limit": min(self.limit or SYSTEM1_QUESTIONS, SYSTEM1_QUESTIONS),
+            }
         return how | {"protocol": self.protocol, "template": self.template, "limit": self.limit}
 
     def settings(self) -> Settings:
