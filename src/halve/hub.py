@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from halve.errors import CheckpointError, OutputError
 
@@ -40,7 +41,7 @@ def cached(model: str, *, weights: bool = True) -> Path | None:
     return folder if _whole(folder, weights) else None
 
 
-def _patterns(weights: bool) -> dict[str, list[str]]:
+def _patterns(weights: bool) -> dict[str, Any]:
     return {"allow_patterns": _ABOUT + (_WEIGHTS if weights else []), "ignore_patterns": _IGNORED}
 
 

@@ -72,11 +72,11 @@ def _plot(
         scale, unit = unit_of([row[x_key] for row in rows if row.get(x_key)])
         x = f"{x} ({unit})"
     for number, row in enumerate(rows):
-        values = [row.get(key) for key in [x_key, *keys]]
-        if not all(isinstance(v, int | float) for v in values[:2]):
-            continue
-        low, high = (v * factor if isinstance(v, int | float) else None for v in (*values[2:4], None, None)[:2])
-        marks.append(Mark(row["model"], values[0] / scale, values[1] * factor, low, high, kind=min(number, 1)))
+        figures = [row.get(key) for key in (x_key, *keys, "", "")][:4]
+        place, value, low, high = (v if isinstance(v, int | float) else None for v in figures)
+        if place is not None and value is not None:
+            ends = [None if end is None else end * factor for end in (low, high)]
+            marks.append(Mark(row["model"], place / scale, value * factor, *ends, kind=min(number, 1)))
     if len(marks) < 2:
         return []
     level = None if chance is None or factor == 1 else 100 * chance

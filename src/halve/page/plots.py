@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # stand-ins that become the page's own colours
 _INK, _RULE = "#010203", "#010204"
 COLOURS = ("#3f7fc4", "#d9772f", "#3d9b6d", "#9a6cc4", "#cf4d64", "#8a8f3a", "#2f9aa8", "#a06a4a")  # on white and black
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "halve",
     "font.size": 9,
@@ -123,7 +123,7 @@ def scatter(
 
 def _label(axes: Axes, marks: Sequence[Mark]) -> None:
     """Names beside their points, where the names before leave room; a name that finds none is left out."""
-    figure = axes.get_figure()
+    figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # the layout decides where points are
     width, height = 4.9, 10.0  # of a letter, in points
@@ -157,16 +157,15 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def lines(
-    series: Mapping[str, Mapping[int, float]], *, x: str, y: str, percent: bool = False, bold: str | None = None
+    series: Mapping[str, Mapping[int, float]], *, x: str, y: str, percent: bool = False
 ) -> Callable[[Axes], None]:
-    """Lines over whole numbers, such as layers; `bold`: the series that stands out."""
+    """Lines over whole numbers, such as layers."""
 
     def paint(axes: Axes) -> None:
         from matplotlib.ticker import MaxNLocator, PercentFormatter
 
         for name, points in series.items():
-            style = {"linewidth": 2.4} if name == bold else {}
-            axes.plot(list(points), list(points.values()), marker="o", markersize=3, label=name, **style)
+            axes.plot(list(points), list(points.values()), marker="o", markersize=3, label=name)
         axes.set(xlabel=x, ylabel=y)
         axes.set_ylim(0, None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

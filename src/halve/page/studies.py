@@ -91,7 +91,7 @@ def _value(value: Any) -> str:
 def _trial_table(record: Record, trials: Sequence[dict[str, Any]], title: str, notes: Sequence[str] = ()) -> TableBlock:
     names = list(dict.fromkeys(name for trial in trials for name in trial["parameters"]))
     objective = record["objective"]
-    extra = [] if objective == "bytes" else [OBJECTIVES.get(objective, objective)]
+    extra = [] if objective == "bytes" else [str(OBJECTIVES.get(objective, objective))]
     rows = []
     for trial in sorted(trials, key=lambda t: t["objective"]):
         values = [_value(trial["parameters"].get(name, "-")) for name in names]

@@ -6,14 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from halve.methods import Method
-from halve.methods.gptq import Gptq
-from halve.methods.l1 import L1Inputs, L1Outputs
-from halve.methods.rtn import Rtn
+from halve.recipe import make_step
 from halve.reproduction import published
 
 # what is tried for the largest fraction, every published one among them
 FRACTIONS = (published.SMALLEST, 0.01, 0.02, 0.05, 0.10, 0.20, 0.35, 0.50, 0.65, 0.80)
-PRUNERS = {"inputs": L1Inputs, "outputs": L1Outputs}
+PRUNERS = {"inputs": "l1-inputs", "outputs": "l1-outputs"}
 HEAD, EVERYTHING = ("lm_head",), ("Linear", "lm_head")
 
 
@@ -66,12 +64,15 @@ class Variant:
         if self.bits is None:
             return []
         if random_weights:
-            return [Rtn(self.bits, published.QUANTIZER["group_size"], fallback="channel")]
-        return [Gptq(self.bits, fallback="channel", **published.QUANTIZER)]
+            rounding = {"group_size": published.QUANTIZER["group_size"]}
+            return [make_step("rtn", {"bits": self.bits, **rounding, "fallback": "channel"})]
+        return [make_step("gptq", {"bits": self.bits, **published.QUANTIZER, "fallback": "channel"})]
 
     def pruner(self) -> list[Method]:
         """The step from `base`."""
-        return [PRUNERS[self.side](fraction=self.fraction, targets=self.targets)] if self.fraction else []
+        if not self.fraction:
+            return []
+        return [make_step(PRUNERS[self.side], {"fraction": self.fraction, "targets": list(self.targets)})]
 
 
 def of_row(row: published.PublishedModel, way: Way) -> Variant:
