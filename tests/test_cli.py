@@ -142,6 +142,9 @@ def test_random_weights_from_a_config_alone(run, model: Path, tmp_path: Path) ->
         (["generate", "MODEL", "--prompt", "x", "--top-p", "2"], "top_p=2.0"),
         (["compare", "none.json"], "none.json"),
         (["fetch", "noslash"], "not a hub id"),
+        (["reproduce", "system9", "--model", "MODEL"], "system9"),
+        (["reproduce", "system1", "--model", "MODEL", "--out", "OUT", "--data", "none.jsonl"], "none.jsonl"),
+        (["report", "none"], "no such folder"),
         (["frobnicate"], "frobnicate"),
         (["compress", "MODEL", "OUT", "--samples", "many"], "--samples"),
     ],
@@ -163,7 +166,7 @@ def test_help_and_version(run) -> None:
     assert code == 0
     for command in (
         *("compress", "evaluate", "benchmark", "generate", "compare", "demo", "convert", "steps", "layers"),
-        *("fetch",),
+        *("fetch", "reproduce", "report"),
     ):
         assert command in printed
         assert run(command, "--help")[0] == 0

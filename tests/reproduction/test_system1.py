@@ -33,6 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmarking, "SYSTEM1_TOKENS", 5)
     monkeypatch.setattr(subject, "peak_memory", lambda *a, **k: {"peak": 123_000_000})
     monkeypatch.setattr(benchmarking, "bandwidth_gb_per_s", lambda device: 10.0)
+    monkeypatch.setattr("halve.reproduction.needs.bandwidth_gb_per_s", lambda device: 10.0)
 
 
 @pytest.fixture
