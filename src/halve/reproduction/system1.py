@@ -151,8 +151,7 @@ def _claim(study: Study, checkpoint: Checkpoint, overwrite: bool) -> None:
             )
         shutil.rmtree(study.out)
     try:
-        study.path("records").mkdir(parents=True)
-        study.path("models").mkdir()
+        study.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{study.out}: cannot be made ({error.strerror}): choose another place") from error
     write_json(path, identity)
@@ -169,6 +168,8 @@ class _Run:
 
     def run(self) -> Record:
         study = self.study
+        for part in ("models", "records"):
+            study.path(part).mkdir(exist_ok=True)
         models, examined = variants.kept(), [] if study.random_weights else list(WAYS)
         cells = len(published.FRACTIONS) * len(WAYS) if examined and study.fractions else 0
         with progress("reproduce", len(models) + len(examined) * len(published.MODELS) + 1 + cells) as advance:
