@@ -41,11 +41,13 @@ def write_page(folder: str | Path, out: str | Path | None = None, *, title: str 
 def render(contents: Contents, title: str) -> str:
     """The page's HTML; everything that comes from a file is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=False
     )
+    # lists of options are long words: they may break behind a comma
+    environment.filters["breakable"] = lambda text: Markup(str(escape(text)).replace(",", ",<wbr>"))
     sections = [section for section in (make(contents) for make in _SECTIONS) if section.blocks]
     return environment.get_template("report.html.j2").render(
         title=title,

@@ -107,11 +107,11 @@ def recipes(found: Contents) -> Section:
     section = Section("recipes", "How the models were made")
     rows = []
     for place, manifest in found.manifests.items():
-        for number, step in enumerate(manifest["steps"], 1):
+        for step in manifest["steps"]:
             name = place.name if place.name else str(manifest.get("base_model", "model"))
             done = [line for line in step["linears"] if line["action"] != "skipped"]
             rows.append([
-                name if number == 1 else "",
+                name,
                 step_text(step.get("resolved") or step),
                 f"{len(done)} of {len(step['linears'])}",
                 f"{show_bytes(step['linear_bytes_before'])} to {show_bytes(step['linear_bytes_after'])}",
@@ -122,11 +122,11 @@ def recipes(found: Contents) -> Section:
         name = Path(record["model"]).name
         if name not in told and record["recipe"]:
             told.add(name)
-            for number, step in enumerate(record["recipe"]):
-                rows.append([name if number == 0 else "", step_text(step), "-", "-", "-"])
+            for step in record["recipe"]:
+                rows.append([name, step_text(step), "-", "-", "-"])
     if rows:
         head = ["model", "step", "linears", "their bytes", "calibrated on"]
-        section.blocks.append(TableBlock(head, rows, text_columns=2))
+        section.blocks.append(TableBlock(head, rows, text_columns=len(head)))
     return section
 
 
@@ -202,8 +202,10 @@ def provenance(found: Contents) -> Section:
         section.blocks.append(TableBlock(head, rows, text_columns=len(head)))
     missing: dict[tuple[str, str], None] = {}
     for record in found.shown().values():
-        for what, why in record.get("not_measured", {}).items():
-            missing[str(what), str(why)] = None
+        if record["kind"] == "benchmark":  # quality is no business of a benchmark's, unless it could not be measured
+            passed_over = () if record.get("random_weights") else ("accuracy", "perplexity")
+            items = record.get("not_measured", {}).items()
+            missing |= {(str(what), str(why)): None for what, why in items if what not in passed_over}
     if missing:
         section.blocks.append(TableBlock(["not measured", "why"], [list(pair) for pair in missing], text_columns=2))
     return section
