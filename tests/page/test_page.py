@@ -68,7 +68,7 @@ def test_every_part_is_there_and_the_markup_is_whole(page: str) -> None:
     pictures = [attrs["aria-label"] or "" for tag, attrs in outline.tags if tag == "svg"]
     assert [p for p in pictures if "against size" in p] and [p for p in pictures if "against speed" in p]
     assert any("angular distance" in p for p in pictures) and any("error of the weight" in p for p in pictures)
-    words = " ".join(outline.texts)
+    words = "".join(outline.texts)
     for expected in (
         "63.0 %",
         "[59.0, 67.0]",
@@ -94,7 +94,7 @@ def test_nothing_is_loaded_and_nothing_can_run(page: str) -> None:
 
 def test_names_from_files_are_text(page: str) -> None:
     assert "<script" not in page
-    words = " ".join(Outline(page).texts)
+    words = "".join(Outline(page).texts)
     assert words.count(HOSTILE) >= 4  # title, row, recipe, note of the search, label in a plot
 
 
@@ -154,7 +154,7 @@ def test_a_reproduction_is_shown_with_both_tables(tmp_path: Path) -> None:
         notes=[],
     )  # fmt: skip
     write_record(tmp_path / "reproduce.json", record)
-    words = " ".join(Outline(write_page(tmp_path).read_text()).texts)
+    words = "".join(Outline(write_page(tmp_path).read_text()).texts)
     assert "4 bit, pruned 10 %" in words and "53.3 %" in words and "10 %: 60.0 %; 20 %: 40.0 %" in words
 
 
