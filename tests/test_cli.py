@@ -143,7 +143,7 @@ def test_random_weights_from_a_config_alone(run, model: Path, tmp_path: Path) ->
         (["compare", "none.json"], "none.json"),
         (["fetch", "noslash"], "not a hub id"),
         (["reproduce", "system9", "--model", "MODEL"], "system9"),
-        (["reproduce", "system1", "--model", "MODEL", "--out", "OUT", "--data", "none.jsonl"], "none.jsonl"),
+        (["reproduce", "system1", "--model", "MODEL", "--out", "OUT"], "a context of 64 is too short"),
         (["report", "none"], "no such folder"),
         (["frobnicate"], "frobnicate"),
         (["compress", "MODEL", "OUT", "--samples", "many"], "--samples"),

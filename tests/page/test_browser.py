@@ -31,7 +31,7 @@ frame.onload = () => {
     const box = e.getBoundingClientRect();
     return box.right > root.clientWidth + 1 && !e.closest(".scroll") && !e.closest("thead") && !e.closest("svg");
   });
-  const heading = inner.querySelector(".cards thead"), value = inner.querySelector(".cards td.figure");
+  const heading = inner.querySelector(".cards thead"), value = inner.querySelector(".cards td:not(.name)");
   document.title = JSON.stringify({
     client: root.clientWidth, scroll: root.scrollWidth, body: inner.body.scrollWidth,
     wide: wide.map(e => e.tagName), smallest: Math.min(...sizes), plots: inner.querySelectorAll("svg").length,

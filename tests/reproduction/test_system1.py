@@ -15,7 +15,7 @@ from halve import benchmarking, subject
 from halve.demo.run import READER
 from halve.errors import DataError, HalveError, OutputError
 from halve.records import read_record
-from halve.reproduction import Study, reproduce_system1, system1, tables, variants
+from halve.reproduction import Study, published, reproduce_system1, system1, tables, variants
 from halve.reproduction.system1 import _Run
 from halve.reproduction.variants import OWN, RIGHT, Variant
 from halve.subject import Settings
@@ -27,9 +27,11 @@ QUICK = {"data": EXAM, "protocol": "pmi", "limit": 6, "calibration": READER / "c
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few fractions and short timings; the peak memory, which takes a process a model, is made up."""
-    monkeypatch.setattr(variants, "FRACTIONS", (0.001, 0.1, 0.5))
-    monkeypatch.setattr(Study, "settings", lambda self: Settings(8, 3, 1, 0))
-    monkeypatch.setattr(subject, "SYSTEM1_TOKENS", 5)
+    monkeypatch.setattr(variants, "FRACTIONS", (0.001, 0.1))
+    monkeypatch.setattr(published, "FRACTIONS", (published.FRACTIONS[0], published.FRACTIONS[5]))  # 8 bit in, bf16 out
+    monkeypatch.setattr(Study, "settings", lambda self: Settings(8, 3, min(self.runs, 1), 0))
+    for module in (subject, system1):
+        monkeypatch.setattr(module, "SYSTEM1_TOKENS", 5)
     monkeypatch.setattr(benchmarking, "SYSTEM1_TOKENS", 5)
     monkeypatch.setattr(subject, "peak_memory", lambda *a, **k: {"peak": 123_000_000})
     monkeypatch.setattr(benchmarking, "bandwidth_gb_per_s", lambda device: 10.0)
@@ -103,16 +105,19 @@ def test_the_bundled_reader_from_nothing_to_both_tables_and_again(
     assert "| 4 bit, pruned 10 % | published | 25.93 | 43.1 | 3.1 GB |" in shown and "below 0.1 %" in shown
 
 
-def test_an_opt_with_widths_that_no_group_divides(quick: None, opt: Path, tmp_path: Path) -> None:
+def test_an_opt_with_widths_that_no_group_divides(
+    quick: None, opt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published, "MODELS", (published.MODELS[1], published.MODELS[4]))  # 4 bit pruned, bf16
     options = {"data": tmp_path / "exam.jsonl", "calibration": tmp_path / "text.txt", "samples": 2, "fractions": False}
     record = reproduce_system1(opt, tmp_path / "out", **options)
     assert record["fractions"] == [] and record["not_measured"]["fractions"] == "not asked for"
-    assert [row["right"]["questions"] for row in record["models"]] == [3] * 5
+    assert [row["right"]["questions"] for row in record["models"]] == [3] * 2
     assert len(tables(record)) == 1
 
 
 def test_random_weights_fill_speed_and_memory_only(quick: None, make_hf: Callable[..., Path], tmp_path: Path) -> None:
-    shutil.copyfile(make_hf("llama") / "config.json", tmp_path / "config.json")
+    shutil.copyfile(make_hf("llama", tie_word_embeddings=True) / "config.json", tmp_path / "config.json")
     record = reproduce_system1(tmp_path / "config.json", tmp_path / "out", random_weights=True)
     assert all("accuracy" not in row[way] for row in record["models"] for way in ("own", "right"))
     sizes = [row["own"]["weight_bytes"] for row in record["models"]]
@@ -136,7 +141,7 @@ def test_the_largest_fraction_is_the_last_before_the_first_that_fails(
         return {"accuracy": {0.0: 0.8, 0.01: 0.7, 0.1: 0.6}.get(variant.fraction, 0.5)}
 
     monkeypatch.setattr(run, "accuracy", accuracy)
-    cell = next(c for c in variants.published.FRACTIONS if c.bits is None and c.side == "inputs")
+    cell = next(c for c in published.FRACTIONS if c.bits is None and c.side == "inputs")
     found = run.largest(cell, RIGHT)
     assert found["largest"] == 0.1  # 0.2 has exactly the floor, which is not above it
     assert [point["fraction"] for point in found["tried"]] == [0.0, 0.01, 0.1, 0.2]
@@ -155,6 +160,7 @@ def test_what_cannot_do_is_refused_before_any_work(
         ({"protocol": "chess"}, HalveError, "chess"),
         ({"floor": 50}, HalveError, "floor 50"),
         ({"samples": 0}, HalveError, "samples 0"),
+        ({"runs": 0}, HalveError, "runs=0"),
     ):
         with pytest.raises(kind, match=words):
             reproduce_system1(READER, out, **QUICK | options)

@@ -31,7 +31,7 @@ from halve.reproduction import published, variants
 from halve.reproduction.needs import Needs, estimate_needs, memory_there
 from halve.reproduction.random_model import write_random_model
 from halve.reproduction.variants import OWN, WAYS, Variant, Way
-from halve.subject import Placement, Settings, Subject
+from halve.subject import SYSTEM1_TOKENS, Placement, Settings
 from halve.tokenizer import load_tokenizer
 from halve.writer import write_json
 
@@ -124,8 +124,10 @@ def reproduce_system1(
 def check(study: Study) -> tuple[Checkpoint, Needs]:
     """Open the model and the data, and estimate what the study takes; reads no weight."""
     check_device(study.device)
-    checkpoint = open_checkpoint(study.model, study.random_weights)
-    Subject.open(study.model, study.settings(), Placement(study.device, study.dtype, "auto", study.random_weights))
+    checkpoint, timed = open_checkpoint(study.model, study.random_weights), study.settings()
+    context, needed = checkpoint.config.max_positions, timed.prompt_tokens + max(timed.new_tokens, SYSTEM1_TOKENS)
+    if context < needed:
+        raise HalveError(f"{study.name}: a context of {context} is too short, the timings take {needed} tokens")
     questions = []
     if not study.random_weights:
         for way in WAYS:
