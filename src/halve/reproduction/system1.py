@@ -140,7 +140,9 @@ def check(study: Study) -> tuple[Checkpoint, Needs]:
 
 def _claim(study: Study, checkpoint: Checkpoint, overwrite: bool) -> None:
     """Make the folder ours: new, or begun by the very same request."""
-    identity = asdict(study) | {"out": "", "dtype": str(study.dtype), "config": checkpoint.raw}
+    identity = asdict(study) | {"dtype": str(study.dtype), "config": checkpoint.raw}
+    for free in ("out", "floor", "fractions"):  # a folder may move; these two decide only how far the work goes
+        del identity[free]
     identity["weights"] = [[f.name, f.stat().st_size] for f in sorted(checkpoint.folder.glob("*.safetensors"))]
     identity, path = json.loads(json.dumps(identity)), study.path(_REQUEST)
     if path.exists() and json.loads(path.read_text()) == identity:
