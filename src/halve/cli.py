@@ -321,6 +321,108 @@ def layers(
 
 
 @app.command()
+def reproduce(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="system1: GPTQ and L1 pruning of Llama-3.2-3B.")],
+    model: Annotated[str, typer.Option(help="Folder or hub id; a config.json with --random-weights.")],
+    out: Annotated[Path, typer.Option(help="Folder for models, records and tables; a rerun goes on there.")] = Path(
+        "halve-reproduce"
+    ),
+    data: Annotated[
+        str | None,
+        typer.Option(help="Questions in RACE's layout (default: RACE-H's test set from the hub).", show_default=False),
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="How the right way asks: letter, continuation, pmi, generate.")] = (
+        "letter"
+    ),
+    template: Annotated[
+        str | None, typer.Option(help="race (default) or plain, for continuation and pmi.", show_default=False)
+    ] = None,
+    own_protocol: Annotated[
+        str, typer.Option(help="The same of its own way; another one for a model that cannot answer in letters.")
+    ] = "system1",
+    limit: Annotated[int | None, typer.Option(help="The first N questions only.", show_default=False)] = None,
+    calibration: Annotated[
+        str, typer.Option(help=".txt, .jsonl, a RACE folder, or c4 | wikitext2 from the hub.", metavar="NAME|FILE")
+    ] = "c4",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    floor: Annotated[float, typer.Option(help="The accuracy that the largest fractions keep.")] = 0.5,
+    fractions: Annotated[bool, typer.Option(help="Look for the largest fractions as well.")] = True,
+    runs: Annotated[int, typer.Option(help="Runs the median speeds are taken over.")] = 5,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="MODEL is a config alone: speed and memory, no accuracy.")
+    ] = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it needs and stop.")] = False,
+) -> None:
+    """Make the tables of a published study again: its own way and the right way, beside what it published.
+
+    Says first how much memory, disk and time it takes, and refuses what cannot do. An interrupted run is continued by
+    the same command.
+    """
+    from halve import show
+    from halve.reproduction import Study, reproduce_system1, tables
+    from halve.reproduction.system1 import check
+
+    if study != "system1":
+        raise HalveError(f"study {study!r} is not known: use system1")
+    options = {
+        **{"data": data, "protocol": protocol, "template": template, "limit": limit, "calibration": calibration},
+        **{
+            "own_protocol": own_protocol,
+            "samples": samples,
+            "floor": floor,
+            "fractions": fractions,
+            "runs": runs,
+            "device": device,
+        },
+        **{"random_weights": random_weights, "dtype": _dtype(dtype)},
+    }
+    if dry_run:
+        needs = check(Study(model, out, **options))[1]
+        show.needs(needs)
+        needs.check(out, device)
+        return
+    record = reproduce_system1(model, out, on_needs=show.needs, overwrite=overwrite, **options)
+    for title, table in tables(record):
+        print(f"\n{title}")
+        table.print()
+    print(f"models, records and reproduce.json are in {out}")
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Records, compressed models, a study, or all of them.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write (default: FOLDER/report.html).", show_default=False)
+    ] = None,
+    title: Annotated[
+        str | None, typer.Option(help="Its title (default: the folder's name).", show_default=False)
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about everything in FOLDER: tables, plots, recipes, machine."""
+    from halve.page import write_page
+
+    print(f"wrote {write_page(folder, out, title=title)}")
+
+
+@app.command()
+def fetch(model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id (owner/name).")]) -> None:
+    """Download MODEL from the Hugging Face hub once; every command then takes its id, without a network.
+
+    Takes safetensors, config and tokenizer. It lands in the hub's own cache (set HF_HOME to move it).
+    """
+    from halve.hub import fetch as run
+
+    folder = run(model)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{model}: {size / 1e9:.2f} GB in {folder}")
+
+
+@app.command()
 def convert(model: Model, out: Out, overwrite: Overwrite = False) -> None:
     """Turn a folder of pickled .bin weights into safetensors (most OPT checkpoints need it)."""
     from halve.conversion import convert as run

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from halve.compression import RecipePlan, Result
     from halve.methods import Method
     from halve.plan import StepPlan
+    from halve.reproduction.needs import Needs
 
 
 def size(count: float) -> str:
@@ -74,6 +75,14 @@ def steps(methods: dict[str, type]) -> None:
 
 def _text(default: object) -> str:
     return "|".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
+
+
+def needs(what: Needs) -> None:
+    """Memory, disk and time of a study, before it begins."""
+    print(
+        f"needs about {size(what.memory_bytes)} of memory ({size(what.together_bytes)} to time all models side by side), "
+        f"{size(what.disk_bytes)} of disk, and at most about {duration(what.seconds)}"
+    )
 
 
 def result(done: Result) -> None:
