@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from halve.evaluation import evaluate
     from halve.generation import generate, generate_text
     from halve.layer_analysis import analyse_layers
+    from halve.searching import search
     from halve.tokenizer import load_tokenizer
 
 # where each public name lives; imported on first use, so that `import halve` stays instant
@@ -34,6 +35,7 @@ _PUBLIC = {
     "load_tokenizer": "tokenizer",
     "prune_linear": "dropin_prune",
     "quantize_linear": "dropin",
+    "search": "searching",
 }
 __all__ = [
     "HalveError",
@@ -50,6 +52,7 @@ __all__ = [
     "load_tokenizer",
     "prune_linear",
     "quantize_linear",
+    "search",
 ]
 
 
