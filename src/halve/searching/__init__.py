@@ -33,7 +33,7 @@ from halve.records import Record
 from halve.searching import outcome
 from halve.searching.bisection import next_index
 from halve.searching.trial import OBJECTIVES, Bench, Calibrating
-from halve.searching.vary import Point, Value, Varied, parse_vary
+from halve.searching.vary import Point, Value, parse_vary
 from halve.writer import write_json
 
 HUB_SEARCH = (HUB_RACE[0], HUB_RACE[1], "validation")

@@ -13,6 +13,7 @@ import random
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,7 +160,9 @@ class Trials:
         seed = random.Random(f"{self.seed}/{len(self._study.get_trials(deepcopy=False))}").randrange(1 << 31)
         if point is not None:
             fixed = {one.name: value for one, value in zip(self.varied, point, strict=True)}
-            return optuna.samplers.PartialFixedSampler(fixed, optuna.samplers.RandomSampler(seed=seed))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return optuna.samplers.PartialFixedSampler(fixed, optuna.samplers.RandomSampler(seed=seed))
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
 
     def _point(self, trial: FrozenTrial | optuna.trial.Trial) -> Point | None:

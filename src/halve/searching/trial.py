@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,15 @@ from halve.methods import Method
 from halve.records import Record, new_record, read_record, write_record
 from halve.searching.vary import Point, Varied, apply, label
 from halve.subject import dtype_name
-from halve.tokenizer import load_tokenizer
+from halve.tokenizer import Tokenizer, load_tokenizer
 
 OBJECTIVES = {"bytes": "weight_bytes", "decode_ms": "decode_ms_median", "peak_memory": "peak_memory_bytes"}
 TRIALS, PREFIX = "trials", "prefix"
+
+
+@cache
+def _tokenizer(model: str) -> Tokenizer:
+    return load_tokenizer(model)
 
 
 @dataclass(frozen=True)
@@ -93,10 +99,8 @@ class Bench:
             held = read_record(path)
             if held.get("data_sha256") == questions.sha256 and held["model"] == name:
                 return held
-        loaded, tokenizer = (
-            load_model(model, dtype=self.calibrating.dtype, device=self.calibrating.device),
-            load_tokenizer(model),
-        )
+        loaded = load_model(model, dtype=self.calibrating.dtype, device=self.calibrating.device)
+        tokenizer = _tokenizer(self.model)  # every folder holds a copy of the same
         figures = multiple_choice.run(loaded, tokenizer, questions, self.how, path.with_suffix(".progress.jsonl"))
         record = new_record(
             "evaluation",
