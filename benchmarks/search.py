@@ -40,8 +40,8 @@ class Subject:
 
 
 SUBJECTS = {
-    "stories260K": Subject(64, {"samples": 64, "window": 512}),
-    "reader": Subject(128, {"samples": 64, "window": 512}),
+    "stories260K": Subject(64, {"samples": 64, "window": 512, "limit": 150}),
+    "reader": Subject(128, {"samples": 64, "window": 512, "limit": 150}),
 }
 
 
@@ -63,9 +63,7 @@ def rows(group_size: int) -> dict[str, Row]:
         for side in ("inputs", "outputs"):
             found[f"{bits}-{side}"] = Row((*first, f"l1-{side}"), (f"l1-{side}.fraction={HALF}",))
             head = f"l1-{side}:targets=lm_head"
-            found[f"{bits}-{side}-head"] = Row(
-                (*first, head), (f"l1-{side}.fraction=0..0.9",), options={"resolution": 0.02}
-            )
+            found[f"{bits}-{side}-head"] = Row((*first, head), (f"l1-{side}.fraction=0..0.9",))
         quantize = () if bits == "dense" else (f"{first[0]}",)
         found[f"{bits}-prune-mlp"] = Row(("prune-mlp:multiple_of=4", *quantize), ("prune-mlp.fraction=0..0.9",),
                                          options={"resolution": 0.02})  # fmt: skip
