@@ -170,6 +170,7 @@ def test_a_killed_search_is_finished_by_the_same_call(
     assert process.wait() == -signal.SIGKILL
     finished = {path.name: path.read_bytes() for path in (out / "trials").glob("*.json") if path.name != "dense.json"}
     assert len(finished) == 3 and not (out / "search.json").exists()
+    monkeypatch.setattr(study, "SIGN_S", 0.1)
     monkeypatch.setattr(study, "DEAD_S", 0.5)
     record = search(subject.model, out, **ONE, **subject.options)
     assert all((out / "trials" / name).read_bytes() == content for name, content in finished.items())
@@ -216,7 +217,11 @@ def test_nothing_clears_the_floor(subject: Subject, tmp_path: Path) -> None:
         ({"steps": ["prune-mlp"], "vary": ["prune-mlp.damping=0.01..0.1"]}, RecipeError, "vary what changes its size"),
         ({"held_out_data": "EXAM"}, DataError, "are in exam.jsonl as well"),
         ({"held_out_data": "nowhere.jsonl"}, DataError, "nowhere.jsonl"),
-        ({"steps": ["gptq", "l1-inputs"], "calibration": "EXAM"}, DataError, "are in calibration text exam.jsonl"),
+        (
+            {"steps": ["gptq:group_size=16", "l1-inputs"], "calibration": "EXAM"},
+            DataError,
+            "are in calibration text exam.jsonl",
+        ),
     ],
 )
 def test_wrong_requests_are_refused_before_anything_is_written(

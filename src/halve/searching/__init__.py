@@ -8,6 +8,7 @@ a study that any number of workers share (study.py), by bisection (bisection.py)
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,6 +36,9 @@ from halve.searching.bisection import next_index
 from halve.searching.trial import OBJECTIVES, Bench, Calibrating
 from halve.searching.vary import Point, Value, parse_vary
 from halve.writer import write_json
+
+if TYPE_CHECKING:
+    from halve.searching.study import Board, Claim, Trials
 
 HUB_SEARCH = (HUB_RACE[0], HUB_RACE[1], "validation")
 TRIALS_OF_SEVERAL = 40
@@ -120,7 +124,6 @@ def search(
     how = multiple_choice.settings(task, protocol, template, limit, None, seed)
     questions, final = _questions(task, data, held_out_data, search_share)
     calibrating = Calibrating(str(calibration), samples, window, seed, device, dtype)
-    _check_overlaps(questions, final, calibrating, recipe)
     checkpoint = open_checkpoint(str(model))
     local = Path(model).expanduser().exists()
     name = find_model(str(model)).resolve().name if local else str(model)
@@ -130,6 +133,8 @@ def search(
         command, timing,
     )  # fmt: skip
     ladder = _ladder(bench) if len(varied) == 1 else None
+    corner = None if ladder else _gentlest(bench)
+    _check_overlaps(questions, final, calibrating, recipe)
     identity = _identity(bench, asked, questions, final, checkpoint.raw)
     _prepare(bench.out, identity, overwrite)
 
@@ -144,7 +149,8 @@ def search(
 
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     study = Trials(storage or sqlite_url(bench.out / "study.db"), f"halve-{name}-{key}", varied, seed)
-    _work(bench, study, questions, asked, dense, ladder, trials or TRIALS_OF_SEVERAL, on_trial)
+    job = Job(bench, study, questions, asked, dense, ladder, corner, trials or TRIALS_OF_SEVERAL)
+    _work(job, on_trial)
     found = outcome.Found(bench, asked, questions, final, dense, study.board().done, ladder)
     with bench.alone(bench.out / "finish"):
         return outcome.finish(found)
@@ -235,6 +241,23 @@ def _ladder(bench: Bench) -> list[Value]:
     return values if last < first else values[::-1]
 
 
+def _gentlest(bench: Bench) -> Point:
+    """Of the corners of several ranges, the one that leaves most bytes: the first point tried.
+
+    Raises RecipeError when the recipe can be applied at no corner.
+    """
+    planned: list[tuple[int, Point]] = []
+    refused: RecipeError | None = None
+    for point in itertools.product(*((min(one.values), max(one.values)) for one in bench.varied)):
+        try:
+            planned.append((bench.planned_bytes(point), point))
+        except RecipeError as error:
+            refused = refused or error
+    if not planned:
+        raise RecipeError(f"the recipe can be applied at no corner of the ranges: {refused}")
+    return max(planned)[1]
+
+
 def _identity(
     bench: Bench, floor: Floor, questions: QuestionSet, final: QuestionSet, config: dict[str, Any]
 ) -> dict[str, Any]:
@@ -276,70 +299,72 @@ def _prepare(out: Path, identity: dict[str, Any], overwrite: bool) -> None:
         raise OutputError(f"{out}: cannot be written ({error.strerror or error}): choose another place") from error
 
 
-def _work(
-    bench: Bench,
-    study: Any,
-    questions: QuestionSet,
-    floor: Floor,
-    dense: dict[str, Any],
-    ladder: list[Value] | None,
-    most: int,
-    on_trial: Callable[[dict[str, Any]], None] | None,
-) -> None:
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know."""
+
+    bench: Bench
+    study: Trials
+    questions: QuestionSet
+    floor: Floor
+    dense: dict[str, Any]
+    ladder: list[Value] | None  # of the one varied option
+    corner: Point | None  # of several
+    most: int  # points to measure where several vary
+
+    def shortfall(self, figures: dict[str, Any]) -> float:
+        return self.floor.shortfall(figures, self.dense["accuracy"])
+
+
+def _work(job: Job, on_trial: Callable[[dict[str, Any]], None] | None) -> None:
     """Claim and measure points until none is left to claim and nobody is measuring any more."""
     from halve.searching.study import DUPLICATES, POLL_S
 
+    most = None if job.ladder else job.most
     beaten, shown = 0, 0
-    with progress("search", None if ladder else most) as advance:
+    with progress("search", most) as advance:
         while True:
-            board = study.board()
+            board = job.study.board()
             advance(len(board.done) - shown)
             shown = len(board.done)
-            if board.undecided:
-                time.sleep(POLL_S)
-                continue
-            point, open_ = _next_point(board, study, ladder, floor, dense, most, beaten >= DUPLICATES)
-            if not open_:
-                if not board.busy:
+            more, point = (False, None) if board.undecided else _next_point(job, board, beaten >= DUPLICATES)
+            if not more:
+                if not (board.busy or board.undecided):
                     return
                 time.sleep(POLL_S)
                 continue
-            claim = study.claim(point, None if ladder else most)
+            claim = job.study.claim(point, most)
             beaten = 0 if claim else beaten + 1
             if claim is not None:
-                figures = _measure(bench, study, claim, questions, floor, dense)
+                figures = _measure(job, claim)
                 if figures is not None and on_trial is not None:
                     on_trial(figures)
 
 
-def _next_point(
-    board: Any, study: Any, ladder: list[Value] | None, floor: Floor, dense: dict[str, Any], most: int, draw: bool
-) -> tuple[Point | None, bool]:
-    """The point to claim next (None: the sampler's choice), and whether there is one at all."""
+def _next_point(job: Job, board: Board, draw: bool) -> tuple[bool, Point | None]:
+    """Whether there is a point to claim, and which one (None: the sampler's choice)."""
     if board.abandoned:
-        return board.abandoned[0], True
-    if ladder is not None:
-        place = {(value,): index for index, value in enumerate(ladder)}
-        feasible = {
-            place[point]: floor.shortfall(figures, dense["accuracy"]) <= 0 for point, figures in board.done.items()
-        }
-        index = next_index(len(ladder), feasible, {place[point] for point in board.busy})
-        return (None, False) if index is None else ((ladder[index],), True)
-    if len(board.done) + len(board.busy) >= most:
-        return None, False
-    fresh = study.unmeasured(board)
-    return (fresh if draw else None), fresh is not None
+        return True, board.abandoned[0]
+    if job.ladder is not None:
+        place = {(value,): index for index, value in enumerate(job.ladder)}
+        feasible = {place[point]: job.shortfall(figures) <= 0 for point, figures in board.done.items()}
+        index = next_index(len(job.ladder), feasible, {place[point] for point in board.busy})
+        return (False, None) if index is None else (True, (job.ladder[index],))
+    fresh = job.study.unmeasured(board)
+    if fresh is None or len(board.done) + len(board.busy) >= job.most:
+        return False, None
+    if job.corner not in board.done and job.corner not in board.busy:
+        return True, job.corner
+    return True, (fresh if draw else None)
 
 
-def _measure(
-    bench: Bench, study: Any, claim: Any, questions: QuestionSet, floor: Floor, dense: dict[str, Any]
-) -> dict[str, Any] | None:
-    with study.signing(claim):
+def _measure(job: Job, claim: Claim) -> dict[str, Any] | None:
+    with job.study.signing(claim):
         try:
-            bench.planned_bytes(claim.point)
+            job.bench.planned_bytes(claim.point)
         except RecipeError as error:  # this combination does not fit the model
-            study.refuse(claim, str(error))
+            job.study.refuse(claim, str(error))
             return None
-        figures = bench.measure(claim.point, questions)
-        study.finish(claim, figures, floor.shortfall(figures, dense["accuracy"]))
-    return outcome.trial_row(bench, claim.point, figures, floor, dense)
+        figures = job.bench.measure(claim.point, job.questions)
+        job.study.finish(claim, figures, job.shortfall(figures))
+    return outcome.trial_row(job.bench, claim.point, figures, job.floor, job.dense)

@@ -60,7 +60,7 @@ def finish(found: Found) -> Record:
     rows = [trial_row(bench, point, figures, found.floor, dense) for point, figures in found.done.items()]
     feasible = [(row["objective"], -row["accuracy"], point) for point, row in zip(found.done, rows, strict=True)
                 if row["feasible"]]  # fmt: skip
-    dense_final = bench.examine_once(bench.model, bench.out / "dense-held-out.json", bench.name, found.final)
+    dense_final = bench.confirm(bench.model, bench.out / "dense-held-out.json", bench.name, found.final)
     winner = None if not feasible else _confirm(found, min(feasible)[2], dense_final)
     notes = _notes(found, rows, winner)
     record = new_record(
@@ -136,7 +136,7 @@ def _confirm(found: Found, point: Point, dense_final: Record) -> Row:
         else:
             bench.build(point, folder)
         built.write_text(name)
-    record = bench.examine_once(folder, marker, name, found.final)
+    record = bench.confirm(folder, marker, name, found.final)
     row = trial_row(bench, point, found.done[point], found.floor, found.dense)
     test = paired_records(record, dense_final)
     confirmed = found.floor.shortfall(record, dense_final["accuracy"]) <= 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -93,15 +93,20 @@ class Bench:
         with self.alone(place):
             return self.figures(self._examine(lambda: Path(self.model), place, self.name, questions))
 
-    def examine_once(self, model: Path | str, path: Path, name: str, questions: QuestionSet) -> Record:
-        """The evaluation record at `path`, made if it is not there (or was of other questions)."""
+    def confirm(self, model: Path | str, path: Path, name: str, questions: QuestionSet) -> Record:
+        """The evaluation record at `path` of all the final questions, made if it is not there or of another model."""
         if path.exists():
             held = read_record(path)
-            if held.get("data_sha256") == questions.sha256 and held["model"] == name:
+            if held["model"] == name:
                 return held
+        return self._evaluate(model, path, name, questions, replace(self.how, limit=None))
+
+    def _evaluate(
+        self, model: Path | str, path: Path, name: str, questions: QuestionSet, how: multiple_choice.Settings
+    ) -> Record:
         loaded = load_model(model, dtype=self.calibrating.dtype, device=self.calibrating.device)
         tokenizer = _tokenizer(self.model)  # every folder holds a copy of the same
-        figures = multiple_choice.run(loaded, tokenizer, questions, self.how, path.with_suffix(".progress.jsonl"))
+        figures = multiple_choice.run(loaded, tokenizer, questions, how, path.with_suffix(".progress.jsonl"))
         record = new_record(
             "evaluation",
             name,
@@ -157,7 +162,9 @@ class Bench:
         timed = self.objective != "bytes"
         complete = evaluation.exists() and (speed.exists() or not timed)
         model = place if complete else made()
-        records = {evaluation: self.examine_once(model, evaluation, name, questions)}
+        if not evaluation.exists():
+            self._evaluate(model, evaluation, name, questions, self.how)
+        records = {evaluation: read_record(evaluation)}
         if timed and not speed.exists():
             measured = benchmark(
                 model,
