@@ -21,7 +21,7 @@ from typing import Any
 
 from halve import search
 from halve.calibrate import read_documents
-from halve.checkpoint import DTYPES
+from halve.checkpoint import DTYPES, open_checkpoint
 from halve.demo.run import READER
 from halve.errors import HalveError
 from halve.evaluation.race import read_questions
@@ -55,27 +55,28 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def rows(group_size: int) -> dict[str, Row]:
+def rows(group_size: int, layers: int) -> dict[str, Row]:
     """Every search by its name; those of the first system prune after quantizing, as it did."""
     found = {}
-    for bits in ("dense", "8bit", "4bit"):
-        first = () if bits == "dense" else (f"gptq:bits={bits[0]},group_size={group_size},fallback=channel",)
+    for kind in ("dense", "8bit", "4bit"):
+        quantize = [] if kind == "dense" else [f"gptq:bits={kind[0]},group_size={group_size},fallback=channel"]
         for side in ("inputs", "outputs"):
-            found[f"{bits}-{side}"] = Row((*first, f"l1-{side}"), (f"l1-{side}.fraction={HALF}",))
+            found[f"{kind}-{side}"] = Row((*quantize, f"l1-{side}"), (f"l1-{side}.fraction=0..0.5",))
             head = f"l1-{side}:targets=lm_head"
-            found[f"{bits}-{side}-head"] = Row((*first, head), (f"l1-{side}.fraction=0..0.9",))
-        quantize = () if bits == "dense" else (f"{first[0]}",)
-        found[f"{bits}-prune-mlp"] = Row(("prune-mlp:multiple_of=4", *quantize), ("prune-mlp.fraction=0..0.9",),
-                                         options={"resolution": 0.02})  # fmt: skip
-        found[f"{bits}-drop-attention"] = Row(("drop-attention:count=1,select=influence", *quantize),
-                                              ("drop-attention.count=1..4",))  # fmt: skip
+            found[f"{kind}-{side}-head"] = Row((*quantize, head), (f"l1-{side}.fraction=0..0.9",))
+        found[f"{kind}-prune-mlp"] = Row(("prune-mlp:multiple_of=4", *quantize), ("prune-mlp.fraction=0..0.9",))
+        drop = "drop-attention:count=1,select=influence"
+        found[f"{kind}-drop-attention"] = Row((drop, *quantize), (f"drop-attention.count=1..{layers - 1}",))
+    # both sides in bfloat16, so that the type alone saves nothing
     bf16 = {"dtype": DTYPES["bf16"]}
-    best = ("prune-mlp:multiple_of=4", f"gptq:group_size={group_size},fallback=channel")
-    vary = ("prune-mlp.fraction=0..0.4", "gptq.bits=2|3|4|8")
-    found["95-l1-inputs"] = Row(("l1-inputs",), ("l1-inputs.fraction=0..0.2",), "95%", bf16 | {"resolution": 0.005})
-    found["95-l1-outputs"] = Row(("l1-outputs",), ("l1-outputs.fraction=0..0.2",), "95%", bf16 | {"resolution": 0.005})
-    found["95-gptq"] = Row(best[1:], vary[1:], "95%", bf16)
-    found["95-prune-gptq"] = Row(best, vary, "95%", bf16 | {"resolution": 0.05, "trials": 16})
+    gptq = f"gptq:group_size={group_size},fallback=channel"
+    for side in ("inputs", "outputs"):
+        found[f"95-l1-{side}"] = Row(
+            (f"l1-{side}",), (f"l1-{side}.fraction=0..0.2",), "95%", bf16 | {"resolution": 0.005}
+        )
+    found["95-gptq"] = Row((gptq,), ("gptq.bits=2|3|4|8",), "95%", bf16)
+    found["95-prune-gptq"] = Row(("prune-mlp:multiple_of=4", gptq), ("prune-mlp.fraction=0..0.4", "gptq.bits=2|3|4|8"),
+                                 "95%", bf16 | {"resolution": 0.05, "trials": 16})  # fmt: skip
     return found
 
 
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("search-work"), help="folder of the searches while they run")
     asked = parser.parse_args()
     subject = SUBJECTS[asked.subject]
-    searches = rows(subject.group_size)
+    searches = rows(subject.group_size, len(open_checkpoint(asked.model).config.layers))
     RESULTS.mkdir(parents=True, exist_ok=True)
     work = asked.work / asked.subject
     work.mkdir(parents=True, exist_ok=True)

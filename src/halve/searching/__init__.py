@@ -343,15 +343,17 @@ def _work(job: Job, on_trial: Callable[[dict[str, Any]], None] | None) -> None:
 
 def _next_point(job: Job, board: Board, draw: bool) -> tuple[bool, Point | None]:
     """Whether there is a point to claim, and which one (None: the sampler's choice)."""
+    if job.ladder is None and len(board.done) + len(board.busy) >= job.most:
+        return False, None
     if board.abandoned:
         return True, board.abandoned[0]
     if job.ladder is not None:
-        place = {(value,): index for index, value in enumerate(job.ladder)}
+        place: dict[Point, int] = {(value,): index for index, value in enumerate(job.ladder)}
         feasible = {place[point]: job.shortfall(figures) <= 0 for point, figures in board.done.items()}
         index = next_index(len(job.ladder), feasible, {place[point] for point in board.busy})
         return (False, None) if index is None else (True, (job.ladder[index],))
     fresh = job.study.unmeasured(board)
-    if fresh is None or len(board.done) + len(board.busy) >= job.most:
+    if fresh is None:
         return False, None
     if job.corner not in board.done and job.corner not in board.busy:
         return True, job.corner

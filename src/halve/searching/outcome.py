@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from halve.errors import HalveError
 from halve.evaluation import paired_records
 from halve.evaluation.race import QuestionSet
-from halve.recipe import step_json
+from halve.recipe import step_json, step_text
 from halve.records import Record, new_record, write_record
 from halve.searching.bisection import reversals
 from halve.searching.trial import PREFIX, TRIALS, Bench
@@ -68,6 +68,7 @@ def finish(found: Found) -> Record:
         bench.name,
         command=bench.command,
         recipe=[step_json(method) for method in bench.steps],
+        recipe_text=_recipe_text(bench),
         varied=[one.json(bench.steps) for one in bench.varied],
         floor={
             "asked": f"{100 * found.floor.value:g}% of dense" if found.floor.relative else found.floor.value,
@@ -109,6 +110,14 @@ def finish(found: Found) -> Record:
     if winner is None:
         raise HalveError(_nothing_found(rows, record["floor"]["accuracy"], bench.out))
     return record
+
+
+def _recipe_text(bench: Bench) -> str:
+    """`gptq:bits=4 + l1-inputs:fraction=0..0.5`"""
+    texts = []
+    for number, method in enumerate(bench.steps):
+        texts.append(step_text(method, **{one.option: one.text for one in bench.varied if one.step == number}))
+    return " + ".join(texts)
 
 
 def _described(data: QuestionSet, limit: int | None) -> dict[str, Any]:

@@ -32,6 +32,13 @@ class Varied:
     values: tuple[Value, ...]
     resolution: Value | None  # distance of the values, None for a list of them
 
+    @property
+    def text(self) -> str:
+        """The values as in a request."""
+        if self.resolution is None:
+            return "|".join(f"{value:g}" for value in self.values)
+        return f"{min(self.values):g}..{max(self.values):g}"
+
     def json(self, steps: Sequence[Method]) -> dict[str, Any]:
         """For records."""
         return {
