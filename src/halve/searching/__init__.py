@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock
 
 import halve
 from halve.calibrate import read_documents
@@ -282,21 +283,27 @@ def _identity(
 
 
 def _prepare(out: Path, identity: dict[str, Any], overwrite: bool) -> None:
-    """Make `out` ours: new, or left by the same search."""
+    """Make `out` ours: new, or left by the same search. Another worker may be doing the same at this moment."""
     path = out / "request.json"
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            same = path.is_file() and json.loads(path.read_text()) == identity
-            if same:
-                return
-            if not overwrite:
-                held = "the search of another request" if path.is_file() else "something else"
-                raise OutputError(f"{out}: holds {held}: choose another folder, or replace it with --overwrite")
-            shutil.rmtree(out)
+        if out.exists() and not path.is_file():
+            time.sleep(0.5)
+        if not path.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            _clear(out, "something else", overwrite)
+        elif path.is_file() and json.loads(path.read_text(encoding="utf-8")) != identity:
+            _clear(out, "the search of another request", overwrite)
         out.mkdir(parents=True, exist_ok=True)
-        write_json(path, identity)
+        with FileLock(out / ".request.lock"):
+            if not path.is_file():
+                write_json(path, identity)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror or error}): choose another place") from error
+
+
+def _clear(out: Path, held: str, overwrite: bool) -> None:
+    if not overwrite:
+        raise OutputError(f"{out}: holds {held}: choose another folder, or replace it with --overwrite")
+    shutil.rmtree(out)
 
 
 @dataclass(frozen=True)

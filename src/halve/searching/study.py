@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class Trials:
         for trial in self._study.get_trials(deepcopy=False):
             point = self._point(trial)
             if trial.state == TrialState.RUNNING and _silent_s(trial) > DEAD_S:
-                self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+                self._give_up(trial.number)
                 abandoned += [] if point is None else [point]
             elif trial.state == TrialState.RUNNING:
                 undecided |= point is None
@@ -103,7 +103,7 @@ class Trials:
             time.sleep(POLL_S / 4)  # somebody is in the middle of claiming
         if mine in taken or (most is not None and len(set(taken)) >= most):
             trial.set_user_attr("withdrawn", "another worker was first")
-            self._study.tell(trial.number, state=TrialState.FAIL)
+            self._give_up(trial.number)
             return None
         return Claim(trial, mine)
 
@@ -113,17 +113,17 @@ class Trials:
         stop = threading.Event()
 
         def sign() -> None:
-            while True:
+            with suppress(optuna.exceptions.UpdateFinishedTrialError):  # others took this worker for dead
                 claim.trial.set_user_attr("signed", time.time())
-                if stop.wait(SIGN_S):
-                    return
+                while not stop.wait(SIGN_S):
+                    claim.trial.set_user_attr("signed", time.time())
 
         thread = threading.Thread(target=sign, daemon=True)
         thread.start()
         try:
             yield
         except Exception:
-            self._study.tell(claim.trial, state=TrialState.FAIL, skip_if_finished=True)
+            self._give_up(claim.trial.number)
             raise
         finally:
             stop.set()
@@ -131,14 +131,20 @@ class Trials:
 
     def finish(self, claim: Claim, outcome: dict[str, Any], shortfall: float) -> None:
         """Enter what was measured; `shortfall` is how far the accuracy stays below the floor (negative: above)."""
-        claim.trial.set_user_attr("outcome", outcome)
-        claim.trial.set_constraint("floor", shortfall)
-        self._study.tell(claim.trial, [outcome["objective"], outcome["accuracy"]], skip_if_finished=True)
+        # a worker that was taken for dead has lost the point to another; the records on disk are the same
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            claim.trial.set_user_attr("outcome", outcome)
+            claim.trial.set_constraint("floor", shortfall)
+            self._study.tell(claim.trial, [outcome["objective"], outcome["accuracy"]], skip_if_finished=True)
 
     def refuse(self, claim: Claim, reason: str) -> None:
         """The recipe cannot be applied at this point."""
         claim.trial.set_user_attr("refused", reason)
-        self._study.tell(claim.trial, state=TrialState.FAIL, skip_if_finished=True)
+        self._give_up(claim.trial.number)
+
+    def _give_up(self, number: int) -> None:
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):  # somebody else did at the same moment
+            self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
     def unmeasured(self, board: Board) -> Point | None:
         """A point drawn from those that nobody has measured or is measuring; None when there is none."""
