@@ -40,8 +40,8 @@ class Subject:
 
 
 SUBJECTS = {
-    "stories260K": Subject(64, {"samples": 64, "window": 512, "limit": 150}),
-    "reader": Subject(128, {"samples": 64, "window": 512, "limit": 150}),
+    "stories260K": Subject(64, {"samples": 64, "window": 512, "limit": 120}),
+    "reader": Subject(128, {"samples": 64, "window": 512, "limit": 120}),
 }
 
 
