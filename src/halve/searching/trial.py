@@ -126,7 +126,7 @@ class Bench:
         objective = (speed[0] if speed else evaluation)[OBJECTIVES[self.objective]]
         return {
             "accuracy": evaluation["accuracy"] or 0.0,
-            "accuracy_ci95": evaluation["accuracy_ci95"],
+            "accuracy_ci95": evaluation["accuracy_ci95"] or [0.0, 1.0],
             "objective": objective,
             "bytes": evaluation["weight_bytes"],
             "records": list(records),
