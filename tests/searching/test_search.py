@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +22,6 @@ from halve.compression import compress
 from halve.errors import DataError, HalveError, OutputError, RecipeError
 from halve.records import read_record
 
-from .conftest import Subject
-
 ONE = {"steps": ["l1-inputs"], "vary": ["l1-inputs.fraction=0..0.9"], "floor": 0.6, "resolution": 0.05}
 SEVERAL = {
     "steps": ["rtn:bits=8,targets=*.down_proj", "l1-inputs:ignore=*.down_proj", "l1-outputs:targets=*.o_proj"],
@@ -28,6 +30,62 @@ SEVERAL = {
     "resolution": 0.1,
     "trials": 12,
 }
+
+WORDS = "the a cat dog sat ran on mat and then red blue bird sang to in house tree big small".split()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model folder, its exam, and the options that ask it."""
+
+    model: Path
+    exam: Path
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"task": "multiple-choice", "data": self.exam, "protocol": "continuation", "template": "plain"}
+
+
+@pytest.fixture(scope="session")
+def subject(make_hf, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """A small random model and an exam that it answers without a mistake, so that pruning it costs accuracy."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from halve import evaluate, load_model, load_tokenizer
+
+    folder = tmp_path_factory.mktemp("search")
+    model = Path(shutil.copytree(make_hf("llama"), folder / "tiny"))
+    names = ["<unk>", "<s>", "</s>", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.save(str(model / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"unk_token": "<unk>"}))
+
+    draw = random.Random(1)
+    items = [
+        {
+            "id": f"article-{n}",
+            "article": " ".join(draw.choices(WORDS, k=14)),
+            "questions": ["?"],
+            "options": [[" ".join(draw.choices(WORDS, k=3)) for _ in range(4)]],
+            "answers": ["A"],
+        }
+        for n in range(80)
+    ]
+    exam = folder / "exam.jsonl"
+    loaded, words = load_model(model), load_tokenizer(model)
+    for letter in "ABCD":  # the answer is what the model says
+        for item in items:
+            item["answers"] = item["answers"] if "right" in item else [letter]
+        exam.write_text("".join(json.dumps({k: v for k, v in i.items() if k != "right"}) + "\n" for i in items))
+        found = evaluate(loaded, words, task="multiple-choice", data=exam, protocol="continuation", template="plain")
+        for item in items:
+            if found["answers"][item["id"]] == "1":
+                item["right"] = True
+    assert all("right" in item for item in items)
+    return Subject(model, exam)
+
 
 WORKER = """
 import json, sys, time
