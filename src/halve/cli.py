@@ -350,6 +350,9 @@ def search(
         str | None, typer.Option(help="Questions the winner is confirmed on.", show_default=False)
     ] = None,
     search_share: Annotated[float, typer.Option(help="Share of --data to search on, where it is divided.")] = 0.5,
+    leave_out_shared: Annotated[
+        bool, typer.Option("--leave-out-shared", help="Leave out search questions whose article is in the final test.")
+    ] = False,
     protocol: Annotated[str | None, typer.Option(help="As for evaluate.", show_default=False)] = None,
     template: Annotated[str | None, typer.Option(help="As for evaluate.", show_default=False)] = None,
     limit: Annotated[
@@ -400,6 +403,7 @@ def search(
         data=data,
         held_out_data=held_out_data,
         search_share=search_share,
+        leave_out_shared=leave_out_shared,
         protocol=protocol,
         template=template,
         limit=limit,

@@ -61,3 +61,14 @@ def test_short_articles_match_whole() -> None:
     ten, three = ask("to the shop and then read the passage with care"), ask("Read the passage")
     assert shared_articles(named_set([ten, three], "exam"), [text]) == [ten]
     assert shared_articles(named_set([ten, three], "exam"), ["read the passage"]) == [three]
+
+
+def test_shared_articles_can_be_left_out_of_the_search_questions() -> None:
+    inside, alone = prose(40), prose(60)
+    search = named_set([ask(f"{inside} {prose(20)}"), ask(alone), ask("short one, read it")], "search")
+    final = named_set([ask(inside), ask(prose(50)), ask("Short one! Read it.")], "final")
+    left = without_shared(search, final)
+    assert [q.article for q in left.questions] == [alone] and left.sha256 != search.sha256
+    assert without_shared(left, final) is left
+    with pytest.raises(DataError, match="all of its articles"):
+        without_shared(final, final)

@@ -60,6 +60,22 @@ def shared_articles(data: QuestionSet, texts: Sequence[str]) -> list[Question]:
     return [question for index, question in enumerate(articles.values()) if index in found]
 
 
+def without_shared(data: QuestionSet, other: QuestionSet) -> QuestionSet:
+    """`data` without the questions whose article shares content with one of `other`; itself where none does.
+
+    Raises DataError when nothing is left.
+    """
+    articles, others = [list(dict.fromkeys(q.article for q in one.questions)) for one in (data, other)]
+    gone = {articles[text] for _, text in _matches(others, articles)}
+    gone |= {articles[article] for article, _ in _matches(articles, others)}
+    left = [q for q in data.questions if q.article not in gone]
+    if not left:
+        raise DataError(
+            f"{data.name}: all of its articles are in {other.name} as well: use other questions for one of them"
+        )
+    return data if not gone else named_set(left, data.name)
+
+
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 

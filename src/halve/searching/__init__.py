@@ -27,7 +27,7 @@ from halve.checkpoint import check_device, find_model, open_checkpoint
 from halve.errors import DataError, HalveError, OutputError, RecipeError
 from halve.evaluation import PROTOCOLS, multiple_choice
 from halve.evaluation.race import HUB_RACE, QuestionSet, load_question_set
-from halve.evaluation.splits import divide, shared_articles
+from halve.evaluation.splits import divide, shared_articles, without_shared
 from halve.methods import Method
 from halve.progress import progress
 from halve.recipe import as_steps, step_json
@@ -85,6 +85,7 @@ def search(
     data: str | Path | None = None,
     held_out_data: str | Path | None = None,
     search_share: float = 0.5,
+    leave_out_shared: bool = False,
     protocol: str | None = None,
     template: str | None = None,
     limit: int | None = None,
@@ -110,7 +111,8 @@ def search(
     (40) chosen by Optuna's multi-objective TPE. floor: an accuracy (0.5), or a share of the dense model's ("95%").
     minimise: bytes, decode_ms or peak_memory. Trials answer the search part of `data` (`search_share` of it, divided by
     article, or all of it with `held_out_data`); the winner is confirmed on the rest. Without `data`, race-h searches on
-    the validation questions and confirms on the test. limit: the first questions of the search part.
+    the validation questions and confirms on the test. Search questions whose article is in the final test are an error, or
+    left out with `leave_out_shared`, which RACE-H's own two sets need. limit: the first questions of the search part.
 
     Writes to the folder `out`: search.json (the record returned; docs/search.md has its keys), trials/*.json, winner/ and
     its records, the study (unless `storage` names another SQL database) and pareto.png. The same call goes on with an
@@ -123,7 +125,7 @@ def search(
     _check_options(minimise, task, protocol, trials, len(varied), search_share, held_out_data)
     check_device(device)
     how = multiple_choice.settings(task, protocol, template, limit, None, seed)
-    questions, final = _questions(task, data, held_out_data, search_share)
+    questions, final = _questions(task, data, held_out_data, search_share, leave_out_shared)
     calibrating = Calibrating(str(calibration), samples, window, seed, device, dtype)
     checkpoint = open_checkpoint(str(model))
     local = Path(model).expanduser().exists()
@@ -180,16 +182,17 @@ def _check_options(
 
 
 def _questions(
-    task: str, data: str | Path | None, held_out: str | Path | None, share: float
+    task: str, data: str | Path | None, held_out: str | Path | None, share: float, leave_out_shared: bool
 ) -> tuple[QuestionSet, QuestionSet]:
     """The questions of the trials and those of the final test."""
     race = task == "race-h"
     if data is None and not race:
         load_question_set(None, None)  # says what is missing
     questions = load_question_set(data, HUB_SEARCH if race else None)
-    if held_out is not None or data is None:
-        return questions, load_question_set(held_out, HUB_RACE if race else None)
-    return divide(questions, share)
+    if held_out is None and data is not None:
+        return divide(questions, share)
+    final = load_question_set(held_out, HUB_RACE if race else None)
+    return without_shared(questions, final) if leave_out_shared or data is None else questions, final
 
 
 def _check_overlaps(questions: QuestionSet, final: QuestionSet, calibrating: Calibrating, steps: list[Method]) -> None:
@@ -205,6 +208,7 @@ def _check_overlaps(questions: QuestionSet, final: QuestionSet, calibrating: Cal
             raise DataError(
                 f"{data.name}: {len(shared)} of its {articles} articles are in {source} as well (the first is "
                 f"{shared[0].article_id}): the figures would be too good; take them out of one of the two"
+                f"{' (--leave-out-shared does, of the search questions)' if source == questions.name else ''}"
             )
 
 
