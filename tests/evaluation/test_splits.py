@@ -8,7 +8,7 @@ import pytest
 
 from halve.errors import DataError
 from halve.evaluation.race import Question
-from halve.evaluation.splits import RUN_WORDS, divide, named_set, shared_articles
+from halve.evaluation.splits import RUN_WORDS, divide, named_set, shared_articles, without_shared
 
 DRAW = random.Random(0)
 VOCABULARY = [f"word{n}" for n in range(500)]
