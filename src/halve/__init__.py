@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from halve.layer_analysis import analyse_layers
     from halve.page import write_page
     from halve.reproduction import reproduce_system1
+    from halve.searching import search
     from halve.tokenizer import load_tokenizer
 
 # where each public name lives; imported on first use, so that `import halve` stays instant
@@ -40,6 +41,7 @@ _PUBLIC = {
     "quantize_linear": "dropin",
     "reproduce_system1": "reproduction",
     "write_page": "page",
+    "search": "searching",
 }
 __all__ = [
     "HalveError",
@@ -58,6 +60,7 @@ __all__ = [
     "prune_linear",
     "quantize_linear",
     "reproduce_system1",
+    "search",
     "write_page",
 ]
 

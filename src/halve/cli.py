@@ -368,16 +368,19 @@ def reproduce(
     if study != "system1":
         raise HalveError(f"study {study!r} is not known: use system1")
     options = {
-        **{"data": data, "protocol": protocol, "template": template, "limit": limit, "calibration": calibration},
-        **{
-            "own_protocol": own_protocol,
-            "samples": samples,
-            "floor": floor,
-            "fractions": fractions,
-            "runs": runs,
-            "device": device,
-        },
-        **{"random_weights": random_weights, "dtype": _dtype(dtype)},
+        "data": data,
+        "protocol": protocol,
+        "template": template,
+        "own_protocol": own_protocol,
+        "limit": limit,
+        "calibration": calibration,
+        "samples": samples,
+        "floor": floor,
+        "fractions": fractions,
+        "runs": runs,
+        "random_weights": random_weights,
+        "device": device,
+        "dtype": _dtype(dtype),
     }
     if dry_run:
         needs = check(Study(model, out, **options))[1]
@@ -389,6 +392,111 @@ def reproduce(
         print(f"\n{title}")
         table.print()
     print(f"models, records and reproduce.json are in {out}")
+
+
+@app.command()
+def search(
+    model: Model,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder of the search: new, empty, or of the same search.")
+    ],
+    step: Annotated[list[str], typer.Option(help="NAME:key=value,... One step of the recipe; repeat for several.")],
+    vary: Annotated[
+        list[str],
+        typer.Option(
+            help="STEP.key=LOW..HIGH or STEP.key=A|B|C; STEP is a step's name, or its position where it is twice."
+        ),
+    ],
+    floor: Annotated[str, typer.Option(help="Accuracy to keep: 0.5, or 95% of the dense model's.")],
+    minimise: Annotated[str, typer.Option(help="bytes, decode_ms or peak_memory.")] = "bytes",
+    floor_lower_bound: Annotated[
+        bool, typer.Option("--floor-lower-bound", help="The lower end of the 95 % interval has to clear the floor.")
+    ] = False,
+    task: Annotated[str, typer.Option(help="race-h or multiple-choice.")] = "race-h",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Questions to search on; without --held-out-data divided by article. race-h without it searches on the "
+            "validation set and confirms on the test.",
+            show_default=False,
+        ),
+    ] = None,
+    held_out_data: Annotated[
+        str | None, typer.Option(help="Questions the winner is confirmed on.", show_default=False)
+    ] = None,
+    search_share: Annotated[float, typer.Option(help="Share of --data to search on, where it is divided.")] = 0.5,
+    leave_out_shared: Annotated[
+        bool, typer.Option("--leave-out-shared", help="Leave out search questions whose article is in the final test.")
+    ] = False,
+    protocol: Annotated[str | None, typer.Option(help="As for evaluate.", show_default=False)] = None,
+    template: Annotated[str | None, typer.Option(help="As for evaluate.", show_default=False)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The first N questions to search on only.", show_default=False)
+    ] = None,
+    resolution: Annotated[
+        float | None,
+        typer.Option(help="Distance of the values tried (default: 0.01; whole numbers are exact).", show_default=False),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="Points to try where several options vary (default: 40).", show_default=False)
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="SQL URL of the study, to share it between machines (default: OUT/study.db).", show_default=False
+        ),
+    ] = None,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep every trial's model; else the winner's alone.")
+    ] = False,
+    calibration: Annotated[
+        str, typer.Option(help=".txt, .jsonl, a RACE folder, or c4 | wikitext2 from the hub.", metavar="NAME|FILE")
+    ] = "c4",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    window: Annotated[int, typer.Option(help="Tokens a window (at most the model's context).")] = 2048,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find how far a recipe can go with the accuracy of MODEL above a floor: the smallest, or fastest, such model.
+
+    One varied option is bisected, several are searched by Optuna. The winner, in OUT/winner, is confirmed on questions
+    no trial has seen. The same command goes on with an interrupted search, and run twice at once shares the work.
+    """
+    from halve import show
+    from halve.searching import search as run
+
+    record = run(
+        model,
+        out,
+        step,
+        vary,
+        floor=floor,
+        minimise=minimise,
+        task=task,
+        data=data,
+        held_out_data=held_out_data,
+        search_share=search_share,
+        leave_out_shared=leave_out_shared,
+        protocol=protocol,
+        template=template,
+        limit=limit,
+        floor_lower_bound=floor_lower_bound,
+        resolution=resolution,
+        trials=trials,
+        storage=storage,
+        keep_checkpoints=keep_checkpoints,
+        calibration=calibration,
+        samples=samples,
+        window=window,
+        seed=seed,
+        device=device,
+        dtype=_dtype(dtype),
+        overwrite=overwrite,
+        on_trial=show.trial,
+    )
+    show.search(record, out)
 
 
 @app.command()
