@@ -268,8 +268,6 @@ static TARGET void FN(expand)(const weight_t *w, int64_t block, int kind, void *
     else FN(expand_block)(w, block, 2, kind, out, stride);
 }
 
-static const kernels_t FN(kernels) = {NAME, FN(prepare), FN(multiply), FN(expand)};
-
 #undef VECS
 #undef PACKED_PASS
 #undef EACH_VEC
