@@ -76,6 +76,8 @@ def _serves(model: Model) -> Library | str:
         return f"a layer runs on {min(others)}"
     if not config.norm_first or model.project_in is not None:
         return "norms after the sums, or a projected embedding"
+    if any(block._forward_pre_hooks or block._forward_hooks for block in model.blocks):
+        return "hooks on a layer"
     if config.activation not in _ACTIVATIONS:
         return f"activation {config.activation}"
     (library, *more) = {m.library for m in matmuls if isinstance(m, CpuMatmul)}

@@ -63,7 +63,7 @@ class Library:
         library.halve_cpu_set_threads.restype = None
         library.halve_cpu_set_threads(*_torch_threads())
         self.functions = library
-        self.bf16_units = bool(library.halve_cpu_bf16_units())
+        self.has_tiles = bool(library.halve_cpu_has_tiles())
         self.multiply = library.halve_cpu_multiply
         self.multiply.argtypes = [pointer, pointer, pointer, integer, ctypes.c_int]
         self.expand = library.halve_cpu_expand
@@ -72,6 +72,13 @@ class Library:
         self.pack = library.halve_cpu_pack
         self.pack.argtypes = [pointer, pointer, integer, ctypes.c_int, pointer]
         self.pack.restype = None
+        self._large_pages = library.halve_cpu_large_pages
+        self._large_pages.argtypes = [pointer, integer, ctypes.c_int]
+        self._large_pages.restype = None
+
+    def large_pages(self, tensor: Tensor, held: bool) -> None:
+        """Put memory that every step reads on large pages where the system can; `held`: it has contents already."""
+        self._large_pages(tensor.data_ptr(), tensor.nbytes, held)
 
 
 def _torch_threads() -> tuple[int | None, int | None]:
@@ -123,6 +130,7 @@ class BlockedWeight(QuantizedWeight):
         if weight.zero is not None:
             zeros = _in_blocks((weight.zero.to(torch.int16) + offset).to(torch.uint8))
         codes = torch.empty(blocks, columns * stored_bits // 32, ROWS, dtype=torch.int32)
+        library.large_pages(codes, held=False)
         self.__dict__.update(  # not by assignment: frozen, like its base
             spec=weight.spec,
             in_features=weight.in_features,
@@ -268,6 +276,7 @@ class CpuMatmul:
         self.library = library
         if isinstance(weight, Tensor):
             self.weight: Tensor | QuantizedWeight = weight.contiguous()
+            library.large_pages(self.weight, held=True)
             rows, columns = weight.shape
             numbers = (rows, columns, columns, 0, 0, 0)
             self._plan = _Weight(
@@ -282,7 +291,7 @@ class CpuMatmul:
         self._rows, self._columns = self.weight.shape
         self.columns, self.segments = int(self._plan.columns), int(self._plan.segments)  # as stored
         # float32 was asked for to be exact: beyond a few rows packed weights are then expanded, not met as integers
-        self._most = MAX_ROWS if dtype == torch.float32 or library.bf16_units else sys.maxsize
+        self._most = MAX_ROWS if dtype == torch.float32 or library.has_tiles else sys.maxsize
 
     @classmethod
     def serves(cls, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> str | None:

@@ -10,6 +10,9 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
@@ -113,7 +116,7 @@ __attribute__((target("avx2"))) INLINE float sum_f32x8(__m256 v) {
 #define NAME "avx512-vnni"
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")))
 #define LANES 16
-#define PASS 4
+#define PASS 8
 #define VI __m512i
 #define VF __m512
 #define LOAD(p) _mm512_loadu_si512(p)
@@ -170,13 +173,23 @@ const kernels_t *halve_cpu_kernels(const char *name) {
 
 const char *halve_cpu_name(const kernels_t *kernels) { return kernels->name; }
 
-/* Whether torch's matmul has bfloat16 instructions to use here. */
-int halve_cpu_bf16_units(void) {
+/* Whether torch's matmul has tiles for bfloat16 here (AMX): several times what vector instructions can do. */
+int halve_cpu_has_tiles(void) {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bf16") != 0;
+    unsigned eax, ebx, ecx, edx = 0; /* leaf 7, bit 22 of edx: AMX-BF16 */
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
 #else
     return 0;
+#endif
+}
+
+/* Ask for large pages behind memory that will be read again and again: fewer look-ups of addresses on the way. With
+   `held` it has contents already, which move. Where the system cannot, nothing changes. */
+void halve_cpu_large_pages(void *memory, int64_t bytes, int held) {
+#if defined(__linux__)
+    enum { PAGE = 1 << 21, HUGEPAGE = 14, COLLAPSE = 25 }; /* MADV_: older headers lack the last */
+    const uintptr_t first = ((uintptr_t)memory + PAGE - 1) / PAGE * PAGE, last = ((uintptr_t)memory + (uintptr_t)bytes) / PAGE * PAGE;
+    if (last > first) (void)madvise((void *)first, last - first, held ? COLLAPSE : HUGEPAGE);
 #endif
 }
 

@@ -1,7 +1,7 @@
 /* The kernels, written once over a handful of vector operations and compiled once per instruction set (cpu.c).
 
    Before inclusion: FN(name) names the functions; TARGET marks them; LANES is the number of 32-bit lanes; PASS the rows of x whose
-   sums fit into registers (2 or 4); VI and VF
+   sums fit into registers (2 or 8); VI and VF
    are the vectors of int32 and float32; the operations are those that cpu.c defines for every instruction set. */
 
 #define VECS (ROWS / LANES)
@@ -33,6 +33,10 @@
         if (count > 1) { enum { m = 1 }; __VA_ARGS__ } \
         if (count > 2) { enum { m = 2 }; __VA_ARGS__ } \
         if (count > 3) { enum { m = 3 }; __VA_ARGS__ } \
+        if (PASS > 4 && count > 4) { enum { m = PASS > 4 ? 4 : 0 }; __VA_ARGS__ } \
+        if (PASS > 4 && count > 5) { enum { m = PASS > 4 ? 5 : 0 }; __VA_ARGS__ } \
+        if (PASS > 4 && count > 6) { enum { m = PASS > 4 ? 6 : 0 }; __VA_ARGS__ } \
+        if (PASS > 4 && count > 7) { enum { m = PASS > 4 ? 7 : 0 }; __VA_ARGS__ } \
     }
 
 /* LANES scales of a group, as float32 */
@@ -91,12 +95,12 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
     EACH_ROW(EACH_VEC(STORE_F32(y + (first + m) * ROWS + i * LANES, sum[m][i]);))
 }
 
+#define PACKED_CASE(bits, n) \
+    case n: FN(packed_pass)(w, x, block, bits, first, n <= PASS ? n : PASS, y); break;
 #define PACKED_PASS(bits) \
-    { \
-        if (count == 1) FN(packed_pass)(w, x, block, bits, first, 1, y); \
-        else if (count == 2) FN(packed_pass)(w, x, block, bits, first, 2, y); \
-        else if (PASS > 2 && count == 3) FN(packed_pass)(w, x, block, bits, first, PASS > 2 ? 3 : 2, y); \
-        else if (PASS > 2) FN(packed_pass)(w, x, block, bits, first, PASS > 2 ? 4 : 2, y); \
+    switch (count) { \
+        PACKED_CASE(bits, 1) PACKED_CASE(bits, 2) PACKED_CASE(bits, 3) PACKED_CASE(bits, 4) \
+        PACKED_CASE(bits, 5) PACKED_CASE(bits, 6) PACKED_CASE(bits, 7) PACKED_CASE(bits, 8) \
     }
 
 /* ---- dense weights ---- */
@@ -270,6 +274,7 @@ static TARGET void FN(expand)(const weight_t *w, int64_t block, int kind, void *
 
 #undef VECS
 #undef PACKED_PASS
+#undef PACKED_CASE
 #undef EACH_VEC
 #undef EACH_ROW
 #undef EACH_ROW_2
