@@ -1,10 +1,10 @@
 """llama.cpp, through llama-cpp-python, in its own Python environment (which also holds `gguf` and `numpy`).
 
-    python llama_cpp_speed.py make CONFIG.json FOLDER TYPE [TYPE ...]
-        write TYPE.gguf (F16, BF16, Q8_0, Q4_0, Q4_K_M, ...) of the config's shape with random weights, where missing
-    python llama_cpp_speed.py run FILE.gguf PROMPT_TOKENS NEW_TOKENS THREADS
-        print one JSON line when ready; then, for every line on stdin, prefill and decode once and print the times:
-        {"ttft_ms": ..., "steps_ms": [...]}
+python llama_cpp_speed.py make CONFIG.json FOLDER TYPE [TYPE ...]
+    write TYPE.gguf (F16, BF16, Q8_0, Q4_0, Q4_K_M, ...) of the config's shape with random weights, where missing
+python llama_cpp_speed.py run FILE.gguf PROMPT_TOKENS NEW_TOKENS THREADS
+    print one JSON line when ready; then, for every line on stdin, prefill and decode once and print the times:
+    {"ttft_ms": ..., "steps_ms": [...]}
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def run(path: str, prompt_tokens: int, new_tokens: int, threads: int) -> None:
         for _ in range(new_tokens - 1):
             token = feed([token])
             marks.append(time.perf_counter())
-        first, *steps = [(b - a) * 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+        first, *steps = [(b - a) * 1e3 for a, b in pairwise(marks)]
         return {"ttft_ms": first, "steps_ms": steps}
 
     once()

@@ -63,7 +63,7 @@ class Library:
         library.halve_cpu_set_threads.restype = None
         library.halve_cpu_set_threads(*_torch_threads())
         self.functions = library
-        self.has_tiles = bool(library.halve_cpu_has_tiles())
+        self.has_bf16, self.has_tiles = bool(library.halve_cpu_has_bf16()), bool(library.halve_cpu_has_tiles())
         self.multiply = library.halve_cpu_multiply
         self.multiply.argtypes = [pointer, pointer, pointer, integer, ctypes.c_int]
         self.expand = library.halve_cpu_expand
@@ -263,9 +263,9 @@ def _segments(weight: QuantizedWeight, per_word: int) -> tuple[Tensor | None, Te
 class CpuMatmul:
     """Packed and dense weights on the CPU through the C library.
 
-    Many rows of x go to torch's matmul for float32 weights, and for all weights (expanded tile by tile) where the
-    processor has units for bfloat16 products. Elsewhere the C kernels are faster for any number of rows: their integer
-    products outrun float32 ones, and torch's bfloat16 is slower still.
+    Many rows of x go to torch's matmul for float32, for dense bfloat16 weights where the processor has instructions for
+    their products, and for packed ones (expanded tile by tile) where it has matrix units. Elsewhere the C kernels are
+    faster for any number of rows: their integer products are as fast as bfloat16 ones and need no expanding.
     """
 
     isa: str | None = None  # None: the best one of this processor; tests choose others
@@ -291,7 +291,8 @@ class CpuMatmul:
         self._rows, self._columns = self.weight.shape
         self.columns, self.segments = int(self._plan.columns), int(self._plan.segments)  # as stored
         # float32 was asked for to be exact: beyond a few rows packed weights are then expanded, not met as integers
-        self._most = MAX_ROWS if dtype == torch.float32 or library.has_tiles else sys.maxsize
+        torch_is_faster = library.has_bf16 if isinstance(weight, Tensor) else library.has_tiles
+        self._most = MAX_ROWS if dtype == torch.float32 or torch_is_faster else sys.maxsize
 
     @classmethod
     def serves(cls, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> str | None:

@@ -173,6 +173,16 @@ const kernels_t *halve_cpu_kernels(const char *name) {
 
 const char *halve_cpu_name(const kernels_t *kernels) { return kernels->name; }
 
+/* Whether torch's matmul has vector instructions for bfloat16 here. */
+int halve_cpu_has_bf16(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return 0;
+#endif
+}
+
 /* Whether torch's matmul has tiles for bfloat16 here (AMX): several times what vector instructions can do. */
 int halve_cpu_has_tiles(void) {
 #if defined(__x86_64__)
