@@ -1,6 +1,6 @@
 """Ours and the peers that are installed, in turn in one run; records, then the tables of docs/.
 
-    python benchmarks/run.py cpu [--groups dense,compiled,int8,int4,pruned] [--llama-cpp PYTHON --gguf FOLDER]
+    python benchmarks/run.py cpu [--only bf16,int8,...] [--llama-cpp PYTHON --gguf FOLDER]
 
 cpu: batch 1, the Llama-3.2-1B shape with random weights, records in benchmarks/results/cpu/, docs/performance.md.
 Hugging Face comes with this project. `--llama-cpp` names the Python of an environment with llama-cpp-python and gguf
@@ -38,13 +38,12 @@ from halve.timing import PassTimes, kv_bytes_per_step, random_prompt, spread, ti
 PEERS = Path(__file__).resolve().parent / "peers"
 SHAPE = ROOT / "benchmarks/shapes/llama-3.2-1b"
 RESULTS = ROOT / "benchmarks/results/cpu"
-GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # ours, peers
-    "dense": (("bf16",), ("hugging-face-eager", "llama.cpp-BF16", "llama.cpp-F16")),
-    "compiled": (("bf16",), ("hugging-face-compiled",)),  # apart: it compiles for minutes
-    "int8": (("int8", "bf16"), ("llama.cpp-Q8_0",)),
-    "int4": (("int4", "bf16"), ("llama.cpp-Q4_K_M", "llama.cpp-Q4_0")),
-    "pruned": (("int8", "int4", "int8-l1-inputs", "int4-prune-mlp", "int8-drop-layers"), ()),
-}
+PROGRAMS = (
+    *("hugging-face-eager", "hugging-face-compiled"),
+    *("llama.cpp-BF16", "llama.cpp-F16", "llama.cpp-Q8_0", "llama.cpp-Q4_K_M", "llama.cpp-Q4_0"),
+)
+# left out unless named: the one compiles for minutes, the other is no target
+RARE = ("hugging-face-compiled", "llama.cpp-Q4_0")
 # ours -> the peers it has to beat (the best of them), and by how much
 DECODE_TARGETS = {
     "bf16": (("llama.cpp-BF16", "llama.cpp-F16"), 1.15),
@@ -92,7 +91,7 @@ class Peer:
 
 
 def peers_of(names: Sequence[str], args: argparse.Namespace, settings: Settings) -> list[Peer]:
-    """The peers of a group that are installed."""
+    """Those of the peers that are installed."""
     numbers = [str(settings.prompt_tokens), str(settings.new_tokens), str(torch.get_num_threads())]
     found = []
     for name in names:
@@ -127,12 +126,16 @@ def wait_until_idle(patience_s: float = 120.0) -> float:
     raise HalveError(f"only {share:.0%} of the processor is idle: stop what else runs, or the figures mean nothing")
 
 
-def run_group(group: str, args: argparse.Namespace) -> dict[str, Record]:
-    """Measure one group; returns its records by short name."""
-    ours, names = GROUPS[group]
+def measure(args: argparse.Namespace) -> dict[str, Record]:
+    """Load everything asked for, measure it in turn; returns the records by short name."""
+    everything = (*VARIANTS, *PROGRAMS)
+    names = args.only.split(",") if args.only else [name for name in everything if name not in RARE]
+    if unknown := set(names) - set(everything):
+        raise HalveError(f"--only {min(unknown)}: use some of {', '.join(everything)}")
+    ours = [name for name in names if name in VARIANTS]
     settings = Settings(args.prompt_tokens, args.new_tokens, args.runs, 0)
     placement = Placement("cpu", torch.bfloat16, "auto", True)
-    peers = peers_of(names, args, settings)
+    peers = peers_of([name for name in names if name in PROGRAMS], args, settings)
     dense = load_model(SHAPE, random_weights=True)
     checkpoint = open_checkpoint(SHAPE, random_weights=True)
     subjects = {}
@@ -161,8 +164,8 @@ def run_group(group: str, args: argparse.Namespace) -> dict[str, Record]:
     finally:
         for peer in peers:
             peer.stop()
-    run = {"group": group, "bandwidths_gb_per_s": bandwidths, "idle_share_before": idle}
-    command = f"python benchmarks/run.py cpu --groups {group}"
+    run = {"in_turn": names, "bandwidths_gb_per_s": bandwidths, "idle_share_before": idle}
+    command = "python benchmarks/run.py cpu" + (f" --only {args.only}" if args.only else "")
     records = {}
     for name, subject in subjects.items():
         made = make_record(subject, settings, placement, max(bandwidths), command)
@@ -221,31 +224,32 @@ def add_targets(records: dict[str, Record]) -> None:
         if "hugging-face-eager" in records:
             theirs = records["hugging-face-eager"]["prefill_tokens_per_s"]
             dense |= {"prefill_to_hugging_face": dense["prefill_tokens_per_s"] / theirs}
+            for name in ("int8", "int4"):
+                if name in records:
+                    records[name] |= {"prefill_to_hugging_face": records[name]["prefill_tokens_per_s"] / theirs}
         for name in ("int8", "int4"):
             if name in records:
                 share = records[name]["prefill_tokens_per_s"] / dense["prefill_tokens_per_s"]
                 records[name] |= {"prefill_to_bf16": share, "prefill_to_bf16_target": PREFILL_TARGET}
     for name, whole in PRUNED_FROM.items():
-        if name in records:
+        if name in records and whole in records:
             speed = records[whole]["decode_ms_median"] / records[name]["decode_ms_median"]
             ratio = records[whole]["step_weight_bytes"] / records[name]["step_weight_bytes"]
             records[name] |= {"speed_up": speed, "bytes_ratio": ratio, "speed_up_of_bytes_share": speed / ratio}
 
 
 def cpu(args: argparse.Namespace) -> None:
-    """All groups asked for, their records, the tables."""
+    """Everything asked for, its records, the tables."""
     if args.llama_cpp and not args.gguf:
         raise HalveError("--llama-cpp needs --gguf FOLDER for its models (6 GB)")
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    for group in args.groups.split(","):
-        records = run_group(group, args)
-        add_targets(records)
-        for name, record in records.items():
-            path = args.out / f"{group}-{name}.json"
-            write_record(path, record)
-            rate, prefill = f"{record['decode_tokens_per_s']:6.1f} tokens/s", record["prefill_tokens_per_s"]
-            print(f"{group:7} {name:22} {rate}  {record['floor_share']:4.0%} of the floor  prefill {prefill:4.0f}")
+    records = measure(args)
+    add_targets(records)
+    for name, record in records.items():
+        write_record(args.out / f"{name}.json", record)
+        rate, prefill = f"{record['decode_tokens_per_s']:6.1f} tokens/s", record["prefill_tokens_per_s"]
+        print(f"{name:22} {rate}  {record['floor_share']:4.0%} of the floor  prefill {prefill:4.0f} tokens/s")
     if args.out == RESULTS:
         update(ROOT, check=False)
 
@@ -254,7 +258,8 @@ def main() -> int:
     """The program; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["cpu"])
-    parser.add_argument("--groups", default=",".join(GROUPS), help="some of " + ", ".join(GROUPS))
+    parser.add_argument("--groups", help=argparse.SUPPRESS)
+    parser.add_argument("--only", help="some of " + ", ".join((*VARIANTS, *PROGRAMS)))
     parser.add_argument("--llama-cpp", help="the Python of an environment with llama-cpp-python and gguf")
     parser.add_argument("--gguf", help="a folder for llama.cpp's models")
     parser.add_argument("--threads", type=int, default=2)

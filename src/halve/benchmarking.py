@@ -103,9 +103,7 @@ def benchmark_side_by_side(
     return records
 
 
-def make_record(
-    subject: Subject, settings: Settings, placement: Placement, bandwidth: float, command: str
-) -> Record:
+def make_record(subject: Subject, settings: Settings, placement: Placement, bandwidth: float, command: str) -> Record:
     """The record of a measured subject; `bandwidth` in GB/s, measured in the same run."""
     model, checkpoint = subject.model, subject.checkpoint
     figures = {

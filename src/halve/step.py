@@ -208,8 +208,10 @@ def _outputs(block: torch.nn.Module) -> int:
 
 
 def _named(block: Block, role: str) -> Norm | None:
-    norm = block.norms[role] if role in block.norms else None
-    assert norm is None or isinstance(norm, Norm)
+    if role not in block.norms:
+        return None
+    norm = block.norms[role]
+    assert isinstance(norm, Norm)
     return norm
 
 
