@@ -7,7 +7,7 @@ Hugging Face comes with this project. `--llama-cpp` names the Python of an envir
 (benchmarks/peers/README.md says how to make it), `--gguf` a folder for its models (6 GB, made when missing).
 
 Every program is loaded and warmed up, then rounds begin: each prefills and decodes once a round, one after the other,
-while the others wait. The read bandwidth of the machine is measured before, between and after the rounds.
+while the others wait. The read bandwidth of the machine is measured before and after every pass.
 """
 
 from __future__ import annotations
@@ -155,24 +155,37 @@ def measure(args: argparse.Namespace) -> dict[str, Record]:
         for subject in subjects.values():
             time_pass(subject.model, prompt, 3)
         idle, bandwidths = wait_until_idle(), [bandwidth_gb_per_s("cpu")]
+        around: dict[str, list[float]] = {name: [] for name in names}  # bandwidth beside each pass
         for _ in range(settings.runs):
-            for subject in subjects.values():
-                subject.passes[settings.prompt_tokens].append(time_pass(subject.model, prompt, settings.new_tokens))
-            for peer in peers:
-                peer.measure()
-            bandwidths.append(bandwidth_gb_per_s("cpu"))
+            for name in (*subjects, *(peer.name for peer in peers)):
+                if name in subjects:
+                    times = subjects[name].passes[settings.prompt_tokens]
+                    times.append(time_pass(subjects[name].model, prompt, settings.new_tokens))
+                else:
+                    next(peer for peer in peers if peer.name == name).measure()
+                bandwidths.append(bandwidth_gb_per_s("cpu"))
+                around[name].append(max(bandwidths[-2:]))
     finally:
         for peer in peers:
             peer.stop()
     run = {"in_turn": names, "bandwidths_gb_per_s": bandwidths, "idle_share_before": idle}
     command = "python benchmarks/run.py cpu" + (f" --only {args.only}" if args.only else "")
-    records = {}
+    records, passes = {}, {}
     for name, subject in subjects.items():
         made = make_record(subject, settings, placement, max(bandwidths), command)
         records[name] = made | run | {"program": "halve", "recipe": list(VARIANTS[name].recipe)}
+        passes[name] = subject.passes[settings.prompt_tokens]
     kv = kv_bytes_per_step(dense, settings.prompt_tokens + settings.new_tokens // 2)
     for peer in peers:
         records[peer.name] = peer_record(peer, settings, max(bandwidths), kv, command) | run
+        passes[peer.name] = peer.times
+    for name, record in records.items():
+        read = record["floor_ms"] * max(bandwidths)  # bytes of a step, in MB
+        shares = [
+            read / bandwidth / spread(times.steps_ms)[1]
+            for bandwidth, times in zip(around[name], passes[name], strict=True)
+        ]
+        record |= {"bandwidths_beside_gb_per_s": around[name], "floor_beside_share": spread(shares)[1]}
     return records
 
 
@@ -249,7 +262,7 @@ def cpu(args: argparse.Namespace) -> None:
     for name, record in records.items():
         write_record(args.out / f"{name}.json", record)
         rate, prefill = f"{record['decode_tokens_per_s']:6.1f} tokens/s", record["prefill_tokens_per_s"]
-        print(f"{name:22} {rate}  {record['floor_share']:4.0%} of the floor  prefill {prefill:4.0f} tokens/s")
+        print(f"{name:22} {rate}  {record['floor_beside_share']:4.0%} of the floor  prefill {prefill:4.0f} tokens/s")
     if args.out == RESULTS:
         update(ROOT, check=False)
 

@@ -13,8 +13,9 @@ static count_t thread_count; /* omp_get_num_threads */
 enum { SERIAL_BYTES = 1 << 16 };
 /* looks at a barrier before the processor is offered to others: about the time of a small product */
 enum { SPINS = 20000 };
-/* a loop is cut into this many chunks a thread: the last ones even out what other programs took from some */
-enum { CHUNKS = 16 };
+/* a thread takes this part of what is left, divided by the number of threads: long runs of memory at first, single
+   items at last, so that all are done at the same time whatever other programs took from some */
+enum { PART = 3 };
 
 /* Hand over GOMP_parallel and omp_get_num_threads, or NULL: one thread. */
 void halve_cpu_set_threads(start_t start_function, count_t count_function) {
@@ -32,11 +33,14 @@ static inline void relax(void) {
 
 void team_loop(member_t *member, int64_t items, items_t body, void *data) {
     team_t *team = member->team;
-    const int64_t chunk = items / (CHUNKS * member->threads) + 1;
-    for (;;) {
-        const int64_t first = atomic_fetch_add_explicit(&team->next, chunk, memory_order_relaxed);
-        if (first >= items) break;
-        body(data, first, first + chunk < items ? first + chunk : items);
+    int64_t first = atomic_load_explicit(&team->next, memory_order_relaxed);
+    while (first < items) {
+        const int64_t last = first + (items - first) / (PART * member->threads) + 1;
+        if (!atomic_compare_exchange_weak_explicit(&team->next, &first, last, memory_order_relaxed,
+                                                   memory_order_relaxed))
+            continue; /* another thread was faster: `first` is what it left */
+        body(data, first, last);
+        first = atomic_load_explicit(&team->next, memory_order_relaxed);
     }
     ++member->loops;
     if (atomic_fetch_add_explicit(&team->arrived, 1, memory_order_acq_rel) == member->threads - 1) {
