@@ -6,8 +6,8 @@ cpu: batch 1, the Llama-3.2-1B shape with random weights, records in benchmarks/
 Hugging Face comes with this project. `--llama-cpp` names the Python of an environment with llama-cpp-python and gguf
 (benchmarks/peers/README.md says how to make it), `--gguf` a folder for its models (6 GB, made when missing).
 
-Every program is loaded and warmed up, then rounds begin: each prefills and decodes once a round, one after the other,
-while the others wait. The read bandwidth of the machine is measured before and after every pass.
+In two halves, dense and quantized, every program is loaded and warmed up, then rounds begin: each prefills and decodes
+once a round, one after the other, while the others wait. The read bandwidth of the machine is measured before and after every pass.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from halve.benchmarking import make_record
 from halve.checkpoint import load_model, open_checkpoint
 from halve.errors import HalveError
 from halve.machine import bandwidth_gb_per_s, cpu_model
+from halve.model import Model
 from halve.records import Record, new_record, write_record
 from halve.subject import Placement, Settings, Subject
 from halve.timing import PassTimes, kv_bytes_per_step, random_prompt, spread, time_pass
@@ -44,6 +45,11 @@ PROGRAMS = (
 )
 # left out unless named: the one compiles for minutes, the other is no target
 RARE = ("hugging-face-compiled", "llama.cpp-Q4_0")
+# what takes turns: all of it at once would need more than 20 GB
+HALVES = (
+    ("bf16", "hugging-face-eager", "hugging-face-compiled", "llama.cpp-BF16", "llama.cpp-F16"),
+    (*VARIANTS, "llama.cpp-Q8_0", "llama.cpp-Q4_K_M", "llama.cpp-Q4_0"),
+)
 # ours -> the peers it has to beat (the best of them), and by how much
 DECODE_TARGETS = {
     "bf16": (("llama.cpp-BF16", "llama.cpp-F16"), 1.15),
@@ -126,66 +132,99 @@ def wait_until_idle(patience_s: float = 120.0) -> float:
     raise HalveError(f"only {share:.0%} of the processor is idle: stop what else runs, or the figures mean nothing")
 
 
-def measure(args: argparse.Namespace) -> dict[str, Record]:
-    """Load everything asked for, measure it in turn; returns the records by short name."""
-    everything = (*VARIANTS, *PROGRAMS)
-    names = args.only.split(",") if args.only else [name for name in everything if name not in RARE]
-    if unknown := set(names) - set(everything):
-        raise HalveError(f"--only {min(unknown)}: use some of {', '.join(everything)}")
-    ours = [name for name in names if name in VARIANTS]
-    settings = Settings(args.prompt_tokens, args.new_tokens, args.runs, 0)
-    placement = Placement("cpu", torch.bfloat16, "auto", True)
-    peers = peers_of([name for name in names if name in PROGRAMS], args, settings)
-    dense = load_model(SHAPE, random_weights=True)
-    checkpoint = open_checkpoint(SHAPE, random_weights=True)
-    subjects = {}
-    for name in ours:
-        subjects[name] = Subject(f"Llama-3.2-1B shape, {VARIANTS[name].title}", checkpoint)
-        subjects[name]._model = build(dense, VARIANTS[name])
-        subjects[name].passes = {settings.prompt_tokens: []}
-        subjects[name].not_measured = {
-            "accuracy": "the weights are random",
-            "peak_memory_bytes": "several programs were in memory",
-            "system1": "not asked for",
-        }
-    prompt = random_prompt(dense, settings.prompt_tokens, settings.seed)
+def chosen(only: str | None) -> list[list[str]]:
+    """The names of each half, those asked for or all but the rare ones; HalveError for an unknown name."""
+    if not only:
+        return [[name for name in half if name not in RARE] for half in HALVES]
+    names = only.split(",")
+    if unknown := set(names) - {*VARIANTS, *PROGRAMS}:
+        raise HalveError(f"--only {min(unknown)}: use some of {', '.join((*VARIANTS, *PROGRAMS))}")
+    return [names]
+
+
+def subjects_of(names: Sequence[str], dense: Model, settings: Settings) -> dict[str, Subject]:
+    """Ours among `names`, built from the dense model."""
+    checkpoint, found = open_checkpoint(SHAPE, random_weights=True), {}
+    for name in names:
+        if name in VARIANTS:
+            found[name] = Subject(f"Llama-3.2-1B shape, {VARIANTS[name].title}", checkpoint)
+            found[name]._model = build(dense, VARIANTS[name])
+            found[name].passes = {settings.prompt_tokens: []}
+            found[name].not_measured = {
+                "accuracy": "the weights are random",
+                "peak_memory_bytes": "several programs were in memory",
+                "system1": "not asked for",
+            }
+    return found
+
+
+@dataclass
+class Turns:
+    """What was seen of one half: every program's passes, and the read bandwidth beside each."""
+
+    passes: dict[str, list[PassTimes]]
+    beside: dict[str, list[float]]
+    bandwidths: list[float]
+    idle: float
+
+
+def take_turns(subjects: dict[str, Subject], peers: list[Peer], settings: Settings) -> Turns:
+    """Warm everything up, then all in turn, round by round."""
+    prompt = random_prompt(next(iter(subjects.values())).model, settings.prompt_tokens, settings.seed)
+    passes = {name: subject.passes[settings.prompt_tokens] for name, subject in subjects.items()}
+    passes |= {peer.name: peer.times for peer in peers}
+    beside: dict[str, list[float]] = {name: [] for name in passes}
     try:
         for peer in peers:
             peer.start()
         for subject in subjects.values():
             time_pass(subject.model, prompt, 3)
         idle, bandwidths = wait_until_idle(), [bandwidth_gb_per_s("cpu")]
-        around: dict[str, list[float]] = {name: [] for name in names}  # bandwidth beside each pass
+
+        def done(name: str) -> None:
+            bandwidths.append(bandwidth_gb_per_s("cpu"))
+            beside[name].append(max(bandwidths[-2:]))
+
         for _ in range(settings.runs):
-            for name in (*subjects, *(peer.name for peer in peers)):
-                if name in subjects:
-                    times = subjects[name].passes[settings.prompt_tokens]
-                    times.append(time_pass(subjects[name].model, prompt, settings.new_tokens))
-                else:
-                    next(peer for peer in peers if peer.name == name).measure()
-                bandwidths.append(bandwidth_gb_per_s("cpu"))
-                around[name].append(max(bandwidths[-2:]))
+            for name, subject in subjects.items():
+                passes[name].append(time_pass(subject.model, prompt, settings.new_tokens))
+                done(name)
+            for peer in peers:
+                peer.measure()
+                done(peer.name)
     finally:
         for peer in peers:
             peer.stop()
-    run = {"in_turn": names, "bandwidths_gb_per_s": bandwidths, "idle_share_before": idle}
+    return Turns(passes, beside, bandwidths, idle)
+
+
+def measure(names: list[str], dense: Model, args: argparse.Namespace) -> dict[str, Record]:
+    """Load all of `names` that is installed, measure it in turn; returns the records by name."""
+    settings = Settings(args.prompt_tokens, args.new_tokens, args.runs, 0)
+    peers = peers_of([name for name in names if name in PROGRAMS], args, settings)
+    subjects = subjects_of(names, dense, settings)
+    turns = take_turns(subjects, peers, settings)
+    best = max(turns.bandwidths)
     command = "python benchmarks/run.py cpu" + (f" --only {args.only}" if args.only else "")
-    records, passes = {}, {}
+    placement = Placement("cpu", torch.bfloat16, "auto", True)
+    records = {}
     for name, subject in subjects.items():
-        made = make_record(subject, settings, placement, max(bandwidths), command)
-        records[name] = made | run | {"program": "halve", "recipe": list(VARIANTS[name].recipe)}
-        passes[name] = subject.passes[settings.prompt_tokens]
+        records[name] = make_record(subject, settings, placement, best, command)
+        records[name] |= {"program": "halve", "recipe": list(VARIANTS[name].recipe)}
     kv = kv_bytes_per_step(dense, settings.prompt_tokens + settings.new_tokens // 2)
     for peer in peers:
-        records[peer.name] = peer_record(peer, settings, max(bandwidths), kv, command) | run
-        passes[peer.name] = peer.times
+        records[peer.name] = peer_record(peer, settings, best, kv, command)
     for name, record in records.items():
-        read = record["floor_ms"] * max(bandwidths)  # bytes of a step, in MB
-        shares = [
-            read / bandwidth / spread(times.steps_ms)[1]
-            for bandwidth, times in zip(around[name], passes[name], strict=True)
-        ]
-        record |= {"bandwidths_beside_gb_per_s": around[name], "floor_beside_share": spread(shares)[1]}
+        step_mb = record["floor_ms"] * best
+        beside = zip(turns.beside[name], turns.passes[name], strict=True)
+        shares = [step_mb / bandwidth / spread(times.steps_ms)[1] for bandwidth, times in beside]
+        record |= {
+            "floor_beside_share": spread(shares)[1],
+            "bandwidths_beside_gb_per_s": turns.beside[name],
+            "bandwidths_gb_per_s": turns.bandwidths,
+            "in_turn": list(records),
+            "idle_share_before": turns.idle,
+        }
     return records
 
 
@@ -237,9 +276,6 @@ def add_targets(records: dict[str, Record]) -> None:
         if "hugging-face-eager" in records:
             theirs = records["hugging-face-eager"]["prefill_tokens_per_s"]
             dense |= {"prefill_to_hugging_face": dense["prefill_tokens_per_s"] / theirs}
-            for name in ("int8", "int4"):
-                if name in records:
-                    records[name] |= {"prefill_to_hugging_face": records[name]["prefill_tokens_per_s"] / theirs}
         for name in ("int8", "int4"):
             if name in records:
                 share = records[name]["prefill_tokens_per_s"] / dense["prefill_tokens_per_s"]
@@ -257,12 +293,19 @@ def cpu(args: argparse.Namespace) -> None:
         raise HalveError("--llama-cpp needs --gguf FOLDER for its models (6 GB)")
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    records = measure(args)
-    add_targets(records)
-    for name, record in records.items():
-        write_record(args.out / f"{name}.json", record)
-        rate, prefill = f"{record['decode_tokens_per_s']:6.1f} tokens/s", record["prefill_tokens_per_s"]
-        print(f"{name:22} {rate}  {record['floor_beside_share']:4.0%} of the floor  prefill {prefill:4.0f} tokens/s")
+    dense = load_model(SHAPE, random_weights=True)
+    written: set[str] = set()
+    for names in chosen(args.only):
+        records = measure(names, dense, args)
+        add_targets(records)
+        for name, record in records.items():
+            rate, prefill = f"{record['decode_tokens_per_s']:6.1f} tokens/s", record["prefill_tokens_per_s"]
+            print(
+                f"{name:22} {rate}  {record['floor_beside_share']:4.0%} of the floor  prefill {prefill:4.0f} tokens/s"
+            )
+            if name not in written:  # bf16 is in both halves
+                write_record(args.out / f"{name}.json", record)
+                written.add(name)
     if args.out == RESULTS:
         update(ROOT, check=False)
 
