@@ -7,7 +7,8 @@ Hugging Face comes with this project. `--llama-cpp` names the Python of an envir
 (benchmarks/peers/README.md says how to make it), `--gguf` a folder for its models (6 GB, made when missing).
 
 In two halves, dense and quantized, every program is loaded and warmed up, then rounds begin: each prefills and decodes
-once a round, one after the other, while the others wait. The read bandwidth of the machine is measured before and after every pass.
+once a round, one after the other, while the others wait. The read bandwidth of the machine is measured before and after
+every pass.
 """
 
 from __future__ import annotations
@@ -259,6 +260,7 @@ def peer_record(peer: Peer, settings: Settings, bandwidth: float, kv_bytes: int,
         floor_ms=floor,
         floor_share=floor / step,
         weight_bytes=peer.about["weight_bytes"],
+        step_weight_bytes=peer.about["weight_bytes"],  # all of them tie the head to the embedding
         bandwidth_gb_per_s=bandwidth,
     )
 
