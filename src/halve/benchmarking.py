@@ -18,11 +18,13 @@ import torch
 
 from halve.checkpoint import DTYPES, check_device, compute_dtype
 from halve.errors import HalveError
+from halve.kernels.cpu import load_library
 from halve.machine import bandwidth_gb_per_s, describe_device, last_level_cache_bytes
 from halve.model import Model
 from halve.profiling import profile_run
 from halve.progress import progress
 from halve.records import Record, check_output_path, new_record
+from halve.step import step_kernel
 from halve.subject import SYSTEM1_TOKENS, Placement, Settings, Subject, dtype_name
 from halve.timing import PassTimes, spread, step_floor_ms
 
@@ -91,7 +93,7 @@ def benchmark_side_by_side(
         bandwidth = max(bandwidth, bandwidth_gb_per_s(placement.device))
         advance(1)
     command = command or _command([subject.name for subject in subjects], settings, placement)
-    records = [_record(subject, settings, placement, bandwidth, command) for subject in subjects]
+    records = [make_record(subject, settings, placement, bandwidth, command) for subject in subjects]
     if profile_plot is not None:
         records[0]["profile"] = profile_run(
             subjects[0].model, settings.prompt_tokens, settings.new_tokens, settings.seed, profile_plot
@@ -101,7 +103,8 @@ def benchmark_side_by_side(
     return records
 
 
-def _record(subject: Subject, settings: Settings, placement: Placement, bandwidth: float, command: str) -> Record:
+def make_record(subject: Subject, settings: Settings, placement: Placement, bandwidth: float, command: str) -> Record:
+    """The record of a measured subject; `bandwidth` in GB/s, measured in the same run."""
     model, checkpoint = subject.model, subject.checkpoint
     figures = {
         prompt_tokens: _speed(model, prompt_tokens, settings.new_tokens, times, bandwidth)
@@ -117,6 +120,7 @@ def _record(subject: Subject, settings: Settings, placement: Placement, bandwidt
         dtype=dtype_name(compute_dtype(checkpoint, placement.dtype)),
         backend=placement.backend,
         kernels=dict(Counter(str(linear.kernel) for _, linear in model.linears())),
+        decode_kernel=step_kernel(model),
         random_weights=placement.random_weights,
         batch=1,
         **(asdict(settings) | {"long_prompt_tokens": settings.long} | figures[settings.prompt_tokens]),
@@ -197,7 +201,10 @@ def _notes(subject: Subject, placement: Placement) -> list[str]:
     if placement.device.startswith("cuda"):
         notes.append("peak memory is the allocator's; it includes loading")
         return notes
-    notes.append("peak memory is the resident memory of a separate process, Python and PyTorch included")
+    if "peak" in subject.memory:
+        notes.append("peak memory is the resident memory of a separate process, Python and PyTorch included")
+    if isinstance(reason := load_library(), str):
+        notes.append(f"PyTorch's own operations ran: {reason}")
     cache = last_level_cache_bytes()
     if model.step_bytes() < cache:
         notes.append(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halve.errors import DataError, HalveError
 from halve.model import KVCache, Model
+from halve.step import StepPlan
 
 OnToken = Callable[[int, int], None]  # (row, token id), as soon as the token is known
 
@@ -57,6 +58,7 @@ class Decoder:
     def __init__(self, model: Model, prompts: Sequence[Sequence[int]], capacity: int, sampling: Sampling) -> None:
         self.model, self.prompts, self.sampling = model, prompts, sampling
         self.cache: KVCache = model.new_cache(len(prompts), capacity)
+        self._step = StepPlan.make(model, self.cache)
         self._generators: list[torch.Generator] = []
         if not sampling.greedy:
             for row in range(len(prompts)):
@@ -83,7 +85,8 @@ class Decoder:
         if not isinstance(lengths, int):
             # only a finished row can stand at the end: it keeps rewriting the last slot until the others are done
             lengths.clamp_(max=self.cache.capacity - 1)
-        return self._choose(self.model(tokens_B1, self.cache)[:, 0])
+        logits_BV = self.model(tokens_B1, self.cache)[:, 0] if self._step is None else self._step(tokens_B1)
+        return self._choose(logits_BV)
 
     def _choose(self, logits_BV: Tensor) -> Tensor:
         if self.sampling.greedy:

@@ -131,7 +131,11 @@ def benchmark(record: dict[str, Any]) -> None:
     print(
         f"  memory    {'peak not measured' if peak is None else size(peak) + ' peak'}, {size(record['weight_bytes'])} weights"
     )
-    print("  kernels   " + ", ".join(f"{name} x{count}" for name, count in record["kernels"].items()))
+    kernels = ", ".join(f"{name} x{count}" for name, count in record["kernels"].items())
+    print(f"  kernels   {kernels}; decode {record['decode_kernel']}")
+    for note in record["notes"]:
+        if note.startswith("PyTorch's own operations ran"):
+            print(f"  {note}")
     for what, why in record.get("not_measured", {}).items():
         print(f"  not measured: {what} ({why})")
 

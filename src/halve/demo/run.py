@@ -160,5 +160,5 @@ def plot(records: list[Record], path: Path) -> None:
 
 def speed_table() -> Comparison | None:
     """The records of the Llama-3.2-1B shape on CPU, where this checkout has them."""
-    paths = sorted(SPEED_RECORDS.glob("cpu-1b-*.json")) if SPEED_RECORDS.is_dir() else []
+    paths = sorted(SPEED_RECORDS.glob("cpu/*.json")) if SPEED_RECORDS.is_dir() else []
     return compare(read_records(paths)) if paths else None
