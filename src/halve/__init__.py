@@ -40,8 +40,8 @@ _PUBLIC = {
     "prune_linear": "dropin_prune",
     "quantize_linear": "dropin",
     "reproduce_system1": "reproduction",
-    "write_page": "page",
     "search": "searching",
+    "write_page": "page",
 }
 __all__ = [
     "HalveError",
