@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from halve import cuda_decode
 from halve.errors import DataError, HalveError
 from halve.model import KVCache, Model
 
@@ -56,7 +57,10 @@ class Decoder:
 
     def __init__(self, model: Model, prompts: Sequence[Sequence[int]], capacity: int, sampling: Sampling) -> None:
         self.model, self.prompts, self.sampling = model, prompts, sampling
-        self.cache: KVCache = model.new_cache(len(prompts), capacity)
+        self._fast = cuda_decode.acquire(model, len(prompts), capacity)
+        self.cache: KVCache = model.new_cache(len(prompts), capacity) if self._fast is None else self._fast.cache
+        if self._fast is not None:
+            self._fast.hold(self)
         self._generators: list[torch.Generator] = []
         if not sampling.greedy:
             for row in range(len(prompts)):
@@ -79,6 +83,8 @@ class Decoder:
 
     def step(self, tokens_B1: Tensor) -> Tensor:
         """Feed the tokens chosen last, int64 [B, 1]; returns the next ones."""
+        if self._fast is not None:
+            return self._fast.step(tokens_B1, None if self.sampling.greedy else self._choose)
         lengths = self.cache.lengths
         if not isinstance(lengths, int):
             # only a finished row can stand at the end: it keeps rewriting the last slot until the others are done
