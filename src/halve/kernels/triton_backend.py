@@ -233,7 +233,7 @@ def tiling(operand: Operand, count: int) -> Tiling:
         return Tiling(*measured)
     if count > 1:
         return Tiling(32, 256 if operand.bits == 16 else 512, _parts(operand, 32))
-    rows = 8 if operand.bits < 16 or operand.rows >= 4096 else 4
+    rows = 8 if operand.bits < 16 else 4
     return Tiling(rows, 1024, _parts(operand, rows))
 
 
