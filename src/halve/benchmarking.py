@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from halve.checkpoint import DTYPES, check_device, compute_dtype
+from halve.cuda_decode import describe as describe_step
 from halve.errors import HalveError
 from halve.machine import bandwidth_gb_per_s, describe_device, last_level_cache_bytes
 from halve.model import Model
@@ -74,6 +75,18 @@ def benchmark_side_by_side(
         raise HalveError(f"profiling takes a single model, {len(models)} were given: profile them one by one")
     check_device(placement.device)
     subjects = [Subject.open(model, settings, placement) for model in models]
+    command = command or _command([subject.name for subject in subjects], settings, placement)
+    return measure_subjects(subjects, settings, placement, command, profile_plot)
+
+
+def measure_subjects(
+    subjects: Sequence[Subject],
+    settings: Settings,
+    placement: Placement,
+    command: str,
+    profile_plot: Path | None = None,
+) -> list[Record]:
+    """Load, warm up and time subjects in turn; one record each. For `benchmark_side_by_side`, and scripts that make models."""
     with progress("benchmark", len(subjects) * (2 + settings.runs) + 2) as advance:
         for subject in subjects:
             subject.load(settings, placement)
@@ -90,7 +103,6 @@ def benchmark_side_by_side(
         # measured before and after, best taken: another program may have been at the memory bus for one of them
         bandwidth = max(bandwidth, bandwidth_gb_per_s(placement.device))
         advance(1)
-    command = command or _command([subject.name for subject in subjects], settings, placement)
     records = [_record(subject, settings, placement, bandwidth, command) for subject in subjects]
     if profile_plot is not None:
         records[0]["profile"] = profile_run(
@@ -117,6 +129,7 @@ def _record(subject: Subject, settings: Settings, placement: Placement, bandwidt
         dtype=dtype_name(compute_dtype(checkpoint, placement.dtype)),
         backend=placement.backend,
         kernels=dict(Counter(str(linear.kernel) for _, linear in model.linears())),
+        decode_step=describe_step(model),
         random_weights=placement.random_weights,
         batch=1,
         **(asdict(settings) | {"long_prompt_tokens": settings.long} | figures[settings.prompt_tokens]),

@@ -1,0 +1,94 @@
+"""Hugging Face's own generate on the same shapes, in the same process: as the first system called it, and at its best.
+
+Latency is the time of one new token, a decode step is (t(1 + steps) - t(1)) / steps: medians over the runs, batch 1.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import Any
+
+import torch
+from gpu_models import SHAPES
+
+from halve.machine import bandwidth_gb_per_s, describe_device
+from halve.records import Record, new_record
+from halve.timing import spread
+
+WAYS = {
+    "hf-eager": "transformers generate, eager, dynamic cache: the first system's way",
+    "hf-static-compile": "transformers generate, static cache, decode step compiled (torch.compile)",
+}
+
+
+def measure_peer(way: str, shape: str, prompt_tokens: int, steps: int, runs: int, device: str, command: str) -> Record:
+    """One record of a way in WAYS."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
+    config: Any = AutoConfig.from_pretrained(SHAPES / shape)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    prompt = torch.randint(config.vocab_size, (1, prompt_tokens), device=device)
+    options: dict[str, Any] = {"cache_implementation": "static"} if way == "hf-static-compile" else {}
+
+    def seconds(new_tokens: int) -> float:
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                **options,
+            )
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for new_tokens in (1, 1 + steps, 1, 1 + steps):  # compiles, for both lengths
+        seconds(new_tokens)
+    one = [seconds(1) for _ in range(runs)]
+    many = [seconds(1 + steps) for _ in range(runs)]
+    step_ms = [(m - o) / steps * 1e3 for m, o in zip(many, one, strict=True)]
+    low, middle, high = spread(step_ms)
+    weights = sum(p.nbytes for p in model.parameters())
+    figures = {
+        "shape": shape,
+        "batch": 1,
+        "device": device,
+        "device_name": describe_device(device),
+        "dtype": "bfloat16",
+        "backend": way,
+        "kernels": {WAYS[way]: 1},
+        "random_weights": True,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": steps + 1,
+        "runs": runs,
+        "ttft_ms": spread(one)[1] * 1e3,
+        "decode_ms_median": middle,
+        "decode_ms_p10": low,
+        "decode_ms_p90": high,
+        "decode_tokens_per_s": 1e3 / middle,
+        "weight_bytes": weights,
+        "bandwidth_gb_per_s": bandwidth_gb_per_s(device),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+    }
+    figures["floor_ms"] = weights / figures["bandwidth_gb_per_s"] / 1e6
+    figures["floor_share"] = figures["floor_ms"] / middle
+    del model
+    gc.collect()
+    if on_gpu:
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+    return new_record("benchmark", way, command=command, recipe=[], **figures)
