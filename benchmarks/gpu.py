@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_kernels import bandwidths, find_tilings, measure_products
-from gpu_models import SHAPES, Row, measure_row
+from gpu_kernels import bandwidths, find_tilings, measure_products, product_errors
+from gpu_models import SHAPES, Row, measure_row, step_error
 from gpu_peers import WAYS, measure_peer
 
 from halve.kernels import triton_backend
@@ -57,6 +57,8 @@ class Run:
 
     def __init__(self, out: Path, device: str, shape: str | None, quick: bool) -> None:
         self.out, self.device, self.shape, self.quick = out, device, shape, quick
+        backend = "triton" if triton_backend.INTERPRETED else "auto"
+        self.placement = Placement(device, torch.bfloat16, backend, random_weights=True)
         out.mkdir(parents=True, exist_ok=True)
 
     def command(self, step: str) -> str:
@@ -75,14 +77,13 @@ class Run:
         return Settings(prompt_tokens, 64, 5, 0)
 
     def rows(self, rows: list[Row], step: str, prompt_tokens: int = 128) -> None:
-        placement = Placement(self.device, torch.bfloat16, random_weights=True)
         for row in rows:
             suffix = "" if prompt_tokens == 128 else f"-context-{prompt_tokens}"
             path = self.missing(row.name + suffix)
             if path is None:
                 continue
             made = replace(row, shape=self.shape) if self.shape else row
-            record = measure_row(made, self.settings(prompt_tokens), placement, self.command(step))
+            record = measure_row(made, self.settings(prompt_tokens), self.placement, self.command(step))
             write_record(path, record)
             self.show(record)
             gc.collect()
@@ -90,7 +91,15 @@ class Run:
                 torch.cuda.empty_cache()
 
     def show(self, record: dict[str, Any]) -> None:
-        keys = ("model", "decode_tokens_per_s", "decode_ms_median", "floor_share", "ttft_ms", "peak_memory_bytes", "decode_step")
+        keys = (
+            "model",
+            "decode_tokens_per_s",
+            "decode_ms_median",
+            "floor_share",
+            "ttft_ms",
+            "peak_memory_bytes",
+            "decode_step",
+        )
         print(json.dumps({key: record.get(key) for key in keys}), flush=True)
 
 
@@ -99,14 +108,12 @@ def tune(run: Run) -> None:
     path = run.out / "tilings.json"
     held: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"tilings": {}, "microseconds": {}}
     for shape in [run.shape] if run.shape else ["llama-3.2-3b", "llama-3.1-8b"]:
-        if shape in held.get("shapes", []):
-            continue
-        for key, best, best_us, rule_us in find_tilings(shape, run.device, 1 if run.quick else None):
+        known = set(held["tilings"])
+        for key, best, best_us, rule_us in find_tilings(shape, run.device, known, 1 if run.quick else None):
             held["tilings"][key] = list(asdict(best).values())
             held["microseconds"][key] = {"best": best_us, "rule": rule_us}
+            path.write_text(json.dumps(held, indent=2) + "\n")
             print(f"{key}: {best} {best_us:.1f} us, by the rule {rule_us:.1f} us", flush=True)
-        held["shapes"] = [*held.get("shapes", []), shape]
-        path.write_text(json.dumps(held, indent=2) + "\n")
 
 
 def kernels(run: Run) -> None:
@@ -226,12 +233,34 @@ def check(run: Run) -> None:
         raise SystemExit(f"pruned, but peak memory did not go down: {', '.join(wrong)}")
 
 
+def verify(run: Run) -> None:
+    """Needs no pytest: fused products against float64, and a fused step against the forward of torch's own products."""
+    worst = 0.0
+    with torch.inference_mode():
+        for name, count, error in product_errors(run.device):
+            print(f"{name}, {count} rows: relative error {error:.1e}", flush=True)
+            worst = max(worst, error)
+        for row in (*ROWS_3B, ROWS_8B[3]):
+            error, how = step_error(replace(row, shape="tiny"), run.placement)
+            if run.device != "cpu" and not how.startswith("fused kernels"):
+                raise SystemExit(f"{row.name}: decode steps ran {how}")
+            print(f"{row.name} at a tiny shape, {how}: logits differ by {error:.1e}", flush=True)
+            worst = max(worst, error)
+    # several roundings to bfloat16 (2^-8 each) through a few layers
+    if not worst < 0.05:
+        raise SystemExit(f"a relative error of {worst:.2g}: the kernels are wrong here, figures would mean nothing")
+    path = run.out / "verify.json"
+    body = {"device": run.device, "largest_relative_error": worst}
+    write_record(path, new_record("gpu-verify", "tiny", command=run.command("verify"), recipe=[], **body))
+
+
 def contexts(run: Run) -> None:
     for tokens in CONTEXTS:
         run.rows(ROWS_CONTEXT, "contexts", tokens)
 
 
 STEPS = {
+    "verify": verify,
     "tune": tune,
     "kernels": kernels,
     "3b": lambda run: run.rows(ROWS_3B[:3], "3b"),

@@ -4,7 +4,8 @@
 #   benchmarks/gpu.sh STEP [RECORDS]     RECORDS: folder of the records (default benchmarks/results/gpu)
 # Steps, in this order (all: all of them; the first needs no GPU):
 #   compile    the kernels through ptxas: registers, spills, load widths
-#   tests      the kernels' and the decode step's tests on the device, in bfloat16 too
+#   tests      the kernels' and the decode step's tests on the device, in bfloat16 too (needs pytest)
+#   verify     the same in short, without pytest; figures mean nothing where it fails
 #   tune       tile sizes for every product, used by what follows
 #   kernels    products against the measured bandwidth, beside torch.linear and torch._weight_int4pack_mm
 #   3b         Llama-3.2-3B shape: bf16, int8, int4, prompt 128
@@ -36,6 +37,6 @@ case $step in
         [ "$records" -ef "$records-pdl" ] || mkdir -p "$records-pdl"
         HALVE_PDL=1 run 3b "$records-pdl"
         ;;
-    all) for each in compile tests tune kernels 3b 3b-pruned peers 8b contexts gptq pdl check pack; do bash "$0" "$each" "$records"; done ;;
+    all) for each in compile tests verify tune kernels 3b 3b-pruned peers 8b contexts gptq pdl check pack; do bash "$0" "$each" "$records"; done ;;
     *) run "$step" "$records" ;;
 esac

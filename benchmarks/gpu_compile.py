@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from halve.kernels.triton_backend import Fusion, Operand, Scratch
 from halve.quantization import QuantizedWeight, QuantSpec
 from halve.records import new_record, write_record
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
 COLUMNS, ROWS = 3072, 5120  # q/k/v of the Llama-3.2-3B shape
 WEIGHTS: dict[str, QuantSpec | torch.dtype] = {
     "bf16": torch.bfloat16,
@@ -111,6 +112,10 @@ def launch_products(wanted: list[str]) -> list[str]:
                 backend.multiply(held, x, out, fusion, scratch, backend.tiling(held, count))
                 names.append(f"{weight} {fused} m{count}")
         if not isinstance(kind, torch.dtype):
+            sizes = replace(backend.tiling(held, 1), parts=3)
+            x, out = torch.empty(1, COLUMNS, dtype=torch.bfloat16), torch.empty(1, ROWS, dtype=torch.bfloat16)
+            backend.multiply(held, x, out, Fusion(epilogue=1), scratch, sizes)
+            names.append(f"{weight} residual m1, in 3 parts")
             backend.expand_rows(held, 0, torch.empty(ROWS, held.stored_columns, dtype=torch.bfloat16))
             names.append(f"{weight} expand")
     if "ragged" not in wanted:
@@ -123,8 +128,7 @@ def launch_products(wanted: list[str]) -> list[str]:
 
 def launch_attention() -> list[str]:
     """Attention (3 query heads to a key head, size 128) and the choice of the token."""
-    from halve.kernels import triton_attention as kernels
-
+    kernels = backend.load_kernels("triton_attention")
     bf16 = torch.empty(1 << 16, dtype=torch.bfloat16)
     numbers, counts = torch.empty(1 << 16), torch.zeros(1 << 10, dtype=torch.int32)
     for qk_norm in (False, True):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from halve.benchmarking import measure_subjects
 from halve.checkpoint import Checkpoint, open_checkpoint
+from halve.cuda_decode import describe
+from halve.generation import Decoder, Sampling
 from halve.linear import Linear
 from halve.model import Block, Model
 from halve.pruning import keep_inputs
@@ -24,6 +26,7 @@ from halve.records import Record
 from halve.siblings import merge_siblings
 from halve.subject import Placement, Settings, Subject
 from halve.tensors import TensorSource
+from halve.timing import random_prompt
 
 SHAPES = Path(__file__).resolve().parent / "shapes"
 
@@ -125,9 +128,7 @@ def _changed(linear: Linear, kept: float, bits: int | None, group_size: int) -> 
         return linear
     assert isinstance(linear.weight, Tensor)
     weight = quantize(linear.weight, QuantSpec(bits, group_size))
-    return Linear(
-        weight, linear.bias, linear.input_index, linear.output_index, linear.in_features, linear.out_features
-    )
+    return Linear(weight, linear.bias, linear.input_index, linear.output_index, linear.in_features, linear.out_features)
 
 
 def _multiple(width: int, share: float, of: int = 128) -> int:
@@ -165,3 +166,24 @@ def measure_row(row: Row, settings: Settings, placement: Placement, command: str
     record |= {"model": row.name, "recipe": row.steps(), "shape": row.shape, "baseline": row.baseline}
     record["notes"].append("the model was made in memory: peak memory is that of running it, loading is not in it")
     return record
+
+
+def step_error(row: Row, placement: Placement, steps: int = 3) -> tuple[float, str]:
+    """How far the logits of fused decode steps are from those of the whole forward by torch's own products, relative, and
+    how the steps ran; 0 where they are not fused. Both models are drawn from the same seeds."""
+    assert placement.dtype is not None
+    worst, models = 0.0, []
+    for backend in ("reference", placement.backend):
+        torch.manual_seed(0)
+        checkpoint = open_row(row, placement.device, placement.dtype)
+        models.append(make_model(row, checkpoint, placement.device, placement.dtype, backend))
+    tokens = random_prompt(models[0], 20, seed=0)
+    decoder = Decoder(models[1], [tokens], 64, Sampling())
+    chosen = decoder.prefill()
+    for _ in range(steps if decoder._fast is not None else 0):
+        assert decoder._fast is not None
+        tokens = [*tokens, *chosen[0].tolist()]
+        wanted = models[0](torch.tensor([tokens], device=placement.device))[0, -1].float()
+        chosen = decoder.step(chosen)
+        worst = max(worst, float((decoder._fast.logits[0].float() - wanted).norm() / wanted.norm()))
+    return worst, describe(models[1])

@@ -22,6 +22,20 @@ WAYS = {
 }
 
 
+def _seconds(model: Any, prompt: torch.Tensor, options: dict[str, Any], new_tokens: int) -> float:
+    """Wall time of one call of generate, greedy, for exactly so many tokens."""
+    on_gpu = prompt.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+    start, mask = time.perf_counter(), torch.ones_like(prompt)
+    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    with torch.inference_mode():
+        model.generate(prompt, attention_mask=mask, do_sample=False, **lengths, **options)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def measure_peer(way: str, shape: str, prompt_tokens: int, steps: int, runs: int, device: str, command: str) -> Record:
     """One record of a way in WAYS."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -39,27 +53,10 @@ def measure_peer(way: str, shape: str, prompt_tokens: int, steps: int, runs: int
     prompt = torch.randint(config.vocab_size, (1, prompt_tokens), device=device)
     options: dict[str, Any] = {"cache_implementation": "static"} if way == "hf-static-compile" else {}
 
-    def seconds(new_tokens: int) -> float:
-        if on_gpu:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                do_sample=False,
-                **options,
-            )
-        if on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     for new_tokens in (1, 1 + steps, 1, 1 + steps):  # compiles, for both lengths
-        seconds(new_tokens)
-    one = [seconds(1) for _ in range(runs)]
-    many = [seconds(1 + steps) for _ in range(runs)]
+        _seconds(model, prompt, options, new_tokens)
+    one = [_seconds(model, prompt, options, 1) for _ in range(runs)]
+    many = [_seconds(model, prompt, options, 1 + steps) for _ in range(runs)]
     step_ms = [(m - o) / steps * 1e3 for m, o in zip(many, one, strict=True)]
     low, middle, high = spread(step_ms)
     weights = sum(p.nbytes for p in model.parameters())
@@ -88,7 +85,7 @@ def measure_peer(way: str, shape: str, prompt_tokens: int, steps: int, runs: int
     figures["floor_share"] = figures["floor_ms"] / middle
     del model
     gc.collect()
+    torch.compiler.reset()
     if on_gpu:
-        torch.compiler.reset()
         torch.cuda.empty_cache()
     return new_record("benchmark", way, command=command, recipe=[], **figures)

@@ -58,7 +58,12 @@ def check_steps(folder: Path, prompts: list[list[int]], steps: int = 2) -> Model
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("llama", {}), ("qwen3", {"head_dim": 8}), ("qwen2", {"tie_word_embeddings": True}), ("mistral", {"sliding_window": 18})],
+    [
+        ("llama", {}),
+        ("qwen3", {"head_dim": 8}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("mistral", {"sliding_window": 18}),
+    ],
 )
 def test_families(make_hf: Callable[..., Path], family: str, options: dict[str, Any]) -> None:
     folder = make_hf(family, num_hidden_layers=2, **options)

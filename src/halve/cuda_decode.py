@@ -28,7 +28,11 @@ STORE, ADD, GATE, TIMES = 0, 1, 2, 3  # epilogues of triton_matmul
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3}
 MAX_BATCH = triton_backend.MAX_ROWS
 _CAPACITY_STEP = 256  # slots; a cache is made somewhat larger, so that the next prompt can use the same captured step
-_SLOTS, _SPLITS, _SHORTEST = 64, 16, 64  # of attention: slots of a block, most programs of a head, slots worth a program
+_SLOTS, _SPLITS, _SHORTEST = (
+    64,
+    16,
+    64,
+)  # of attention: slots of a block, most programs of a head, slots worth a program
 
 
 def acquire(model: Model, batch: int, capacity: int) -> CapturedStep | None:
@@ -197,10 +201,11 @@ class CapturedStep:
         return graph
 
     def _run(self, greedy: bool) -> None:
-        for launch in self._launches:
-            launch()
-        if greedy:
-            self._choose()
+        with triton_backend.current(self.device):
+            for launch in self._launches:
+                launch()
+            if greedy:
+                self._choose()
 
     # what follows builds the launches
 
@@ -284,7 +289,9 @@ class CapturedStep:
         activation = ACTIVATIONS[self.config.activation]
         if "gate_up_proj" in linears:
             hidden = self._shared["hidden"][:, : block.layer.intermediate_size]
-            gated = [self._product(linears["gate_up_proj"], self._x, hidden, norm, epilogue=GATE, activation=activation)]
+            gated = [
+                self._product(linears["gate_up_proj"], self._x, hidden, norm, epilogue=GATE, activation=activation)
+            ]
         else:
             gate, hidden = self._into("gate", [linears["gate_proj"]]), self._into("hidden", [linears["up_proj"]])
             up = self._product(
@@ -309,8 +316,7 @@ class CapturedStep:
         )  # fmt: skip
 
     def _choose(self) -> None:
-        from halve.kernels import triton_attention as kernels
-
+        kernels = triton_backend.load_kernels("triton_attention")
         if not self._whole_head:
             torch.amax(self.logits.float(), 1, keepdim=True, out=self._best[:, :1])
             self._best_row[:, :1] = self.logits.argmax(1, keepdim=True)
@@ -350,9 +356,9 @@ class CapturedStep:
         rows, width = self._padded(block)
         partial, stats, arrived = self._attention_scratch
 
-        def launch() -> None:
-            from halve.kernels import triton_attention as kernels
+        kernels = triton_backend.load_kernels("triton_attention")
 
+        def launch() -> None:
             kernels.attend[(self.batch * layer.num_kv_heads, _SPLITS)](
                 qkv, *gains, cos, sin, keys, values, self.position, heads, partial, stats, arrived,
                 layer.num_heads, layer.num_kv_heads, size, self.cache.capacity, layer.sliding_window or 0,

@@ -55,7 +55,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-def check(weight: Tensor | QuantizedWeight, numbers: Tensor, dtype: torch.dtype, rows: tuple[int, ...] = (1, 2, 16)) -> None:
+def check(
+    weight: Tensor | QuantizedWeight, numbers: Tensor, dtype: torch.dtype, rows: tuple[int, ...] = (1, 2, 16)
+) -> None:
     """The product with `weight`, whose numbers are known."""
     held = weight.to(DEVICE)
     multiply = kernels.select("triton", held, dtype)
@@ -104,7 +106,11 @@ def test_ragged_groups(bits: int) -> None:
 def test_the_stored_form_can_be_had_back(bits: int) -> None:
     torch.manual_seed(0)
     whole = quantize(torch.randn(OUT, 256), QuantSpec(bits, 32, symmetric=False), torch.bfloat16)
-    for weight in (whole, whole.columns(torch.randperm(256)[:101]), quantize(torch.randn(OUT, 70), QuantSpec(bits, -1))):
+    for weight in (
+        whole,
+        whole.columns(torch.randperm(256)[:101]),
+        quantize(torch.randn(OUT, 70), QuantSpec(bits, -1)),
+    ):
         held = TritonMatmul(weight.to(DEVICE), torch.float32).weight
         assert isinstance(held, SegmentedWeight) and held.shape == weight.shape
         assert torch.equal(held.packed.cpu(), weight.packed)
@@ -142,7 +148,10 @@ def test_everything_around_a_product(spec: QuantSpec | None, count: int) -> None
     for parts in (1, 2):
         sizes = Tiling(16, 32, parts)
         tiles = -(-OUT // 16)
-        best, best_row = torch.zeros(count, tiles, device=DEVICE), torch.zeros(count, tiles, dtype=torch.int32, device=DEVICE)
+        best, best_row = (
+            torch.zeros(count, tiles, device=DEVICE),
+            torch.zeros(count, tiles, dtype=torch.int32, device=DEVICE),
+        )
         fusion = Fusion(
             index=operand.index(kept.to(DEVICE)),
             gain=gain.to(DEVICE),

@@ -12,9 +12,11 @@ Shape legend: O output rows, I columns of the stored weight, C stored columns (I
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import json
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,16 @@ def missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return None
+
+
+def load_kernels(name: str) -> Any:
+    """A module of kernels beside this one, which imports Triton."""
+    return importlib.import_module(f"halve.kernels.{name}")
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU: make that the one of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def pdl() -> bool:
@@ -147,9 +159,7 @@ def _order(groups_I: Tensor, sizes_G: Tensor, padded_G: Tensor) -> Tensor:
     return order
 
 
-def _lay_out(
-    weight: QuantizedWeight, bits: int, per: int, segment: int, segments: int, order: Tensor | None
-) -> Tensor:
+def _lay_out(weight: QuantizedWeight, bits: int, per: int, segment: int, segments: int, order: Tensor | None) -> Tensor:
     """The codes of a weight as `Operand.data`."""
     rows, stored = weight.out_features, segments * segment
     data = torch.empty(rows, stored // per, dtype=torch.int32, device=weight.device)
@@ -308,8 +318,7 @@ def tiles_of(operand: Operand, count: int) -> int:
 
 def multiply(operand: Operand, x: Tensor, out: Tensor, fusion: Fusion, scratch: Scratch, sizes: Tiling) -> None:
     """out [M, ...] = the fused product with x [M, width], M <= 16; both of unit stride in their last dimension."""
-    from halve.kernels import triton_matmul as kernels
-
+    kernels = load_kernels("triton_matmul")
     count, width = x.shape
     assert 0 < count <= MAX_ROWS and x.stride(1) == 1 and out.stride(1) == 1
     columns = min(sizes.columns, operand.segment << (operand.segments - 1).bit_length())
@@ -368,8 +377,7 @@ def _layout_options(operand: Operand) -> dict[str, Any]:
 
 def expand_rows(operand: Operand, first: int, out: Tensor) -> None:
     """Rows `first`, first + 1, ... of a packed weight as numbers into out [rows, stored columns]."""
-    from halve.kernels import triton_matmul as kernels
-
+    kernels = load_kernels("triton_matmul")
     assert operand.scale is not None
     rows = min(operand.rows, first + out.shape[0])
     segments_a_step = max(1, 512 // operand.segment)
@@ -409,14 +417,15 @@ class TritonMatmul:
         return None
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if rows.shape[0] > MAX_ROWS:
-            return self._many(rows).view(*x.shape[:-1], self.operand.rows)
-        out = x.new_empty((*x.shape[:-1], self.operand.rows))
-        if rows.shape[0]:
-            sizes = tiling(self.operand, rows.shape[0])
-            fusion, scratch = Fusion(index=self.operand.order), shared_scratch(x.device)
-            multiply(self.operand, rows.contiguous(), out.view(-1, self.operand.rows), fusion, scratch, sizes)
+        rows, held = x.reshape(-1, x.shape[-1]), self.operand
+        with current(x.device):
+            if rows.shape[0] > MAX_ROWS:
+                return self._many(rows).view(*x.shape[:-1], held.rows)
+            out = x.new_empty((*x.shape[:-1], held.rows))
+            if rows.shape[0]:
+                fusion, scratch = Fusion(index=held.order), shared_scratch(x.device)
+                sizes = tiling(held, rows.shape[0])
+                multiply(held, rows.contiguous(), out.view(-1, held.rows), fusion, scratch, sizes)
         return out
 
     def _many(self, x: Tensor) -> Tensor:

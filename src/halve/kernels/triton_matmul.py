@@ -61,8 +61,11 @@ def _inverse_rms(x_ptr, width, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _group_of(segment, map_ptr, ok, SEGMENTS_A_GROUP: tl.constexpr):
-    if SEGMENTS_A_GROUP > 0:
+def _group_of(segment, map_ptr, ok, PER_CHANNEL: tl.constexpr, SEGMENTS_A_GROUP: tl.constexpr):
+    """Which scale a segment has."""
+    if PER_CHANNEL:
+        return segment * 0
+    elif SEGMENTS_A_GROUP > 0:
         return segment // SEGMENTS_A_GROUP
     else:
         return tl.load(map_ptr + segment, mask=ok, other=0)
@@ -193,7 +196,7 @@ def matvec(
                 else:
                     acc += dot - 1.5 * x_sum
             else:
-                group = _group_of(segment, map_ptr, segment_ok, SEGMENTS_A_GROUP)
+                group = _group_of(segment, map_ptr, segment_ok, PER_CHANNEL, SEGMENTS_A_GROUP)
                 scale_at = row[:, None] * groups + group[None, :]
                 scale_ok = row_ok[:, None] & segment_ok[None, :]
                 scale = tl.load(scale_ptr + scale_at, mask=scale_ok, other=0.0).to(tl.float32)[:, :, None]
@@ -279,10 +282,7 @@ def few_rows(
             eviction_policy="evict_first",
         )  # fmt: skip
         if BITS < 16:
-            if PER_CHANNEL:
-                group = segment * 0
-            else:
-                group = _group_of(segment, map_ptr, ok, SEGMENTS_A_GROUP)
+            group = _group_of(segment, map_ptr, ok, PER_CHANNEL, SEGMENTS_A_GROUP)
             scale_at = row[:, None] * groups + group[None, :]
             scale_ok = row_ok[:, None] & ok[None, :]
             scale = tl.load(scale_ptr + scale_at, mask=scale_ok, other=0.0).to(tl.float32)
@@ -303,9 +303,8 @@ def few_rows(
             if NORM:
                 gain = tl.load(gain_ptr + place, mask=x_ok, other=0.0).to(tl.float32)
                 x = (x.to(tl.float32) * inverse[:, None] * gain[None, :]).to(x_ptr.dtype.element_ty)
-            if BITS == 16:
-                w = data.to(x.dtype)
-            else:
+            w = data.to(x.dtype)
+            if BITS < 16:
                 w = ((_codes(data, j, BITS) - shift) * scale).to(x.dtype)
             acc += tl.dot(x, tl.trans(w), input_precision="ieee")
     if PARTS == 1:
@@ -344,10 +343,7 @@ def expand(
     ok = row_ok[:, None] & (segment < segments)[None, :]
     at = tl.program_id(1) * G * E + i
     data = tl.load(data_ptr + row.to(tl.int64)[:, None] * data_stride + at[None, :], mask=ok, other=0)
-    if PER_CHANNEL:
-        group = segment * 0
-    else:
-        group = _group_of(segment, map_ptr, segment < segments, SEGMENTS_A_GROUP)
+    group = _group_of(segment, map_ptr, segment < segments, PER_CHANNEL, SEGMENTS_A_GROUP)
     scale_at = row[:, None] * groups + group[None, :]
     scale = tl.load(scale_ptr + scale_at, mask=ok, other=0.0).to(tl.float32)
     shift = tl.full((N, G * E), 1 << (BITS - 1), tl.float32)
