@@ -66,13 +66,16 @@ FIRST = {"repeat": 0.05, "pick": 0.08, "story": 0.42, "words": 0.4, "letters": 0
 LINKS = {"repeat": 0.1, "pick": 0.05, "links": 0.5, "story": 0.2, "words": 0.15}
 EARLY = {"repeat": 0.03, "links": 0.22, "story": 0.38, "words": 0.37}
 LATE = {"repeat": 0.02, "pick": 0.02, "links": 0.06, "story": 0.4, "stories": 0.04, "words": 0.46}
+LETTERS = {"pick": 0.04, "story": 0.28, "stories": 0.03, "words": 0.3, "letters": 0.35}
 CURRICULUM = (  # the last phase goes on to the end
     Phase("sequences", 704, 1, 0.0, WARM_UP),
     Phase("one person", 1000, 1, 0.4, FIRST),
     Phase("links", 1400, 2, 0.2, LINKS, rate=0.3),
     Phase("three people", 1504, 3, 0.3, EARLY, rate=0.3),
     Phase("four people", 1704, 4, 1.0, LATE, rate=0.3),
-    Phase("six people", 2700, stories.MAX_PEOPLE, 1.0, LATE, rate=0.3),
+    Phase("six people", 2304, stories.MAX_PEOPLE, 1.0, LATE, rate=0.3),
+    Phase("letters", 2704, stories.MAX_PEOPLE, 1.0, LETTERS, rate=0.3),
+    Phase("answers", 3000, stories.MAX_PEOPLE, 1.0, LATE, rate=0.3),
 )
 
 
@@ -81,9 +84,9 @@ class TrainConfig:
     """Everything that decides the weights besides the model's shape and the code."""
 
     seed: int = 20
-    n_steps: int = 2700
+    n_steps: int = 3000
     rise_steps: int = 100
-    decay_steps: int = 600
+    decay_steps: int = 300
     tokens_per_step: int = 3072
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
