@@ -211,11 +211,11 @@ def _write_folder(shape: Path, folder: Path, layers: int) -> None:
 
 def pack(run: Run) -> None:
     """All records in one file."""
-    path = run.out.with_suffix(".tar.gz")
+    path, records = run.out.with_suffix(".tar.gz"), sorted(run.out.rglob("*.json"))
     with tarfile.open(path, "w:gz") as archive:
-        for record in sorted(run.out.glob("*.json")):
-            archive.add(record, record.name)
-    print(f"{path}: {len(list(run.out.glob('*.json')))} records")
+        for record in records:
+            archive.add(record, str(record.relative_to(run.out)))
+    print(f"{path}: {len(records)} records")
 
 
 def check(run: Run) -> None:

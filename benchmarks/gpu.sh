@@ -14,7 +14,7 @@
 #   8b         Llama-3.1-8B shape and depth-pruned
 #   contexts   prompts of 2,048 and 16,384 tokens
 #   gptq       GPTQ of 2 layers of the 8B shape, 128 x 2,048 tokens, extrapolated
-#   pdl        the first rows again with programmatic dependent launch (HALVE_PDL=1), into RECORDS-pdl
+#   pdl        the first rows again with programmatic dependent launch (HALVE_PDL=1), into RECORDS/pdl
 #   check      pruned rows' peak memory is below that of the rows they were made from
 #   pack       all records in one file, RECORDS.tar.gz
 # HALVE_GPU_DEVICE=cpu HALVE_GPU_SHAPE=tiny tries a step without a GPU (TRITON_INTERPRET=1: with the kernels interpreted).
@@ -33,10 +33,7 @@ run() { timeout 470 "$python" "$root/benchmarks/gpu.py" "$1" --out "$2" --device
 case $step in
     compile) [ -f "$records/compile.json" ] || "$python" "$root/benchmarks/gpu_compile.py" --out "$records/compile.json" ;;
     tests) cd "$root" && timeout 470 "$python" -m pytest -p no:cacheprovider tests/kernels/test_triton.py tests/test_cuda_decode.py ;;
-    pdl)
-        [ "$records" -ef "$records-pdl" ] || mkdir -p "$records-pdl"
-        HALVE_PDL=1 run 3b "$records-pdl"
-        ;;
+    pdl) HALVE_PDL=1 run 3b "$records/pdl" ;;
     all) for each in compile tests verify tune kernels 3b 3b-pruned peers 8b contexts gptq pdl check pack; do bash "$0" "$each" "$records"; done ;;
     *) run "$step" "$records" ;;
 esac

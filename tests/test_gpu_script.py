@@ -52,5 +52,5 @@ def test_a_pruned_row_that_saves_no_memory_is_found(run: gpu.Run) -> None:
     for name, peak, baseline in (("whole", 100, None), ("better", 90, "whole"), ("worse", 100, "whole")):
         record = {"model": name, "peak_memory_bytes": peak, "baseline": baseline}
         (run.out / f"{name}.json").write_text(json.dumps(record))
-    with pytest.raises(SystemExit, match="did not go down: worse$"):
+    with pytest.raises(SystemExit, match=r"did not go down: worse$"):
         gpu.check(run)

@@ -71,7 +71,7 @@ def attend(
         q = tl.load(q_row + d[None, :], mask=q_ok, other=0.0).to(tl.float32)
         q_partner = tl.load(q_row + other[None, :], mask=q_ok, other=0.0).to(tl.float32)
         q = _rotated(q, q_partner, q_gain_ptr, cos, sin, d, other, d_ok, size, eps, QK_NORM)
-        q = (q * scale).to(keys_ptr.dtype.element_ty)
+        q = q.to(keys_ptr.dtype.element_ty)
         lines = (batch * kv_heads + group).to(tl.int64) * capacity * size
         if split == active - 1:
             # the stretch that holds the new slot stores it, and reads it back like the others
@@ -96,7 +96,7 @@ def attend(
             read = lines + slot[:, None] * size + d[None, :]
             ok = live[:, None] & d_ok[None, :]
             k = tl.load(keys_ptr + read, mask=ok, other=0.0)
-            score = tl.dot(q, tl.trans(k), input_precision="ieee")
+            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             score = tl.where(live[None, :], score, float("-inf"))
             higher = tl.maximum(top, tl.max(score, axis=1))
             shrink = tl.exp(top - higher)
