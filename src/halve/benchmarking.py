@@ -18,13 +18,13 @@ import torch
 
 from halve.checkpoint import DTYPES, check_device, compute_dtype
 from halve.errors import HalveError
+from halve.generation import decode_kernel
 from halve.kernels.cpu import load_library
 from halve.machine import bandwidth_gb_per_s, describe_device, last_level_cache_bytes
 from halve.model import Model
 from halve.profiling import profile_run
 from halve.progress import progress
 from halve.records import Record, check_output_path, new_record
-from halve.step import step_kernel
 from halve.subject import SYSTEM1_TOKENS, Placement, Settings, Subject, dtype_name
 from halve.timing import PassTimes, spread, step_floor_ms
 
@@ -76,6 +76,18 @@ def benchmark_side_by_side(
         raise HalveError(f"profiling takes a single model, {len(models)} were given: profile them one by one")
     check_device(placement.device)
     subjects = [Subject.open(model, settings, placement) for model in models]
+    command = command or _command([subject.name for subject in subjects], settings, placement)
+    return measure_subjects(subjects, settings, placement, command, profile_plot)
+
+
+def measure_subjects(
+    subjects: Sequence[Subject],
+    settings: Settings,
+    placement: Placement,
+    command: str,
+    profile_plot: Path | None = None,
+) -> list[Record]:
+    """Load, warm up and time subjects in turn; one record each. For `benchmark_side_by_side`, and scripts that make models."""
     with progress("benchmark", len(subjects) * (2 + settings.runs) + 2) as advance:
         for subject in subjects:
             subject.load(settings, placement)
@@ -92,7 +104,6 @@ def benchmark_side_by_side(
         # measured before and after, best taken: another program may have been at the memory bus for one of them
         bandwidth = max(bandwidth, bandwidth_gb_per_s(placement.device))
         advance(1)
-    command = command or _command([subject.name for subject in subjects], settings, placement)
     records = [make_record(subject, settings, placement, bandwidth, command) for subject in subjects]
     if profile_plot is not None:
         records[0]["profile"] = profile_run(
@@ -120,7 +131,7 @@ def make_record(subject: Subject, settings: Settings, placement: Placement, band
         dtype=dtype_name(compute_dtype(checkpoint, placement.dtype)),
         backend=placement.backend,
         kernels=dict(Counter(str(linear.kernel) for _, linear in model.linears())),
-        decode_kernel=step_kernel(model),
+        decode_kernel=decode_kernel(model),
         random_weights=placement.random_weights,
         batch=1,
         **(asdict(settings) | {"long_prompt_tokens": settings.long} | figures[settings.prompt_tokens]),
