@@ -297,7 +297,7 @@ def demo(
     if speeds is not None:
         print("\nSpeed at the shape of Llama-3.2-1B (random weights), from the records of this checkout:")
         speeds.print()
-    print(f"models, records and accuracy-size.png are in {out}")
+    print(f"models, records, accuracy-size.png and the page report.html are in {out}")
 
 
 @app.command()
