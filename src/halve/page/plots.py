@@ -88,7 +88,8 @@ def _svg(figure: Figure, description: str) -> str:
     text = re.sub(r'\bid="', f'id="{prefix}', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", text)
     text = text.replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
-    text = re.sub(r"font: (\d+\.?\d*)px [^;\"]*", r"font-size: \1px", text)
+    text = re.sub(r"font: (\d+\.?\d*)px [^;\"]*", r"font-size: \1px", text)  # the page's own fonts
+    text = re.sub(r"font-family: [^;\"]*; ?", "", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
 
 
