@@ -184,7 +184,7 @@ def _notes(found: Found, rows: list[Row], winner: Row | None) -> list[str]:
         what = "the lower end of its interval" if found.floor.lower_bound else "its accuracy"
         notes.append(
             f"the winner is NOT confirmed: on the held-out questions {what} is below the floor; the search picks what just "
-            "clears it, so chance alone does that often: ask for more with a higher floor or --floor-lower-bound"
+            "clears it, so luck is part of it: ask for more with a higher floor or --floor-lower-bound"
         )
     if winner is None:
         notes.append("no trial clears the floor")
