@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from halve import compress, load_tokenizer
 from halve.calibrate import make_windows, read_documents
-from halve.machine import resident_bytes
+from halve.machine import ask_for_huge_pages, resident_bytes
 from halve.records import new_record, write_record
 
 PEER = Path(__file__).resolve().parent / "peers" / "llm_compressor.py"
@@ -62,6 +62,7 @@ def make_model(folder: Path, layers: int, hidden: int, mlp: int, vocabulary: int
 def worker(request: dict[str, Any]) -> None:
     """One run of ours in this process; prints a JSON line."""
     torch.set_num_threads(request["threads"])
+    ask_for_huge_pages()  # as the command does
 
     def run() -> None:
         compress(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ import torch
 from halve.calibrate import Walk, make_windows, read_documents
 from halve.checkpoint import open_checkpoint
 from halve.errors import DataError
+from halve.tokenizer import load_tokenizer
 
 
 class Letters:
@@ -60,6 +65,10 @@ def test_documents_of_every_kind_of_file(tmp_path: Path) -> None:
     assert read_documents(tmp_path / "a.txt") == ["one", "two"]
     assert read_documents(tmp_path / "b.jsonl") == ["three", "four"]
     assert read_documents(race) == ["five"]
+    (tmp_path / "hub.jsonl").write_text(
+        "".join(json.dumps({"article": a, "question": q}) + "\n" for a, q in ("xy", "xz", "wz"))
+    )
+    assert read_documents(tmp_path / "hub.jsonl") == ["x", "w"]  # a question a line: the article is there once
 
 
 @pytest.mark.parametrize(
@@ -69,6 +78,7 @@ def test_documents_of_every_kind_of_file(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xfe\xfa", "not readable as UTF-8"),
         ("a.jsonl", b'{"text": "x"}\nnonsense\n', r"a\.jsonl:2: needs a JSON object"),
         ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1"),
+        ("a.jsonl", b'{"text": null}\n', r"a\.jsonl:1: .* must be a string, not NoneType"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -82,14 +92,56 @@ def test_unknown_name() -> None:
         read_documents("c5")
 
 
-def test_real_c4_sample_fills_its_windows(assets: Path) -> None:
-    from halve.tokenizer import load_tokenizer
+@pytest.mark.parametrize("name", ["c4", "wikitext2"])
+def test_named_sets_come_from_the_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Streamed from the training split of the set that is meant; empty rows, which wikitext is full of, are left out."""
+    asked: list[Any] = []
 
-    documents = read_documents(assets / "data" / "c4_sample_1000.jsonl")
+    def load_dataset(*args: Any, **options: Any) -> list[dict[str, Any]]:
+        asked.append((args, options))
+        return [{"text": "one"}, {"text": " "}, {"text": "two"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert read_documents(name) == ["one", "two"]
+    ((hub_id,), options) = asked[0]
+    assert hub_id in ("allenai/c4", "Salesforce/wikitext") and options["split"] == "train" and options["streaming"]
+
+
+def test_a_named_set_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nand much more")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=unreachable))
+    with pytest.raises(DataError, match=r"'c4' could not be fetched \(no route\): give a local file"):
+        read_documents("c4")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="needs the `datasets` package: pip install"):
+        read_documents("c4")
+
+
+@pytest.mark.parametrize(
+    ("source", "available"),
+    [
+        ("c4_sample_1000.jsonl", 1000),
+        ("tinystories_317.txt", 317),
+        ("race/race_high_dev.jsonl", 1021),
+        ("race/test_high_txt_sample", 40),
+    ],
+)
+def test_real_files_fill_their_windows(assets: Path, source: str, available: int) -> None:
+    """The record counts what was used: the documents drawn hold the tokens of the windows, one fewer would not."""
+    documents = read_documents(assets / "data" / source)
     tokenizer = load_tokenizer(assets / "models" / "stories260K")
-    calibration = make_windows(documents, tokenizer, 32, 512, 0, "c4")
-    assert calibration.windows.shape == (32, 512) and calibration.held_out.shape == (2, 512)
+    calibration = make_windows(documents, tokenizer, 32, 256, 0, source)
+    assert calibration.windows.shape == (32, 256) and calibration.held_out.shape == (1, 256)
     assert (calibration.windows[:, 0] == tokenizer.bos_id).all()
+    origin = calibration.origin
+    assert (origin["documents_available"], origin["windows"], origin["tokens"]) == (available, 32, 32 * 256)
+    order = list(range(available))
+    random.Random(0).shuffle(order)
+    used = order[: int(str(origin["documents_used"]))]
+    lengths = [len(tokenizer.encode(documents[i], bos=True)) for i in used]
+    assert sum(lengths[:-1]) - 1 < 33 * 255 <= sum(lengths) - 1  # the first BOS belongs to the window, not to the text
 
 
 @torch.inference_mode()

@@ -29,6 +29,7 @@ HUB_DATASETS = {
     "c4": ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "train", "text"),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
 }
+HELD_OUT_SHARE = 32  # calibration windows to one that is held out
 BATCH_TOKENS = 4096  # tokens sent through a block at once
 HELD_BYTES = 1 << 30  # activations kept between two stages of a block; windows beyond that are sent anew
 
@@ -68,9 +69,14 @@ def _json_documents(file: Path, text: str) -> list[str]:
             continue
         try:
             item = json.loads(line)
-            documents.append(item["text"] if "text" in item else item["article"])
+            document = item["text"] if "text" in item else item["article"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file}:{number}: needs a JSON object with `text` or `article` ({error!r})") from error
+        if not isinstance(document, str):
+            raise DataError(f"{file}:{number}: `text` or `article` must be a string, not {type(document).__name__}")
+        # RACE with a question a line repeats the article for each of them
+        if "text" in item or not documents or documents[-1] != document:
+            documents.append(document)
     return documents
 
 
@@ -104,14 +110,14 @@ def make_windows(
 ) -> Calibration:
     """Documents shuffled by `seed`, packed end to end, cut into windows that each begin with BOS.
 
-    A sixteenth as many windows again (at least one) is held out for judging. Too little text gives fewer windows, and
+    One window more for every HELD_OUT_SHARE (at least one) is held out for judging. Too little text gives fewer windows, and
     `origin` says so. Raises DataError when there is not enough for one window and one held out.
     """
     if samples < 1 or window < 2:
         raise DataError(f"samples={samples}, window={window}: need at least 1 sample and 2 tokens a window")
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
-    held = max(1, samples // 16)
+    held = max(1, samples // HELD_OUT_SHARE)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     body, stream, used = window - len(bos), [], 0
     for index in order:
@@ -125,7 +131,7 @@ def make_windows(
             f"calibration text {source!r} has {len(stream)} tokens: two windows of {window} need {2 * body}; "
             "use more text or a smaller --window"
         )
-    held = min(held, max(1, len(rows) // 16)) if len(rows) < samples + held else held
+    held = min(held, max(1, len(rows) // HELD_OUT_SHARE)) if len(rows) < samples + held else held
     tokens = torch.tensor(rows)
     taken = tokens[: len(rows) - held], tokens[len(rows) - held :]
     origin = {

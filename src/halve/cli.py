@@ -11,6 +11,7 @@ import typer
 
 import halve
 from halve.errors import HalveError
+from halve.machine import ask_for_huge_pages
 
 app = typer.Typer(
     name="halve",
@@ -345,6 +346,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 the input or the request is wrong, 1 anything else."""
+    ask_for_huge_pages()
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="halve", standalone_mode=False)
     except HalveError as error:

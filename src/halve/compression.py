@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import halve
-from halve.calibrate import BlockView, Calibration, Walk, make_windows, read_documents
+from halve.calibrate import HELD_OUT_SHARE, BlockView, Calibration, Walk, make_windows, read_documents
 from halve.checkpoint import Checkpoint, check_device, compute_dtype, find_model, open_checkpoint
 from halve.errors import CheckpointError, OutputError
 from halve.estimate import Estimate, estimate
@@ -99,7 +99,7 @@ def plan_recipe(request: Request) -> RecipePlan:
     other += sum(s.out_features * s.in_features for s in projection_linears(checkpoint.family, config)) * store.itemsize
     window = min(request.window, config.max_positions)
     passes = [(plan.before, method.calibrates) for plan, method in zip(plans, request.steps, strict=True)]
-    tokens = request.samples * window * 17 // 16  # a sixteenth more is held out
+    tokens = (request.samples + max(1, request.samples // HELD_OUT_SHARE)) * window
     cost = estimate(passes, tokens, _working_dtype(request, checkpoint).itemsize, request.device)
     return RecipePlan(checkpoint, plans, other, window, cost)
 
@@ -138,6 +138,8 @@ def compress(
             method, step = _resolve(request, source, windows, work, number)
             rows = _run_step(request, source, method, step, windows if method.calibrates else None, folder, number)
             reports.append(_report(asked, method, step, rows))
+            timed = [row for row in rows if "seconds" in row]
+            seconds += [{"linear": row["name"], "seconds": round(row["seconds"], 3)} for row in timed]
             manifest = _manifest(request, plan.checkpoint, reports, windows)
             _complete(folder, request, source, step, manifest)
         else:  # an interrupted run got this far
@@ -376,7 +378,7 @@ def _report(asked: Method, method: Method, step: StepPlan, rows: list[dict[str, 
         }
         if row.reason:
             line["reason"] = row.reason
-        linears.append(line | {k: v for k, v in measured.get(row.name, {}).items() if k != "name"})
+        linears.append(line | {k: v for k, v in measured.get(row.name, {}).items() if k not in ("name", "seconds")})
     return {
         **step_json(asked),
         **({} if asked == method else {"resolved": step_json(method)}),

@@ -18,6 +18,15 @@ _COPY_BUFFER_BYTES = 1024 * MIB
 _REPEATS = 5
 
 
+def ask_for_huge_pages() -> None:
+    """Let torch take memory for large tensors in pages of 2 MB where Linux grants them: far fewer page faults and misses.
+
+    An environment variable of torch's, read at its first large tensor; what the user has set stays. For programs, which
+    own their process: a library must not decide this.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 def describe_machine() -> dict[str, object]:
     """CPU model, cores this process may use, torch threads, RAM in bytes, system, and the GPU's name or None."""
     return {

@@ -242,9 +242,9 @@ class Block(nn.Module):
     def _hidden(self, x: Tensor) -> Tensor:
         if "gate_up_proj" in self.linears:
             gate, up = self.linears["gate_up_proj"](x).chunk(2, dim=-1)
-            return self.activation(gate) * up
+            return self.activation(gate).mul_(up)
         if self.config.gated:
-            return self.activation(self.linears["gate_proj"](x)) * self.linears["up_proj"](x)
+            return self.activation(self.linears["gate_proj"](x)).mul_(self.linears["up_proj"](x))
         return self.activation(self.linears["up_proj"](x))
 
     @property

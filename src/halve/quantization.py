@@ -85,10 +85,21 @@ def scale_and_zero(weight_ORG: Tensor, spec: QuantSpec, scale_dtype: torch.dtype
 
 def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
     """Nearest codes, as int8: round(w / scale) + zero, clamped. All shapes broadcast."""
-    q = (weight / scale.float()).round()
+    return _nearest(weight, scale, zero, spec).to(torch.int8)
+
+
+def nearest(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
+    """The numbers that the nearest codes stand for, float32: decode(encode(...)) without the codes themselves."""
+    q = _nearest(weight, scale, zero, spec)
+    return (q if zero is None else q.sub_(zero)).mul_(scale.float())
+
+
+def _nearest(weight: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Nearest codes as float32, in memory of their own."""
+    q = (weight / scale.float()).round_()
     if zero is not None:
-        q = q + zero
-    return q.clamp(spec.qmin, spec.qmax).to(torch.int8)
+        q += zero
+    return q.clamp_(spec.qmin, spec.qmax)
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:

@@ -12,6 +12,11 @@ from halve.quantization import QuantizedWeight
 SIBLINGS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
+def siblings(role: str) -> tuple[str, ...]:
+    """The linears that read what `role` reads, itself included."""
+    return next((names for names in SIBLINGS.values() if role in names), (role,))
+
+
 def merge_siblings(block: Block) -> None:
     """Replace linears that read the same input by one, when scheme and kept inputs agree and all outputs are kept."""
     for merged, names in SIBLINGS.items():

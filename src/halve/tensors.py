@@ -51,6 +51,9 @@ class SafetensorsFolder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._paths: dict[str, Path] = {}
+        self._finite: set[str] = (
+            set()
+        )  # found to be so: a large tensor is looked through once, however often it is read
         listing = self._listing() if shards is None else dict.fromkeys(shards)
         for path, expected in listing.items():
             names = self._open(path)
@@ -107,12 +110,13 @@ class SafetensorsFolder:
         # a mapping of its own for each tensor: what was read leaves memory with it
         with safe_open(self._paths[name], framework="pt") as handle:
             tensor = handle.get_tensor(name)
-        if not all_finite(tensor):
+        if name not in self._finite and not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
                 f"{self.folder}: {name} holds {bad} NaN or infinite values of {tensor.numel()}: "
                 "nothing can be computed with it, get an intact copy"
             )
+        self._finite.add(name)
         return tensor
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from halve.methods.gptq import Gptq, Hessian, gptq, quadratic
 from halve.plan import state_of
 from halve.quantization import QuantizedWeight, QuantSpec, quantize
 from halve.tokenizer import load_tokenizer
+from halve.writer import CheckpointWriter
 
 ALL_SPECS = [QuantSpec(b, g, s) for b in (2, 3, 4, 8) for g in (16, -1) for s in (True, False)]
 SPEC_IDS = [f"{s.bits}bit-g{s.group_size}-{'sym' if s.symmetric else 'asym'}" for s in ALL_SPECS]
@@ -228,6 +231,23 @@ def test_fewer_tokens_than_inputs_still_work() -> None:
     assert output_error(weight, made, x) < output_error(weight, quantize(weight, QuantSpec(4, 16)), x)
 
 
+def test_a_hessian_that_only_float64_can_factor_needs_no_damping(caplog: pytest.LogCaptureFixture) -> None:
+    """Blocks of integers that float32 holds exactly, with determinant 1 and an eigenvalue so near 0 that float32 rounding
+    loses its sign; that it is kept in all eight by chance is as good as impossible."""
+    generator, eye, blocks = torch.Generator().manual_seed(0), torch.eye(8, dtype=torch.float64), []
+    for _ in range(8):
+        drawn = torch.randint(-3, 4, (2, 8, 8), generator=generator).double()
+        root = (drawn[0].triu(1) + eye) @ (drawn[1].tril(-1) + eye)
+        blocks.append(root @ root.t())
+    exact = torch.block_diag(*blocks)
+    hessian = exact.float()
+    assert torch.equal(hessian.double(), exact) and torch.linalg.cholesky_ex(hessian)[1] > 0
+    with caplog.at_level(logging.WARNING):
+        made, info = gptq(weights(), hessian, QuantSpec(4, -1), damping=0.0, act_order=False)
+    assert info.damping == 0.0 and not caplog.records
+    assert torch.isfinite(made.dequantize()).all()
+
+
 def test_zero_damping_starts_small_when_it_must_grow() -> None:
     _, info = gptq(weights(), hessian_of(correlated(rows=5)), QuantSpec(4, 16), damping=0.0)
     assert 0 < info.damping <= 0.01
@@ -364,6 +384,16 @@ def test_a_group_that_does_not_divide(make_hf) -> None:
     assert sizes.pop("down_proj") == -1 and set(sizes.values()) == {32}
 
 
+def test_siblings_fall_back_together(make_hf) -> None:
+    """The 24 inputs left to k_proj do not divide by 16: q and v, which read the same, are per channel with it."""
+    folder = make_hf("llama")
+    state = state_of(open_checkpoint(folder), 4)
+    linears = {k: s.keeping(inputs=24) if k == (0, "k_proj") else s for k, s in state.linears.items()}
+    plan = Gptq(group_size=16, fallback="channel").plan(replace(state, linears=linears))
+    fallen = {row.name.split("layers.")[1] for row in plan.rows if "fallback" in row.action}
+    assert fallen == {f"0.self_attn.{role}" for role in ("q_proj", "k_proj", "v_proj")}
+
+
 @pytest.mark.parametrize("options", [{"damping": -1.0}, {"scale": "best"}, {"fallback": "no"}, {"bits": 6}])
 def test_bad_options_are_refused_when_the_recipe_is_read(options: dict) -> None:
     with pytest.raises(RecipeError):
@@ -404,11 +434,20 @@ def test_a_real_model_end_to_end(assets: Path, tmp_path: Path) -> None:
         compress(assets / "models" / MODELS[0], tmp_path / out, [STEP], calibration=text, samples=8, window=128)
     for file in (*sorted((tmp_path / "a").glob("*.safetensors")), tmp_path / "a" / "halve.json"):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
-    layers = json.loads((tmp_path / "a" / "halve.json").read_text())["steps"][0]["linears"]
+    manifest = json.loads((tmp_path / "a" / "halve.json").read_text())
+    used = manifest["calibration"]
+    assert (used["windows"], used["tokens"], used["held_out_tokens"]) == (8, 8 * 128, 128)
+    assert used["source"] == text.name and 0 < used["documents_used"] < used["documents_available"] == 317
+    layers = manifest["steps"][0]["linears"]
     touched = [row for row in layers if "output_error" in row]
     assert len(touched) == 35 and all(row["bytes_after"] < 0.2 * row["bytes_before"] for row in touched)
+    assert all(row["damping"] == 0.01 for row in touched)
     assert all(0 < row["output_error"] < 0.2 and 0 < row["held_out_output_error"] < 0.2 for row in touched)
     assert {row["action"] for row in touched} == {"int4 g32", "int4 per channel (fallback)"}
+    assert not any("seconds" in row for row in layers)  # equal runs are equal: times are in the log
+    log = [json.loads(line) for line in (tmp_path / "a" / "halve-log.jsonl").read_text().splitlines()]
+    assert [line["linear"] for line in log if "linear" in line] == [row["name"] for row in touched]
+    assert all(line["seconds"] >= 0 for line in log) and log[-1]["step"] == "gptq"
     tokens = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         ours = load_model(tmp_path / "a")(tokens)
@@ -416,6 +455,30 @@ def test_a_real_model_end_to_end(assets: Path, tmp_path: Path) -> None:
         dense = load_model(assets / "models" / MODELS[0])(tokens)
     assert (ours - theirs).norm() < 1e-5 * theirs.norm()
     assert 1e-3 < (ours - dense).norm() / dense.norm() < 0.2
+
+
+def test_an_interrupted_calibration_goes_on(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before the third of five blocks is written: the states are taken through the finished two, same bytes."""
+    write, written = CheckpointWriter.write, []
+
+    def interrupted(self: CheckpointWriter, part: int, *rest: Any) -> None:
+        if part == 2 and 2 not in written:
+            written.append(part)
+            raise KeyboardInterrupt
+        written.append(part)
+        write(self, part, *rest)
+
+    text, source = assets / "data" / "tinystories_317.txt", assets / "models" / MODELS[0]
+    compress(source, tmp_path / "whole", [STEP], calibration=text, samples=8, window=128)
+    monkeypatch.setattr(CheckpointWriter, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compress(source, tmp_path / "out", [STEP], calibration=text, samples=8, window=128)
+    compress(source, tmp_path / "out", [STEP], calibration=text, samples=8, window=128)
+    assert written == [0, 1, 2, 2, 3, 4, 5]
+    for file in (*sorted((tmp_path / "whole").glob("*.safetensors")), tmp_path / "whole" / "halve.json"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    log = (tmp_path / "out" / "halve-log.jsonl").read_text()
+    assert log.count('"linear"') == 35  # the times of the first blocks are those of the first run
 
 
 def test_the_head_of_a_tied_model(assets: Path, tmp_path: Path) -> None:

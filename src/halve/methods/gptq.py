@@ -11,6 +11,7 @@ Shape legend: O output features (rows), I input features (columns), G groups, N 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,20 +30,21 @@ from halve.quantization import (
     encode,
     fitting_group_sizes,
     from_codes,
+    nearest,
     scale_and_zero,
 )
 from halve.tensors import all_finite
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_ROWS = 512  # inputs that the held-out error of a linear is measured on
+HELD_OUT_ROWS = 256  # inputs that the held-out error of a linear is measured on
 MAX_DAMPING = 1.0  # of the mean diagonal; beyond it H is noise and the request is refused
 _LEAF = 16  # columns quantized one by one between two matrix products
 SCALES = ("minmax", "mse")
 _ROWS = 16384  # output rows solved at a time: bounds the float32 copies
 SHRINKS = tuple(1 - 0.05 * step for step in range(1, 9))  # shares of the full range that scale="mse" tries
 _SEARCH_ELEMENTS = 1 << 18  # weights whose range is searched at a time: the copies stay in the cache
-_TILE = 256  # columns of a tile of X^T X: only tiles on and above the diagonal are computed
+_TILE = 128  # columns of a tile on the diagonal of a symmetric matrix, of which half is computed
 
 
 class Hessian:
@@ -56,20 +58,31 @@ class Hessian:
         """Add inputs x [..., I]: half the work of a full product, since H is symmetric."""
         x = x.reshape(-1, x.shape[-1]).to(self._sum)
         self.tokens += x.shape[0]
-        for first in range(0, x.shape[1], _TILE):
-            tile = slice(first, first + _TILE)
-            self._sum[tile, first:].addmm_(x[:, tile].t(), x[:, first:])
+        for rows, columns in _upper_triangle(0, x.shape[1]):
+            self._sum[rows, columns].addmm_(x[:, rows].t(), x[:, columns])
 
     def value(self) -> Tensor:
         """H [I, I]; consumes the accumulator. Raises DataError when no token was added or an input was not finite."""
         if self.tokens == 0:
             raise DataError("no calibration token reached this layer: give at least one window of text")
         total = self._sum
-        for first in range(0, total.shape[0], _TILE):
-            tile, rest = slice(first, first + _TILE), slice(first + _TILE, None)
-            total[rest, tile] = total[tile, rest].t()
+        for rows, columns in _upper_triangle(0, total.shape[0]):
+            if rows != columns:
+                total[columns, rows] = total[rows, columns].t()
         del self._sum
         return total.mul_(2 / self.tokens)
+
+
+def _upper_triangle(low: int, high: int) -> Iterator[tuple[slice, slice]]:
+    """Tiles (rows, columns) that cover a square matrix on and above its diagonal, those off it as large as can be: matrix
+    products of large squares run at the highest rate."""
+    if high - low <= _TILE:
+        yield slice(low, high), slice(low, high)
+        return
+    middle = (low + high) // 2
+    yield from _upper_triangle(low, middle)
+    yield slice(low, middle), slice(middle, high)
+    yield from _upper_triangle(middle, high)
 
 
 @dataclass(frozen=True)
@@ -109,14 +122,19 @@ class Gptq:
             roles = [role for role in stage.roles if role in touched]
             if not roles:
                 continue
+            started = time.monotonic()
             linear = view.linears[roles[0]]
             assert isinstance(linear.weight, Tensor)
             accumulator = Hessian(linear.in_features, linear.weight.device)
             for x in stage.inputs(False):
                 accumulator.add(x)
             hessian = accumulator.value()
+            done = []
             for siblings in _siblings(view, plan, roles):
-                rows += self._quantize(view, view.spec(plan, siblings[0]), siblings, hessian, stage)
+                done += self._quantize(view, view.spec(plan, siblings[0]), siblings, hessian, stage)
+            for row in done:  # what they took together, their inputs and Hessian included, in equal parts
+                row["seconds"] = (time.monotonic() - started) / len(done)
+            rows += done
         return rows
 
     def _quantize(
@@ -243,14 +261,11 @@ def gptq(
 def quadratic(weight: Tensor, hessian: Tensor) -> Tensor:
     """w H w^T of every row w of weight [O, I], float64 [O]; half the work of a full product, since H is symmetric."""
     total = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
-    for first in range(0, hessian.shape[0], _TILE):
-        tile, rest = slice(first, first + _TILE), slice(first + _TILE, None)
-        part = weight[:, tile].float()
-        product = part @ hessian[tile, tile]
-        total += (product * part).sum(1)
-        if first + _TILE < hessian.shape[0]:  # the tiles on both sides of the diagonal are equal
-            torch.mm(weight[:, rest].float(), hessian[rest, tile], out=product)
-            total += 2 * (product * part).sum(1)
+    for rows, columns in _upper_triangle(0, hessian.shape[0]):
+        part = weight[:, rows].float() @ hessian[rows, columns]
+        part *= weight[:, columns]
+        # the tiles on both sides of the diagonal are equal
+        total += part.sum(1) if rows == columns else 2 * part.sum(1)
     return total
 
 
@@ -285,7 +300,7 @@ def _search(
     """The best of the candidate ranges for groups whose full ranges are `ends` [O, G, 2]."""
 
     def error(scale: Tensor, zero: Tensor | None) -> Tensor:
-        miss = decode(encode(grouped_COG, scale, zero, spec), scale, zero).sub_(grouped_COG)
+        miss = nearest(grouped_COG, scale, zero, spec).sub_(grouped_COG)
         return miss.square_().mul_(importance_COG).sum(0)
 
     least = error(scale, zero)
@@ -380,7 +395,8 @@ def _factor(hessian: Tensor, order: Tensor, damping: float, name: str) -> tuple[
         for dtype in (torch.float32, torch.float64):
             damped = hessian.index_select(0, order).index_select(1, order).to(dtype)
             damped.diagonal().add_(ridge)
-            factor, failed = torch.linalg.cholesky_ex(damped)
+            # its transpose, which is the same matrix, lies in memory as LAPACK reads it: the copy is several times faster
+            factor, failed = torch.linalg.cholesky_ex(damped.mT)
             if not failed and torch.isfinite(factor.sum()):
                 return factor.float(), ridge, damping
         grown = max(10 * damping, 1e-4)

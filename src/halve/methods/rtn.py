@@ -13,6 +13,7 @@ from halve.errors import RecipeError
 from halve.linear import Linear
 from halve.plan import Key, LinearState, ModelState, StepPlan, describe, finish, select
 from halve.quantization import QuantizedWeight, QuantSpec, fitting_group_sizes, quantize
+from halve.siblings import siblings
 
 
 @dataclass(frozen=True)
@@ -68,23 +69,25 @@ def plan_quantization(
 ) -> StepPlan:
     """The plan every quantizer shares: which linears, under which spec.
 
-    Raises RecipeError when the group size does not divide a layer's inputs and `fallback` is "error".
+    A layer whose inputs the group size does not divide is quantized per channel, and its siblings with it, since they
+    share a scheme; RecipeError when `fallback` is "error".
     """
     chosen, skipped = select(state, targets, ignore)
     changed: dict[Key, tuple[LinearState, str]] = {}
     for linear in chosen:
         if linear.spec is not None:
             skipped[linear.key] = f"already quantized ({describe(linear.spec)})"
-            continue
-        chosen_spec = spec
-        if not spec.divides(linear.kept_in):
-            if fallback == "error":
-                sizes = ", ".join(map(str, fitting_group_sizes(linear.kept_in)[:8]))
-                raise RecipeError(
-                    f"step {method}: group_size={spec.group_size} does not divide the {linear.kept_in} inputs of "
-                    f"{linear.name}: use a size that fits ({sizes}), -1 (per channel), or fallback=channel"
-                )
-            chosen_spec = QuantSpec(spec.bits, -1, spec.symmetric)
+    chosen = [linear for linear in chosen if linear.spec is None]
+    unfit = [linear for linear in chosen if not spec.divides(linear.kept_in)]
+    if unfit and fallback == "error":
+        sizes = ", ".join(map(str, fitting_group_sizes(unfit[0].kept_in)[:8]))
+        raise RecipeError(
+            f"step {method}: group_size={spec.group_size} does not divide the {unfit[0].kept_in} inputs of "
+            f"{unfit[0].name}: use a size that fits ({sizes}), -1 (per channel), or fallback=channel"
+        )
+    fallen = {(linear.shape.layer, sibling) for linear in unfit for sibling in siblings(linear.shape.role)}
+    for linear in chosen:
+        chosen_spec = QuantSpec(spec.bits, -1, spec.symmetric) if linear.key in fallen else spec
         note = describe(chosen_spec) + ("" if chosen_spec == spec else " (fallback)")
         changed[linear.key] = (linear.quantized(chosen_spec), note)
     return finish(method, state, changed, skipped)
