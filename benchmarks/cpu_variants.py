@@ -86,8 +86,8 @@ def _block(dense: Any, index: int, config: Any, layer: LayerConfig, variant: Var
         "gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width),
     }  # fmt: skip
     linears = {
-        role: _linear(*shape, variant.spec, 0.0 if role == "down_proj" else variant.inputs)
-        for role, shape in shapes.items()
+        role: _linear(rows, columns, variant.spec, 0.0 if role == "down_proj" else variant.inputs)
+        for role, (rows, columns) in shapes.items()
     }
     block = Block(config, layer, index, linears, dict(dense.norms.items()))
     merge_siblings(block)

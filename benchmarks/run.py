@@ -74,8 +74,9 @@ class Peer:
     process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(self.command, text=True, **pipes)
+        self.process = subprocess.Popen(
+            self.command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
         self.about = self._line()
 
     def measure(self) -> None:

@@ -90,9 +90,9 @@ def _torch_threads() -> tuple[int | None, int | None]:
         path = Path(torch.__file__).parent / "lib" / name
         if path.is_file():
             library = ctypes.CDLL(str(path))
-            found = [getattr(library, function, None) for function in ("GOMP_parallel", "omp_get_num_threads")]
-            if None not in found:
-                start, count = (ctypes.cast(f, ctypes.c_void_p).value for f in found)
+            names = ("GOMP_parallel", "omp_get_num_threads")
+            if all(hasattr(library, function) for function in names):
+                start, count = (ctypes.cast(getattr(library, f), ctypes.c_void_p).value for f in names)
                 return start, count
     return None, None
 
