@@ -72,7 +72,8 @@ EXAMS = (
 def demo(out: str | Path = "halve-demo", *, overwrite: bool = False) -> Comparison:
     """Make, examine and time every variant of the bundled model in the folder `out`; returns the table.
 
-    Writes `out`/models/*, `out`/records/*.json, `out`/accuracy-size.png and `out`/report.html. Takes minutes on two cores, needs no network.
+    Writes `out`/models/*, `out`/records/*.json, `out`/accuracy-size.png and `out`/report.html. Takes minutes on two cores,
+    needs no network.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
