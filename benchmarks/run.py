@@ -317,7 +317,6 @@ def main() -> int:
     """The program; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["cpu"])
-    parser.add_argument("--groups", help=argparse.SUPPRESS)
     parser.add_argument("--only", help="some of " + ", ".join((*VARIANTS, *PROGRAMS)))
     parser.add_argument("--llama-cpp", help="the Python of an environment with llama-cpp-python and gguf")
     parser.add_argument("--gguf", help="a folder for llama.cpp's models")
