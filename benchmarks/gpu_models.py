@@ -180,10 +180,10 @@ def step_error(row: Row, placement: Placement, steps: int = 3) -> tuple[float, s
     tokens = random_prompt(models[0], 20, seed=0)
     decoder = Decoder(models[1], [tokens], 64, Sampling())
     chosen = decoder.prefill()
-    for _ in range(steps if decoder._fast is not None else 0):
-        assert decoder._fast is not None
+    for _ in range(steps if decoder._captured is not None else 0):
+        assert decoder._captured is not None
         tokens = [*tokens, *chosen[0].tolist()]
         wanted = models[0](torch.tensor([tokens], device=placement.device))[0, -1].float()
         chosen = decoder.step(chosen)
-        worst = max(worst, float((decoder._fast.logits[0].float() - wanted).norm() / wanted.norm()))
+        worst = max(worst, float((decoder._captured.logits[0].float() - wanted).norm() / wanted.norm()))
     return worst, describe(models[1])

@@ -41,7 +41,7 @@ def check_steps(folder: Path, prompts: list[list[int]], steps: int = 2) -> Model
     model = load_model(folder, device=DEVICE, backend="triton", dtype=torch.float32)
     with torch.inference_mode():
         decoder = Decoder(model, prompts, 64, Sampling())
-        assert decoder._fast is not None, cuda_decode.describe(model)
+        assert decoder._captured is not None, cuda_decode.describe(model)
         rows = [list(prompt) for prompt in prompts]
         tokens = decoder.prefill()
         for _ in range(steps):
@@ -50,7 +50,7 @@ def check_steps(folder: Path, prompts: list[list[int]], steps: int = 2) -> Model
             tokens = decoder.step(tokens)
             for number, row in enumerate(rows):
                 wanted = reference(torch.tensor([row], device=DEVICE))[0, -1]
-                found = decoder._fast.logits[number]
+                found = decoder._captured.logits[number]
                 assert float((found - wanted).norm() / wanted.norm()) < 1e-4
                 assert int(tokens[number]) == int(wanted.argmax())
     return model
