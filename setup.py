@@ -2,13 +2,16 @@
 
 from setuptools import Extension, setup
 
+HEADERS = ("cpu", "cpu_avx2", "cpu_body", "cpu_layer", "cpu_undef", "threads")
+
 setup(
     ext_modules=[
         Extension(
             "halve.kernels._cpu",  # a plain library, loaded through ctypes by kernels/cpu.py
-            ["src/halve/kernels/csrc/cpu.c"],
-            depends=[f"src/halve/kernels/csrc/{name}.h" for name in ("cpu", "cpu_body", "cpu_avx2", "cpu_undef")],
+            [f"src/halve/kernels/csrc/{name}.c" for name in ("cpu", "step", "threads")],
+            depends=[f"src/halve/kernels/csrc/{name}.h" for name in HEADERS],
             extra_compile_args=["-std=gnu11", "-O3"],
+            libraries=["m"],
             optional=True,
         )
     ]

@@ -35,8 +35,7 @@ ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 def make_model(folder: Path, layers: int, hidden: int, mlp: int, vocabulary: int, text_tokens: int) -> None:
     """A float32 Llama folder with random weights, a tokenizer of one word per token, and text.txt of random words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -51,6 +50,14 @@ def make_model(folder: Path, layers: int, hidden: int, mlp: int, vocabulary: int
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    write_tokenizer_and_text(folder, vocabulary, text_tokens)
+
+
+def write_tokenizer_and_text(folder: Path, vocabulary: int, text_tokens: int) -> None:
+    """A tokenizer of one word per token, and text.txt of random words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = {f"w{index}": index for index in range(vocabulary)}
     inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -37,7 +37,7 @@ def make_weight(kind: QuantSpec | torch.dtype, columns: int, rows: int) -> torch
     """A random weight [rows, columns]; codes are drawn directly, since their values do not change the time."""
     if isinstance(kind, torch.dtype):
         return torch.randn(rows, columns).to(kind)
-    packed = torch.randint(-(2**31), 2**31, (rows, columns * kind.bits // 32), dtype=torch.int64).to(torch.int32)
+    packed = torch.randint(-(2**31), 2**31, (rows, -(-columns * kind.bits // 32)), dtype=torch.int64).to(torch.int32)
     groups = columns // kind.columns_per_group(columns)
     scale = torch.rand(rows, groups).bfloat16()
     zero = None if kind.symmetric else torch.randint(kind.qmin, kind.qmax, (rows, groups), dtype=torch.int8)

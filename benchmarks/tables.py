@@ -10,6 +10,7 @@ A table stands between two comments, of which the first says how it is made; pat
 
 `compare` is the table of `halve compare`, a row for each model; columns (optional) picks some by their CSV names.
 `figures` has one row for each record; columns="KEY: TITLE; ..." names the record's keys, with dots into nested ones.
+`reproduction` is a table of `halve reproduce`, columns="models" or "fractions".
 Several patterns are separated by spaces; files keep the order of the patterns, then of their names.
 """
 
@@ -27,6 +28,7 @@ from typing import Any
 from halve.comparison import MISSING, circumstances, compare, show_bytes, show_share
 from halve.errors import DataError, HalveError
 from halve.records import Record, read_record
+from halve.reproduction.tables import fraction_table, model_table
 
 ROOT = Path(__file__).resolve().parent.parent
 OPENING = re.compile(r"^<!-- table (?P<request>.*?) -->[ \t]*\n", re.MULTILINE)
@@ -98,7 +100,20 @@ def figures_table(records: list[Record], columns: str | None) -> str:
     return "".join(lines) + _footnotes(circumstances(records))
 
 
-KINDS: dict[str, Callable[[list[Record], str | None], str]] = {"compare": compare_table, "figures": figures_table}
+def reproduction_table(records: list[Record], columns: str | None) -> str:
+    """One of the two tables of a reproduction: columns="models" or columns="fractions"."""
+    kinds = {"models": model_table, "fractions": fraction_table}
+    if columns not in kinds or len(records) != 1 or records[0]["kind"] != "reproduction":
+        raise DataError(f"reproduction needs one record of halve reproduce and columns={' or '.join(kinds)}")
+    table = kinds[columns](records[0])
+    return table.markdown() + _footnotes(table.notes)
+
+
+KINDS: dict[str, Callable[[list[Record], str | None], str]] = {
+    "compare": compare_table,
+    "figures": figures_table,
+    "reproduction": reproduction_table,
+}
 
 
 def look_up(record: Record, key: str) -> Any:

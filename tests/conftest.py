@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+# read by Triton when it is imported: without a GPU its kernels run in its interpreter, on tensors of the CPU
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ASSETS = os.environ.get("HALVE_TEST_ASSETS")
 
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from halve import benchmarking as module
-from halve import machine, subject, timing
+from halve import machine, show, subject, timing
 from halve.benchmarking import Placement, Settings, benchmark, benchmark_side_by_side
 from halve.checkpoint import load_model
 from halve.errors import HalveError, OutputError
+from halve.kernels import cpu
 from halve.peak_memory import peak_memory
 from halve.profiling import memory_timeline
 from halve.records import read_record, write_record
@@ -235,6 +236,22 @@ def test_side_by_side_takes_turns_and_gives_ratios(
     assert second["side_by_side"]["models"] == [str(folder), str(other)]
     with pytest.raises(HalveError, match="single model, 2 were given"):
         benchmark_side_by_side([folder, other], settings, profile_plot=Path("x.png"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_it_says_when_there_are_no_c_kernels(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu.load_library.cache_clear()
+    monkeypatch.setenv("HALVE_NO_C", "1")
+    try:
+        record = benchmark(folder, prompt_tokens=8, new_tokens=3, runs=1, long_prompt_tokens=0)
+    finally:
+        cpu.load_library.cache_clear()
+    assert record["kernels"] == {"torch.linear": 13} and record["decode_kernel"].startswith("torch (")
+    show.benchmark(record)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "PyTorch's own operations ran" in line]
+    assert lines == ["  PyTorch's own operations ran: the C kernels are switched off by HALVE_NO_C"]
 
 
 @pytest.mark.usefixtures("quick")

@@ -143,6 +143,10 @@ def test_random_weights_from_a_config_alone(run, model: Path, tmp_path: Path) ->
         (["benchmark", "MODEL", "--prompt-tokens", "100"], "exceed the context"),
         (["generate", "MODEL", "--prompt", "x", "--top-p", "2"], "top_p=2.0"),
         (["compare", "none.json"], "none.json"),
+        (["fetch", "noslash"], "not a hub id"),
+        (["reproduce", "system9", "--model", "MODEL"], "system9"),
+        (["reproduce", "system1", "--model", "MODEL", "--out", "OUT"], "a context of 64 is too short"),
+        (["report", "none"], "no such folder"),
         (["frobnicate"], "frobnicate"),
         (["compress", "MODEL", "OUT", "--samples", "many"], "--samples"),
     ],
@@ -162,7 +166,10 @@ def test_wrong_requests_are_one_line_and_exit_code_2(
 def test_help_and_version(run) -> None:
     code, printed, _ = run("--help")
     assert code == 0
-    for command in ("compress", "evaluate", "benchmark", "generate", "compare", "demo", "convert", "steps", "layers"):
+    for command in (
+        *("compress", "evaluate", "benchmark", "generate", "compare", "demo", "convert", "steps", "layers"),
+        *("fetch", "reproduce", "report"),
+    ):
         assert command in printed
         assert run(command, "--help")[0] == 0
     assert run("--version")[1].strip() == __import__("halve").__version__

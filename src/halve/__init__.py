@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from halve.errors import HalveError
     from halve.evaluation import evaluate
     from halve.generation import generate, generate_text
+    from halve.hub import fetch
     from halve.layer_analysis import analyse_layers
+    from halve.page import write_page
+    from halve.reproduction import reproduce_system1
+    from halve.searching import search
     from halve.tokenizer import load_tokenizer
 
 # where each public name lives; imported on first use, so that `import halve` stays instant
@@ -28,12 +32,16 @@ _PUBLIC = {
     "compress": "compression",
     "convert": "conversion",
     "evaluate": "evaluation",
+    "fetch": "hub",
     "generate": "generation",
     "generate_text": "generation",
     "load_model": "checkpoint",
     "load_tokenizer": "tokenizer",
     "prune_linear": "dropin_prune",
     "quantize_linear": "dropin",
+    "reproduce_system1": "reproduction",
+    "search": "searching",
+    "write_page": "page",
 }
 __all__ = [
     "HalveError",
@@ -44,12 +52,16 @@ __all__ = [
     "compress",
     "convert",
     "evaluate",
+    "fetch",
     "generate",
     "generate_text",
     "load_model",
     "load_tokenizer",
     "prune_linear",
     "quantize_linear",
+    "reproduce_system1",
+    "search",
+    "write_page",
 ]
 
 

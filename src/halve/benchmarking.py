@@ -18,6 +18,8 @@ import torch
 
 from halve.checkpoint import DTYPES, check_device, compute_dtype
 from halve.errors import HalveError
+from halve.generation import decode_kernel
+from halve.kernels.cpu import load_library
 from halve.machine import bandwidth_gb_per_s, describe_device, last_level_cache_bytes
 from halve.model import Model
 from halve.profiling import profile_run
@@ -74,6 +76,18 @@ def benchmark_side_by_side(
         raise HalveError(f"profiling takes a single model, {len(models)} were given: profile them one by one")
     check_device(placement.device)
     subjects = [Subject.open(model, settings, placement) for model in models]
+    command = command or _command([subject.name for subject in subjects], settings, placement)
+    return measure_subjects(subjects, settings, placement, command, profile_plot)
+
+
+def measure_subjects(
+    subjects: Sequence[Subject],
+    settings: Settings,
+    placement: Placement,
+    command: str,
+    profile_plot: Path | None = None,
+) -> list[Record]:
+    """Load, warm up and time subjects in turn; one record each. For `benchmark_side_by_side`, and scripts that make models."""
     with progress("benchmark", len(subjects) * (2 + settings.runs) + 2) as advance:
         for subject in subjects:
             subject.load(settings, placement)
@@ -90,8 +104,7 @@ def benchmark_side_by_side(
         # measured before and after, best taken: another program may have been at the memory bus for one of them
         bandwidth = max(bandwidth, bandwidth_gb_per_s(placement.device))
         advance(1)
-    command = command or _command([subject.name for subject in subjects], settings, placement)
-    records = [_record(subject, settings, placement, bandwidth, command) for subject in subjects]
+    records = [make_record(subject, settings, placement, bandwidth, command) for subject in subjects]
     if profile_plot is not None:
         records[0]["profile"] = profile_run(
             subjects[0].model, settings.prompt_tokens, settings.new_tokens, settings.seed, profile_plot
@@ -101,7 +114,8 @@ def benchmark_side_by_side(
     return records
 
 
-def _record(subject: Subject, settings: Settings, placement: Placement, bandwidth: float, command: str) -> Record:
+def make_record(subject: Subject, settings: Settings, placement: Placement, bandwidth: float, command: str) -> Record:
+    """The record of a measured subject; `bandwidth` in GB/s, measured in the same run."""
     model, checkpoint = subject.model, subject.checkpoint
     figures = {
         prompt_tokens: _speed(model, prompt_tokens, settings.new_tokens, times, bandwidth)
@@ -117,6 +131,7 @@ def _record(subject: Subject, settings: Settings, placement: Placement, bandwidt
         dtype=dtype_name(compute_dtype(checkpoint, placement.dtype)),
         backend=placement.backend,
         kernels=dict(Counter(str(linear.kernel) for _, linear in model.linears())),
+        decode_kernel=decode_kernel(model),
         random_weights=placement.random_weights,
         batch=1,
         **(asdict(settings) | {"long_prompt_tokens": settings.long} | figures[settings.prompt_tokens]),
@@ -197,7 +212,10 @@ def _notes(subject: Subject, placement: Placement) -> list[str]:
     if placement.device.startswith("cuda"):
         notes.append("peak memory is the allocator's; it includes loading")
         return notes
-    notes.append("peak memory is the resident memory of a separate process, Python and PyTorch included")
+    if "peak" in subject.memory:
+        notes.append("peak memory is the resident memory of a separate process, Python and PyTorch included")
+    if isinstance(reason := load_library(), str):
+        notes.append(f"PyTorch's own operations ran: {reason}")
     cache = last_level_cache_bytes()
     if model.step_bytes() < cache:
         notes.append(

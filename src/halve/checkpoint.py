@@ -15,6 +15,7 @@ from halve import families
 from halve.errors import CheckpointError, HalveError, UnsupportedModelError
 from halve.families import Family, LinearShape
 from halve.formats_gptq import GptqTensors
+from halve.hub import fetch
 from halve.linear import Linear
 from halve.model import Block, Model, ModelConfig, Norm
 from halve.quantization import QuantizedWeight, QuantSpec, unpack_zero
@@ -37,29 +38,14 @@ _LINEAR_PARTS = (
 )
 
 
-def find_model(model: str | Path) -> Path:
+def find_model(model: str | Path, *, weights: bool = True) -> Path:
     """The local folder of `model`: a folder, a config.json, or a hub id (downloaded once into the hub's cache)."""
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".json":
             raise CheckpointError(f"{path}: is a file: give the model's folder, or its config.json with random weights")
         return path.parent
-    if path.is_dir():
-        return path
-    text = str(model)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")) or text.endswith("/"):
-        raise CheckpointError(f"{text}: no such folder, and not a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(text, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{text}: no such folder, and the hub gave nothing ({reason}): check the name, the network and your access"
-        ) from error
+    return path if path.is_dir() else fetch(str(model), weights=weights)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -270,7 +256,7 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
     With `random_weights` only config.json is read and tensors are made up (in `dtype`, default bfloat16).
     Raises CheckpointError or UnsupportedModelError.
     """
-    folder = find_model(model)
+    folder = find_model(model, weights=not random_weights)
     raw = read_json(folder / "config.json")
     family, config = families.parse_config(raw, str(folder / "config.json"))
     if random_weights:

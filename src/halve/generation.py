@@ -12,8 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from halve import cuda_decode
 from halve.errors import DataError, HalveError
+from halve.kernels import triton_backend
 from halve.model import KVCache, Model
+from halve.step import StepPlan, step_kernel
 
 OnToken = Callable[[int, int], None]  # (row, token id), as soon as the token is known
 
@@ -56,7 +59,13 @@ class Decoder:
 
     def __init__(self, model: Model, prompts: Sequence[Sequence[int]], capacity: int, sampling: Sampling) -> None:
         self.model, self.prompts, self.sampling = model, prompts, sampling
-        self.cache: KVCache = model.new_cache(len(prompts), capacity)
+        self._captured = cuda_decode.acquire(model, len(prompts), capacity)
+        if self._captured is None:
+            self.cache: KVCache = model.new_cache(len(prompts), capacity)
+        else:
+            self.cache = self._captured.cache
+            self._captured.hold(self)
+        self._step = StepPlan.make(model, self.cache) if self._captured is None else None
         self._generators: list[torch.Generator] = []
         if not sampling.greedy:
             for row in range(len(prompts)):
@@ -79,16 +88,25 @@ class Decoder:
 
     def step(self, tokens_B1: Tensor) -> Tensor:
         """Feed the tokens chosen last, int64 [B, 1]; returns the next ones."""
+        if self._captured is not None:
+            return self._captured.step(tokens_B1, None if self.sampling.greedy else self._choose)
         lengths = self.cache.lengths
         if not isinstance(lengths, int):
             # only a finished row can stand at the end: it keeps rewriting the last slot until the others are done
             lengths.clamp_(max=self.cache.capacity - 1)
-        return self._choose(self.model(tokens_B1, self.cache)[:, 0])
+        logits_BV = self.model(tokens_B1, self.cache)[:, 0] if self._step is None else self._step(tokens_B1)
+        return self._choose(logits_BV)
 
     def _choose(self, logits_BV: Tensor) -> Tensor:
         if self.sampling.greedy:
             return logits_BV.argmax(-1, keepdim=True)
         return sample(logits_BV.float(), self.sampling, self._generators).unsqueeze(1)
+
+
+def decode_kernel(model: Model) -> str:
+    """What runs the decode steps of this model: one call into C, fused GPU kernels, or its own operations and why."""
+    on_gpu = model.device.type == "cuda" or triton_backend.INTERPRETED
+    return cuda_decode.describe(model) if on_gpu else step_kernel(model)
 
 
 def sample(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:

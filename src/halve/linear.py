@@ -49,6 +49,11 @@ class Linear(nn.Module):
         return isinstance(self.weight, QuantizedWeight)
 
     @property
+    def matmul(self) -> kernels.Matmul | None:
+        """The product that serves this layer, None while none is chosen."""
+        return self._matmul
+
+    @property
     def kernel(self) -> str | None:
         """Name of the kernel that serves this layer, None while none is chosen."""
         return None if self._matmul is None else self._matmul.kernel

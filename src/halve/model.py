@@ -92,7 +92,7 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        self.capacity = capacity
+        self.batch, self.capacity = batch, capacity
         self.lengths: int | Tensor = 0
         self.layers: list[tuple[Tensor, Tensor] | None] = []
         for layer in config.layers:
@@ -104,7 +104,7 @@ class KVCache:
         """A copy of a one-row cache for `batch` continuations of up to `extra` tokens each."""
         assert isinstance(self.lengths, int)
         live, grown = self.lengths, object.__new__(KVCache)
-        grown.capacity, grown.lengths, grown.layers = live + extra, live, []
+        grown.batch, grown.capacity, grown.lengths, grown.layers = batch, live + extra, live, []
         for pair in self.layers:
             if pair is None:
                 grown.layers.append(None)

@@ -111,6 +111,20 @@ def step_json(method: Method) -> dict[str, Any]:
     return {"step": method.name, **options}
 
 
+def step_text(method: Method, **instead: str) -> str:
+    """A step as one would write it: the options that are not the defaults; `instead` stands for the values of some."""
+    assert dataclasses.is_dataclass(method) and not isinstance(method, type)
+    parts = []
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if field.name in instead:
+            parts.append(f"{field.name}={instead[field.name]}")
+        elif value != field.default:
+            text = "|".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+            parts.append(f"{field.name}={text}")
+    return method.name + (":" if parts else "") + ",".join(parts)
+
+
 def as_steps(steps: Sequence[str | Method]) -> list[Method]:
     """Methods, those given as text parsed."""
     parsed = [parse_step(s) if isinstance(s, str) else s for s in steps]

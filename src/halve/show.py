@@ -10,9 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from halve.compression import RecipePlan, Result
     from halve.methods import Method
     from halve.plan import StepPlan
+    from halve.reproduction.needs import Needs
 
 
 def size(count: float) -> str:
@@ -76,6 +79,14 @@ def _text(default: object) -> str:
     return "|".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
 
 
+def needs(what: Needs) -> None:
+    """Memory, disk and time of a study, before it begins."""
+    print(
+        f"needs about {size(what.memory_bytes)} of memory ({size(what.together_bytes)} to time all models side by side), "
+        f"{size(what.disk_bytes)} of disk, and at most about {duration(what.seconds)}"
+    )
+
+
 def result(done: Result) -> None:
     """What every step left of the linears, where the result is, and what is worth knowing about it."""
     console = Console()
@@ -120,6 +131,50 @@ def benchmark(record: dict[str, Any]) -> None:
     print(
         f"  memory    {'peak not measured' if peak is None else size(peak) + ' peak'}, {size(record['weight_bytes'])} weights"
     )
-    print("  kernels   " + ", ".join(f"{name} x{count}" for name, count in record["kernels"].items()))
+    kernels = ", ".join(f"{name} x{count}" for name, count in record["kernels"].items())
+    print(f"  kernels   {kernels}; decode {record['decode_kernel']}")
+    for note in record["notes"]:
+        if note.startswith("PyTorch's own operations ran"):
+            print(f"  {note}")
     for what, why in record.get("not_measured", {}).items():
         print(f"  not measured: {what} ({why})")
+
+
+def trial(row: dict[str, Any]) -> None:
+    """One line as a trial of a search is measured."""
+    verdict = "clears the floor" if row["feasible"] else "below the floor"
+    print(f"{_point(row)}: accuracy {row['accuracy']:.1%}, {size(row['bytes'])}, {verdict}", flush=True)
+
+
+def search(record: dict[str, Any], out: Path) -> None:
+    """The Pareto front of a search, its winner, and what there is to know about it."""
+    console, objective = Console(), record["objective"]
+    table = Table(title=f"{len(record['trials'])} trials; none is better in both", title_justify="left")
+    for title in (
+        "recipe",
+        "accuracy",
+        objective if objective == "decode_ms" else objective.replace("_", " "),
+        "floor",
+    ):
+        table.add_column(title, justify="left" if title == "recipe" else "right")
+    for row in record["pareto"]:
+        shown = f"{row['objective']:.2f}" if objective == "decode_ms" else size(row["objective"])
+        table.add_row(_point(row), f"{row['accuracy']:.1%}", shown, "yes" if row["feasible"] else "no")
+    console.print(table)
+    winner, dense = record["winner"], record["dense"]
+    low, high = winner["held_out_accuracy_ci95"]
+    print(
+        f"winner: {_point(winner)}: {size(winner['bytes'])}, {winner['bytes_share']:.0%} of the dense model; "
+        f"accuracy {winner['held_out_accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
+        f"{record['held_out_data']['questions']} questions no trial has seen, dense {dense['held_out_accuracy']:.1%}: "
+        f"{'confirmed' if winner['confirmed'] else 'NOT confirmed'} above {record['floor']['held_out_accuracy']:.1%}"
+    )
+    for note in record["notes"]:
+        print(f"note: {note}")
+    print(
+        f"the winner is in {out / 'winner'}, everything measured in {out / 'search.json'}, the plot in {out / 'pareto.png'}"
+    )
+
+
+def _point(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value:g}" for name, value in row["parameters"].items())

@@ -160,7 +160,8 @@ def test_the_stored_form_can_be_had_back(matmul: type[CpuMatmul], bits: int) -> 
 def test_tiles_of_expanded_weights(matmul: type[CpuMatmul], monkeypatch: pytest.MonkeyPatch) -> None:
     # the way of processors with bfloat16 units; rounding the weights to bfloat16 adds as much error as rounding y
     torch.manual_seed(0)
-    monkeypatch.setattr(cpu.load_library(matmul.isa), "bf16_units", True)
+    for units in ("has_bf16", "has_tiles"):
+        monkeypatch.setattr(cpu.load_library(matmul.isa), units, True)
     monkeypatch.setattr(cpu, "_TILE_BYTES", 4 * 96 * 32)  # 32 of the 37 rows, then 5
     weights: list[Tensor | QuantizedWeight] = [torch.randn(OUT, 96), torch.randn(OUT, 96).bfloat16()]
     whole = quantize(torch.randn(OUT, 128), QuantSpec(4, 32, symmetric=False))

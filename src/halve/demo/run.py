@@ -18,6 +18,7 @@ from halve.compression import compress
 from halve.errors import OutputError
 from halve.evaluation import evaluate
 from halve.machine import usable_cores
+from halve.page import write_page
 from halve.progress import progress
 from halve.records import Record, checkpoint_recipe, new_record, read_records, write_record
 from halve.tokenizer import load_tokenizer
@@ -71,7 +72,8 @@ EXAMS = (
 def demo(out: str | Path = "halve-demo", *, overwrite: bool = False) -> Comparison:
     """Make, examine and time every variant of the bundled model in the folder `out`; returns the table.
 
-    Writes `out`/models/*, `out`/records/*.json and `out`/accuracy-size.png. Takes minutes on two cores, needs no network.
+    Writes `out`/models/*, `out`/records/*.json, `out`/accuracy-size.png and `out`/report.html. Takes minutes on two cores,
+    needs no network.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -98,6 +100,7 @@ def demo(out: str | Path = "halve-demo", *, overwrite: bool = False) -> Comparis
     made = read_records([records])
     table = compare(sorted(made, key=lambda r: [m.name for m in models].index(r["model"]))).only(COLUMNS)
     plot(made, out / "accuracy-size.png")
+    write_page(out, title="The bundled reader, compressed")
     return table
 
 
@@ -160,5 +163,5 @@ def plot(records: list[Record], path: Path) -> None:
 
 def speed_table() -> Comparison | None:
     """The records of the Llama-3.2-1B shape on CPU, where this checkout has them."""
-    paths = sorted(SPEED_RECORDS.glob("cpu-1b-*.json")) if SPEED_RECORDS.is_dir() else []
+    paths = sorted(SPEED_RECORDS.glob("cpu/*.json")) if SPEED_RECORDS.is_dir() else []
     return compare(read_records(paths)) if paths else None

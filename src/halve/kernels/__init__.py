@@ -14,6 +14,7 @@ from torch import Tensor
 from halve.errors import HalveError
 from halve.kernels.cpu import CpuMatmul
 from halve.kernels.reference import ReferenceMatmul
+from halve.kernels.triton_backend import TritonMatmul
 from halve.quantization import QuantizedWeight
 
 
@@ -36,7 +37,7 @@ class Matmul(Protocol):
 
 
 # best first: "auto" takes the first that serves the weight
-BACKENDS: dict[str, type[Matmul]] = {"cpu": CpuMatmul, "reference": ReferenceMatmul}
+BACKENDS: dict[str, type[Matmul]] = {"cpu": CpuMatmul, "triton": TritonMatmul, "reference": ReferenceMatmul}
 
 
 def select(name: str, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Matmul:

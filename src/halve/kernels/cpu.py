@@ -26,7 +26,7 @@ ROWS = 16  # output rows in a block
 MAX_SEGMENT = 128  # columns under one scale of x
 MAX_ROWS = 16  # rows of x beyond which torch's matmul takes over, where it is faster (see CpuMatmul)
 _TILE_BYTES = 4 << 20  # expanded weights at a time: small against the cache, large enough for torch's matmul
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 
 
@@ -59,10 +59,11 @@ class Library:
         library.halve_cpu_name.restype = ctypes.c_char_p
         library.halve_cpu_name.argtypes = [pointer]
         self.isa: str = library.halve_cpu_name(self.kernels).decode()
-        library.halve_cpu_set_threads.argtypes = [pointer]
+        library.halve_cpu_set_threads.argtypes = [pointer, pointer]
         library.halve_cpu_set_threads.restype = None
-        library.halve_cpu_set_threads(_torch_parallel())
-        self.bf16_units = bool(library.halve_cpu_bf16_units())
+        library.halve_cpu_set_threads(*_torch_threads())
+        self.functions = library
+        self.has_bf16, self.has_tiles = bool(library.halve_cpu_has_bf16()), bool(library.halve_cpu_has_tiles())
         self.multiply = library.halve_cpu_multiply
         self.multiply.argtypes = [pointer, pointer, pointer, integer, ctypes.c_int]
         self.expand = library.halve_cpu_expand
@@ -71,19 +72,29 @@ class Library:
         self.pack = library.halve_cpu_pack
         self.pack.argtypes = [pointer, pointer, integer, ctypes.c_int, pointer]
         self.pack.restype = None
+        self._large_pages = library.halve_cpu_large_pages
+        self._large_pages.argtypes = [pointer, integer, ctypes.c_int]
+        self._large_pages.restype = None
+
+    def large_pages(self, tensor: Tensor, held: bool) -> None:
+        """Put memory that every step reads on large pages where the system can; `held`: it has contents already."""
+        self._large_pages(tensor.data_ptr(), tensor.nbytes, held)
 
 
-def _torch_parallel() -> int | None:
-    """Address of the function that starts the threads of torch's own OpenMP runtime, or None: one thread.
+def _torch_threads() -> tuple[int | None, int | None]:
+    """Addresses of the functions that start and count the threads of torch's own OpenMP runtime, or None: one thread.
 
     A second runtime would bring a second pool, whose idle threads spin on the cores the first one needs.
     """
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         path = Path(torch.__file__).parent / "lib" / name
         if path.is_file():
-            function = getattr(ctypes.CDLL(str(path)), "GOMP_parallel", None)
-            return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
-    return None
+            library = ctypes.CDLL(str(path))
+            names = ("GOMP_parallel", "omp_get_num_threads")
+            if all(hasattr(library, function) for function in names):
+                start, count = (ctypes.cast(getattr(library, f), ctypes.c_void_p).value for f in names)
+                return start, count
+    return None, None
 
 
 @functools.cache
@@ -112,13 +123,14 @@ class BlockedWeight(QuantizedWeight):
         rows, columns = weight.out_features, int(segment_end[-1]) * (32 // stored_bits)
         blocks = -(-rows // ROWS)
         scale = weight.scale
-        if scale.dtype not in _KINDS or (scale.dtype == torch.float16 and library.isa == "generic"):
+        if scale.dtype not in KINDS or (scale.dtype == torch.float16 and library.isa == "generic"):
             scale = scale.float()
         offset = 1 << (weight.spec.bits - 1)
         zeros = None
         if weight.zero is not None:
             zeros = _in_blocks((weight.zero.to(torch.int16) + offset).to(torch.uint8))
         codes = torch.empty(blocks, columns * stored_bits // 32, ROWS, dtype=torch.int32)
+        library.large_pages(codes, held=False)
         self.__dict__.update(  # not by assignment: frozen, like its base
             spec=weight.spec,
             in_features=weight.in_features,
@@ -161,7 +173,7 @@ class BlockedWeight(QuantizedWeight):
         assert blocks * ROWS >= self.row_count
         numbers = (self.row_count, self.in_features, columns, words, groups, segments)
         offset = 1 << (self.spec.bits - 1)
-        return _Weight(*pointers, *numbers, self.stored_bits, offset, _KINDS[self.block_scales.dtype], 0)
+        return _Weight(*pointers, *numbers, self.stored_bits, offset, KINDS[self.block_scales.dtype], 0)
 
     @property
     def out_features(self) -> int:
@@ -251,9 +263,9 @@ def _segments(weight: QuantizedWeight, per_word: int) -> tuple[Tensor | None, Te
 class CpuMatmul:
     """Packed and dense weights on the CPU through the C library.
 
-    Many rows of x go to torch's matmul for float32 weights, and for all weights (expanded tile by tile) where the
-    processor has units for bfloat16 products. Elsewhere the C kernels are faster for any number of rows: their integer
-    products outrun float32 ones, and torch's bfloat16 is slower still.
+    Many rows of x go to torch's matmul for float32, for dense bfloat16 weights where the processor has instructions for
+    their products, and for packed ones (expanded tile by tile) where it has matrix units. Elsewhere the C kernels are
+    faster for any number of rows: their integer products are as fast as bfloat16 ones and need no expanding.
     """
 
     isa: str | None = None  # None: the best one of this processor; tests choose others
@@ -261,23 +273,26 @@ class CpuMatmul:
     def __init__(self, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> None:
         library = load_library(self.isa)
         assert isinstance(library, Library), library
-        self._library = library
+        self.library = library
         if isinstance(weight, Tensor):
             self.weight: Tensor | QuantizedWeight = weight.contiguous()
+            library.large_pages(self.weight, held=True)
             rows, columns = weight.shape
             numbers = (rows, columns, columns, 0, 0, 0)
             self._plan = _Weight(
-                library.kernels, self.weight.data_ptr(), *[None] * 5, *numbers, 0, 0, 0, _KINDS[weight.dtype]
+                library.kernels, self.weight.data_ptr(), *[None] * 5, *numbers, 0, 0, 0, KINDS[weight.dtype]
             )
             self.kernel = f"{library.isa}-{'bf16' if weight.dtype == torch.bfloat16 else 'fp32'}"
         else:
             self.weight = BlockedWeight(weight, library)
             self._plan = self.weight.describe()
             self.kernel = f"{library.isa}-int{weight.spec.bits}"
-        self._address = ctypes.addressof(self._plan)
+        self.address = ctypes.addressof(self._plan)  # of a weight_t, valid as long as this object lives
         self._rows, self._columns = self.weight.shape
+        self.columns, self.segments = int(self._plan.columns), int(self._plan.segments)  # as stored
         # float32 was asked for to be exact: beyond a few rows packed weights are then expanded, not met as integers
-        self._most = MAX_ROWS if dtype == torch.float32 or library.bf16_units else sys.maxsize
+        torch_is_faster = library.has_bf16 if isinstance(weight, Tensor) else library.has_tiles
+        self._most = MAX_ROWS if dtype == torch.float32 or torch_is_faster else sys.maxsize
 
     @classmethod
     def serves(cls, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> str | None:
@@ -300,7 +315,7 @@ class CpuMatmul:
             return self._by_tiles(x)
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self._rows))
-        if self._library.multiply(self._address, x.data_ptr(), y.data_ptr(), count, _KINDS[x.dtype]):
+        if self.library.multiply(self.address, x.data_ptr(), y.data_ptr(), count, KINDS[x.dtype]):
             raise MemoryError("no memory left for the scratch space of a product")
         return y
 
@@ -320,8 +335,8 @@ class CpuMatmul:
                 columns = tile[:size].copy_(self.weight[first : first + size]).t()
             else:
                 blocks = -(-size // ROWS)
-                kind = _KINDS[x.dtype]
-                self._library.expand(self._address, first // ROWS, blocks, kind, tile.data_ptr(), tile_rows)
+                kind = KINDS[x.dtype]
+                self.library.expand(self.address, first // ROWS, blocks, kind, tile.data_ptr(), tile_rows)
                 columns = tile[:, :size]
             y[:, first : first + size] = rows_of_x @ columns
         return y.view(*x.shape[:-1], self._rows)

@@ -1,13 +1,18 @@
-/* Instruction sets, threads and the functions that cpu.py calls. The kernels are in cpu_body.h, the layout in cpu.h.
+/* Instruction sets and the functions that cpu.py calls. The kernels are in cpu_body.h, the layout in cpu.h.
 
    Needs GNU C (gcc or clang): vector extensions and `target` attributes. One object serves every processor of its
    architecture; halve_cpu_kernels picks among what was compiled. */
 
 #include "cpu.h"
 
-#include <stdatomic.h>
+#include "threads.h"
+
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
@@ -67,7 +72,9 @@ INLINE i32x4 low_halves(i32x4 v) { return (i32x4)((u32x4)v << 16) >> 16; }
 #define MUL_F(a, b) ((a) * (b))
 #define ADD_F(a, b) ((a) + (b))
 #define SUB_F(a, b) ((a) - (b))
+#define SUM_F(a) (((a)[0] + (a)[1]) + ((a)[2] + (a)[3]))
 #include "cpu_body.h"
+#include "cpu_layer.h"
 #include "cpu_undef.h"
 
 #if defined(__x86_64__)
@@ -76,12 +83,19 @@ INLINE i32x4 low_halves(i32x4 v) { return (i32x4)((u32x4)v << 16) >> 16; }
 
 /* ---- x86 with AVX2, FMA and F16C (2013 on) ---- */
 
+__attribute__((target("avx2"))) INLINE float sum_f32x8(__m256 v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
 #define ISA avx2
 #define NAME "avx2"
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #include "cpu_avx2.h"
 #define DOT(acc, a, b) _mm256_add_epi32(acc, _mm256_madd_epi16(a, b))
 #include "cpu_body.h"
+#include "cpu_layer.h"
 #include "cpu_undef.h"
 
 #if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
@@ -92,6 +106,7 @@ INLINE i32x4 low_halves(i32x4 v) { return (i32x4)((u32x4)v << 16) >> 16; }
 #include "cpu_avx2.h"
 #define DOT(acc, a, b) _mm256_dpwssd_avx_epi32(acc, a, b)
 #include "cpu_body.h"
+#include "cpu_layer.h"
 #include "cpu_undef.h"
 #endif
 
@@ -101,7 +116,7 @@ INLINE i32x4 low_halves(i32x4 v) { return (i32x4)((u32x4)v << 16) >> 16; }
 #define NAME "avx512-vnni"
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")))
 #define LANES 16
-#define PASS 4
+#define PASS 8
 #define VI __m512i
 #define VF __m512
 #define LOAD(p) _mm512_loadu_si512(p)
@@ -128,44 +143,11 @@ INLINE i32x4 low_halves(i32x4 v) { return (i32x4)((u32x4)v << 16) >> 16; }
 #define MUL_F(a, b) _mm512_mul_ps(a, b)
 #define ADD_F(a, b) _mm512_add_ps(a, b)
 #define SUB_F(a, b) _mm512_sub_ps(a, b)
+#define SUM_F(a) _mm512_reduce_add_ps(a)
 #include "cpu_body.h"
+#include "cpu_layer.h"
 #include "cpu_undef.h"
 #endif
-
-/* ---- threads: those of the OpenMP runtime that torch uses, handed over by cpu.py ---- */
-
-typedef void (*parallel_t)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
-static parallel_t parallel; /* GOMP_parallel, or NULL: one thread */
-
-/* less work than this is done before a second thread has woken up */
-enum { SERIAL_BYTES = 1 << 16 };
-
-typedef struct {
-    void (*body)(void *data, int64_t first, int64_t last);
-    void *data;
-    int64_t items, chunk;
-    _Atomic int64_t next;
-} work_t;
-
-static void work_loop(void *argument) {
-    work_t *work = argument;
-    for (;;) {
-        const int64_t first = atomic_fetch_add_explicit(&work->next, work->chunk, memory_order_relaxed);
-        if (first >= work->items) return;
-        const int64_t last = first + work->chunk;
-        work->body(work->data, first, last < work->items ? last : work->items);
-    }
-}
-
-/* body over all items, in chunks that threads take as they come free; `bytes` is what it will read or write */
-static void for_all(int64_t items, int64_t bytes, void (*body)(void *, int64_t, int64_t), void *data) {
-    if (!parallel || bytes < SERIAL_BYTES) {
-        body(data, 0, items);
-        return;
-    }
-    work_t work = {body, data, items, items / 32 + 1, 0};
-    parallel(work_loop, &work, 0, 0); /* 0 threads: as many as torch was set to */
-}
 
 /* ---- choice of instruction set ---- */
 
@@ -191,16 +173,33 @@ const kernels_t *halve_cpu_kernels(const char *name) {
 
 const char *halve_cpu_name(const kernels_t *kernels) { return kernels->name; }
 
-/* Hand over GOMP_parallel, or NULL: one thread. */
-void halve_cpu_set_threads(parallel_t start) { parallel = start; }
-
-/* Whether torch's matmul has bfloat16 instructions to use here. */
-int halve_cpu_bf16_units(void) {
+/* Whether torch's matmul has vector instructions for bfloat16 here. */
+int halve_cpu_has_bf16(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512bf16") != 0;
 #else
     return 0;
+#endif
+}
+
+/* Whether torch's matmul has tiles for bfloat16 here (AMX): several times what vector instructions can do. */
+int halve_cpu_has_tiles(void) {
+#if defined(__x86_64__)
+    unsigned eax, ebx, ecx, edx = 0; /* leaf 7, bit 22 of edx: AMX-BF16 */
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
+#else
+    return 0;
+#endif
+}
+
+/* Ask for large pages behind memory that will be read again and again: fewer look-ups of addresses on the way. With
+   `held` it has contents already, which move. Where the system cannot, nothing changes. */
+void halve_cpu_large_pages(void *memory, int64_t bytes, int held) {
+#if defined(__linux__)
+    enum { PAGE = 1 << 21, HUGEPAGE = 14, COLLAPSE = 25 }; /* MADV_: older headers lack the last */
+    const uintptr_t first = ((uintptr_t)memory + PAGE - 1) / PAGE * PAGE, last = ((uintptr_t)memory + (uintptr_t)bytes) / PAGE * PAGE;
+    if (last > first) (void)madvise((void *)first, last - first, held ? COLLAPSE : HUGEPAGE);
 #endif
 }
 

@@ -23,6 +23,7 @@
 enum { ROWS = 16, MAX_SEGMENT = 128, MAX_COUNT = 64 }; /* MAX_COUNT rows of x at a time: as many as the cache holds */
 enum { PREFETCH_BYTES = 2560 }; /* how far ahead packed weights are fetched; without it a fifth of the bandwidth is lost */
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum { SILU = 0, RELU = 1, GELU_TANH = 2, GELU = 3 };
 
 struct kernels;
 
@@ -65,6 +66,13 @@ typedef struct kernels {
     void (*multiply)(const weight_t *w, const rows_t *x, int64_t block, float *y);
     /* transposed numbers of one packed block: out[column * stride + row] in FLOAT32 or BFLOAT16 */
     void (*expand)(const weight_t *w, int64_t block, int kind, void *out, int64_t stride);
+    /* between the products of a decode step: see cpu_layer.h */
+    void (*norm)(const float *x, int64_t n, const void *weight, const void *bias, int kind, int rms, float eps,
+                 float *out);
+    void (*activate)(const float *gate, const float *up, int64_t n, int activation, float *out);
+    void (*rotate)(float *q, const float *cosine, const float *sine, int64_t size);
+    void (*attend)(const float *q, int count, const void *keys, const void *values, int kind, int64_t first,
+                   int64_t last, int64_t size, float *out);
 } kernels_t;
 
 #if defined(__x86_64__)

@@ -26,3 +26,4 @@
 #define MUL_F(a, b) _mm256_mul_ps(a, b)
 #define ADD_F(a, b) _mm256_add_ps(a, b)
 #define SUB_F(a, b) _mm256_sub_ps(a, b)
+#define SUM_F(a) sum_f32x8(a)

@@ -1,7 +1,7 @@
 /* The kernels, written once over a handful of vector operations and compiled once per instruction set (cpu.c).
 
    Before inclusion: FN(name) names the functions; TARGET marks them; LANES is the number of 32-bit lanes; PASS the rows of x whose
-   sums fit into registers (2 or 4); VI and VF
+   sums fit into registers (2 or 8); VI and VF
    are the vectors of int32 and float32; the operations are those that cpu.c defines for every instruction set. */
 
 #define VECS (ROWS / LANES)
@@ -33,6 +33,10 @@
         if (count > 1) { enum { m = 1 }; __VA_ARGS__ } \
         if (count > 2) { enum { m = 2 }; __VA_ARGS__ } \
         if (count > 3) { enum { m = 3 }; __VA_ARGS__ } \
+        if (PASS > 4 && count > 4) { enum { m = PASS > 4 ? 4 : 0 }; __VA_ARGS__ } \
+        if (PASS > 4 && count > 5) { enum { m = PASS > 4 ? 5 : 0 }; __VA_ARGS__ } \
+        if (PASS > 4 && count > 6) { enum { m = PASS > 4 ? 6 : 0 }; __VA_ARGS__ } \
+        if (PASS > 4 && count > 7) { enum { m = PASS > 4 ? 7 : 0 }; __VA_ARGS__ } \
     }
 
 /* LANES scales of a group, as float32 */
@@ -49,6 +53,8 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
     const int pairs_per_word = 16 / bits;
     /* one row of x: half of the shifts are saved by summing the upper nibbles of bytes, 16 times too large, apart */
     const int apart = bits == 4 && count == 1;
+    /* few rows of x on 16 lanes: a second set of sums, because a dot product can only be started on a sum that is done */
+    const int twice = LANES == 16 && count <= 2;
     const VI mask = SET1(((1 << bits) - 1) * 0x10001), mask_apart = SET1(0xf000f0);
     const int32_t *codes = (const int32_t *)w->codes + block * w->words * ROWS;
     const int32_t *xs = x->pairs + first * (w->columns / 2);
@@ -59,11 +65,12 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
     for (int64_t s = 0; s < w->segments; ++s) {
         const int64_t group = (block * w->groups + w->segment_group[s]) * ROWS;
         const int32_t *sums = x->code_sum + first * w->segments + s;
-        VI total[PASS][4], total_apart[4];
+        VI total[PASS][4], total_apart[4], second[2][4], second_apart[4];
         /* sum of (code - zero) * x = sum of code * x - zero * sum of x: integers, so exact (wrapping is undone) */
         EACH_VEC(const VI zero = w->zero ? LOAD_U8(w->zero + group + i * LANES) : SET1(w->offset);
                  EACH_ROW(total[m][i] = MUL(zero, SET1(-sums[m * w->segments]));)
-                 total_apart[i] = SET1(0);)
+                 EACH_ROW_2(second[m][i] = SET1(0);)
+                 total_apart[i] = second_apart[i] = SET1(0);)
         for (const int64_t end = w->segment_end[s]; word < end; ++word) {
             VI packed[4];
             EACH_VEC(packed[i] = LOAD(codes + word * ROWS + i * LANES);)
@@ -73,16 +80,24 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
                 VI code[4];
                 if (apart && j % 2) {
                     const VI pair = SET1(xs[word * pairs_per_word + j]);
-                    EACH_VEC(total_apart[i] = DOT(total_apart[i], AND(packed[i], mask_apart), pair);)
+                    if (twice && j / 2 % 2) EACH_VEC(second_apart[i] = DOT(second_apart[i], AND(packed[i], mask_apart), pair);)
+                    else EACH_VEC(total_apart[i] = DOT(total_apart[i], AND(packed[i], mask_apart), pair);)
                     EACH_VEC(packed[i] = SHIFT16(packed[i], 8);)
                     continue;
                 }
                 EACH_VEC(code[i] = j && !apart ? SHIFT16(packed[i], j * bits) : packed[i];
                          if (j + 1 < pairs_per_word) code[i] = AND(code[i], mask);)
+                if (twice && (apart ? j / 2 % 2 : j % 2)) {
+                    EACH_ROW_2(const VI pair = SET1(xs[m * (w->columns / 2) + word * pairs_per_word + j]);
+                               EACH_VEC(second[m][i] = DOT(second[m][i], code[i], pair); IN_REGISTER(second[m][i]);))
+                    continue;
+                }
                 EACH_ROW(const VI pair = SET1(xs[m * (w->columns / 2) + word * pairs_per_word + j]);
                          EACH_VEC(total[m][i] = DOT(total[m][i], code[i], pair); IN_REGISTER(total[m][i]);))
             }
         }
+        if (twice) EACH_VEC(total_apart[i] = ADD(total_apart[i], second_apart[i]);
+                            EACH_ROW_2(total[m][i] = ADD(total[m][i], second[m][i]);))
         if (apart) EACH_VEC(total[0][i] = ADD(total[0][i], SHIFT_SIGNED32(total_apart[i], 4));)
         EACH_VEC(const VF scale = FN(load_scale)(w, group + i * LANES);
                  EACH_ROW(const VF factor = MUL_F(scale, SET1_F(x->scale[(first + m) * w->segments + s]));
@@ -91,12 +106,12 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
     EACH_ROW(EACH_VEC(STORE_F32(y + (first + m) * ROWS + i * LANES, sum[m][i]);))
 }
 
+#define PACKED_CASE(bits, n) \
+    case n: FN(packed_pass)(w, x, block, bits, first, n <= PASS ? n : PASS, y); break;
 #define PACKED_PASS(bits) \
-    { \
-        if (count == 1) FN(packed_pass)(w, x, block, bits, first, 1, y); \
-        else if (count == 2) FN(packed_pass)(w, x, block, bits, first, 2, y); \
-        else if (PASS > 2 && count == 3) FN(packed_pass)(w, x, block, bits, first, PASS > 2 ? 3 : 2, y); \
-        else if (PASS > 2) FN(packed_pass)(w, x, block, bits, first, PASS > 2 ? 4 : 2, y); \
+    switch (count) { \
+        PACKED_CASE(bits, 1) PACKED_CASE(bits, 2) PACKED_CASE(bits, 3) PACKED_CASE(bits, 4) \
+        PACKED_CASE(bits, 5) PACKED_CASE(bits, 6) PACKED_CASE(bits, 7) PACKED_CASE(bits, 8) \
     }
 
 /* ---- dense weights ---- */
@@ -268,10 +283,9 @@ static TARGET void FN(expand)(const weight_t *w, int64_t block, int kind, void *
     else FN(expand_block)(w, block, 2, kind, out, stride);
 }
 
-static const kernels_t FN(kernels) = {NAME, FN(prepare), FN(multiply), FN(expand)};
-
 #undef VECS
 #undef PACKED_PASS
+#undef PACKED_CASE
 #undef EACH_VEC
 #undef EACH_ROW
 #undef EACH_ROW_2

@@ -29,3 +29,4 @@
 #undef MUL_F
 #undef ADD_F
 #undef SUB_F
+#undef SUM_F

@@ -1,0 +1,195 @@
+"""Compile the Triton kernels for a GPU that is not there, and say what ptxas made of them.
+
+    python benchmarks/gpu_compile.py [--capability 90] [--only bf16,attention] [--out RECORD.json]
+
+Needs Triton and no GPU. For each variant that a decode step launches: registers a thread, bytes of local memory (spills:
+a few at most), shared memory, and the widest load of the weight in bits (should be 128). Exits with 1 where one spills
+more than that. The last line of output is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+from triton.runtime import driver  # pyright: ignore[reportMissingImports]
+from triton.runtime.jit import JITFunction  # pyright: ignore[reportMissingImports]
+
+from halve.kernels import triton_backend as backend
+from halve.kernels.triton_backend import Fusion, Operand, Scratch
+from halve.quantization import QuantizedWeight, QuantSpec
+from halve.records import new_record, write_record
+
+TOOLS = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
+COLUMNS, ROWS = 3072, 5120  # q/k/v of the Llama-3.2-3B shape
+WEIGHTS: dict[str, QuantSpec | torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "int8": QuantSpec(8, -1),
+    "int8-g128-asym": QuantSpec(8, 128, symmetric=False),
+    "int4-g128": QuantSpec(4, 128),
+    "int4-g128-asym": QuantSpec(4, 128, symmetric=False),
+    "int2-g64": QuantSpec(2, 64),
+}
+EVERYTHING = [*WEIGHTS, "ragged", "attention"]
+SPILLED_BYTES = 64  # more than these to a thread cost time
+
+
+class NoDevice:
+    """What Triton's launcher asks a driver for, of a device that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_launches(capability: int) -> list[Any]:
+    """From now on launches compile only; returns the list that compiled kernels are added to."""
+    pretended: Any = NoDevice(capability)
+    driver.set_active(pretended)
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any = None, warmup: bool = False, **options: Any) -> Any:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+        return compiled[-1]
+
+    JITFunction.run = record
+    return compiled
+
+
+def operand(kind: QuantSpec | torch.dtype, ragged: bool = False) -> Operand:
+    """A weight of the right form; its numbers do not matter."""
+    if isinstance(kind, torch.dtype):
+        return backend.dense_operand(torch.empty(ROWS, COLUMNS, dtype=kind))
+    groups = COLUMNS // kind.columns_per_group(COLUMNS)
+    packed = torch.zeros(ROWS, COLUMNS * kind.bits // 32, dtype=torch.int32)
+    zero = None if kind.symmetric else torch.zeros(ROWS, groups, dtype=torch.int8)
+    weight = QuantizedWeight(packed, torch.ones(ROWS, groups, dtype=torch.bfloat16), zero, kind, COLUMNS)
+    return backend.packed_operand(weight.columns(torch.arange(0, COLUMNS, 3)) if ragged else weight)
+
+
+def launch_products(wanted: list[str]) -> list[str]:
+    """Every product of a step once, of the weights that are `wanted`; returns their names, in order."""
+    scratch, names = Scratch(torch.device("cpu")), []
+    gain = torch.empty(COLUMNS, dtype=torch.bfloat16)
+    index = torch.zeros(COLUMNS, dtype=torch.int32)
+    best, best_row = torch.empty(16, ROWS), torch.empty(16, ROWS, dtype=torch.int32)
+    fusions = {
+        "norm": Fusion(gain=gain, eps=1e-5),
+        "norm-gather": Fusion(gain=gain, eps=1e-5, index=index),
+        "residual": Fusion(epilogue=1),
+        "norm-gate-up": Fusion(gain=gain, eps=1e-5, epilogue=2),
+        "norm-best": Fusion(gain=gain, eps=1e-5, best=best, best_row=best_row),
+    }
+    for weight, kind in WEIGHTS.items():
+        if weight not in wanted:
+            continue
+        held = operand(kind)
+        for fused, fusion in fusions.items():
+            for count in (1, 4) if fused in ("residual", "norm-gate-up") else (1,):
+                x = torch.empty(count, COLUMNS, dtype=torch.bfloat16)
+                out = torch.empty(count, ROWS, dtype=torch.bfloat16)
+                backend.multiply(held, x, out, fusion, scratch, backend.tiling(held, count))
+                names.append(f"{weight} {fused} m{count}")
+        if not isinstance(kind, torch.dtype):
+            sizes = replace(backend.tiling(held, 1), parts=3)
+            x, out = torch.empty(1, COLUMNS, dtype=torch.bfloat16), torch.empty(1, ROWS, dtype=torch.bfloat16)
+            backend.multiply(held, x, out, Fusion(epilogue=1), scratch, sizes)
+            names.append(f"{weight} residual m1, in 3 parts")
+            backend.expand_rows(held, 0, torch.empty(ROWS, held.stored_columns, dtype=torch.bfloat16))
+            names.append(f"{weight} expand")
+    if "ragged" not in wanted:
+        return names
+    held = operand(QuantSpec(4, 128), ragged=True)
+    x, out = torch.empty(1, held.columns, dtype=torch.bfloat16), torch.empty(1, ROWS, dtype=torch.bfloat16)
+    backend.multiply(held, x, out, Fusion(index=held.order), scratch, backend.tiling(held, 1))
+    return [*names, "int4-g128 ragged m1"]
+
+
+def launch_attention() -> list[str]:
+    """Attention (3 query heads to a key head, size 128) and the choice of the token."""
+    kernels = backend.load_kernels("triton_attention")
+    bf16 = torch.empty(1 << 16, dtype=torch.bfloat16)
+    numbers, counts = torch.empty(1 << 16), torch.zeros(1 << 10, dtype=torch.int32)
+    for qk_norm in (False, True):
+        kernels.attend[(8, 16)](
+            bf16, bf16, bf16, bf16, bf16, bf16, bf16, counts, bf16, numbers, numbers, counts, 24, 8, 128, 4096, 0,
+            ROWS, COLUMNS, 1e-6, 0.09, QK_NORM=qk_norm, HEADS_A_GROUP=3, R=16, D=128, S=64, SPLITS=16, SHORTEST=64,
+            **backend.launch_options(4),
+        )  # fmt: skip
+    tokens = torch.zeros(1 << 10, dtype=torch.int64)
+    kernels.choose[(1,)](
+        numbers, counts, tokens, tokens, counts, counts, 16032, 1024, 1023, BLOCK=2048, **backend.launch_options(8)
+    )
+    return ["attention", "attention with q/k norm", "choose"]
+
+
+def inspect(name: str, kernel: Any, folder: Path) -> dict[str, Any]:
+    """What the machine code says."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    code = subprocess.run([TOOLS / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
+    widths = [int(bits) for bits in re.findall(r"LDG\.E\.EF(?:\.\w+)*?\.(32|64|128)\b", code)]
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    return {
+        "kernel": name,
+        "registers": int(found[1]),
+        "spilled_bytes": int(found[2]) + int(found[3]),
+        "shared_bytes": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "weight_load_bits": max(widths, default=0),
+    }
+
+
+def main() -> int:
+    """The program; returns its exit code."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--capability", type=int, default=90, help="90: Hopper")
+    parser.add_argument("--only", default=",".join(EVERYTHING), help="comma-separated: " + ", ".join(EVERYTHING))
+    parser.add_argument("--out", help="write a record here")
+    arguments = parser.parse_args()
+    compiled = compile_launches(arguments.capability)
+    wanted = arguments.only.split(",")
+    if unknown := set(wanted) - set(EVERYTHING):
+        parser.error(f"--only {min(unknown)} is unknown: use some of {', '.join(EVERYTHING)}")
+    names = launch_products(wanted) + (launch_attention() if "attention" in wanted else [])
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [inspect(name, kernel, Path(folder)) for name, kernel in zip(names, compiled, strict=True)]
+    for row in rows:
+        print(
+            f"{row['kernel']:30} {row['registers']:4} registers  {row['spilled_bytes']:4} B spilled  "
+            f"{row['weight_load_bits']:3} bit loads"
+        )
+    body = {"capability": arguments.capability, "kernels": rows}
+    if arguments.out:
+        write_record(arguments.out, new_record("gpu-compile", "Triton kernels", recipe=[], **body))
+    print(json.dumps(body))
+    return int(any(row["spilled_bytes"] > SPILLED_BYTES for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Products of the decode step against the bandwidth of the GPU, and the search for the tile sizes they run best with.
+
+Copies of a weight, together several times the second-level cache, are multiplied in turn inside one CUDA graph, so every
+product comes from memory and launches cost what they cost in a decode step. On the CPU (to try the script) they are timed
+one by one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halve.kernels import select, triton_backend
+from halve.kernels.triton_backend import Fusion, Operand, Scratch, Tiling, TritonMatmul
+from halve.machine import bandwidth_gb_per_s
+from halve.quantization import QuantizedWeight, QuantSpec, quantize
+
+SHAPES = {
+    "llama-3.2-3b": [(3072, 5120), (3072, 3072), (3072, 16384), (8192, 3072), (3072, 128256)],
+    "llama-3.1-8b": [(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256)],
+    "tiny": [(256, 512), (512, 256)],
+}
+WEIGHTS: dict[str, QuantSpec | torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "int8": QuantSpec(8, -1),
+    "int4-g128": QuantSpec(4, 128),
+}
+ONE_ROW = [
+    Tiling(rows, columns, parts, warps, stages)
+    for rows, columns, warps in (
+        (2, 1024, 4), (4, 1024, 4), (8, 1024, 4), (16, 1024, 4), (4, 2048, 4), (8, 2048, 8), (16, 2048, 8), (8, 512, 2),
+    )
+    for parts in (1, 2)
+    for stages in (1, 3)
+]  # fmt: skip
+MORE_ROWS = [Tiling(rows, columns, parts, 4, 2) for rows in (16, 32, 64) for columns in (256, 512) for parts in (1, 4)]
+_CACHE_BYTES = 50 << 20  # second-level cache of an H100 or H200
+
+
+def make_weight(kind: QuantSpec | torch.dtype, columns: int, rows: int, device: str) -> Tensor | QuantizedWeight:
+    """A random weight [rows, columns]; codes are drawn directly, since their values do not change the time."""
+    if isinstance(kind, torch.dtype):
+        return torch.randn(rows, columns, device=device, dtype=kind)
+    words = columns * kind.bits // 32
+    packed = torch.randint(-(2**31), 2**31 - 1, (rows, words), dtype=torch.int32, device=device)
+    groups = columns // kind.columns_per_group(columns)
+    scale = torch.rand(rows, groups, device=device, dtype=torch.bfloat16)
+    return QuantizedWeight(packed, scale, None, kind, columns)
+
+
+def microseconds(calls: Sequence[Callable[[], object]], device: str, repeats: int = 10) -> float:
+    """Time of one of `calls`, which run one after another: the least of `repeats` rounds."""
+    for call in calls[:1]:
+        call()
+    if device == "cpu":
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - start) / len(calls) * 1e6
+    torch.cuda.synchronize()
+    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(aside):  # not torch.cuda.graph, which collects garbage each time
+        graph.capture_begin()
+        for call in calls:
+            call()
+        graph.capture_end()
+    best = float("inf")
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        best = min(best, begin.elapsed_time(end))
+    del graph
+    return best / len(calls) * 1e3
+
+
+def copies_of(nbytes: int, device: str) -> int:
+    """So many copies that together they are four times the cache, and at least 8, so that launches count as in a step."""
+    return 2 if device == "cpu" else max(8, -(-4 * _CACHE_BYTES // nbytes))
+
+
+@torch.inference_mode()
+def measure_products(shape: str, counts: tuple[int, ...], device: str) -> Iterator[dict[str, Any]]:
+    """One result per weight, shape, count of rows and kernel: ours, torch's own, and torch's packed int4 product."""
+    backend = "auto" if device == "cpu" and not triton_backend.INTERPRETED else "triton"
+    for name, kind in WEIGHTS.items():
+        for columns, rows in SHAPES[shape]:
+            first = select(backend, make_weight(kind, columns, rows, device), torch.bfloat16)
+            held = first.weight.nbytes
+            products = [first]
+            for _ in range(copies_of(held, device) - 1):
+                products.append(select(backend, make_weight(kind, columns, rows, device), torch.bfloat16))
+            for count in counts:
+                x = torch.randn(count, columns, device=device).bfloat16()
+                found = microseconds([lambda p=p, x=x: p(x) for p in products], device)
+                yield result(name, first.kernel, columns, rows, count, held, found)
+                if isinstance(kind, torch.dtype):
+                    weights = [p.weight for p in products]
+                    calls = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights]  # type: ignore[misc]
+                    yield result(name, "torch.linear", columns, rows, count, held, microseconds(calls, device))
+            del products, first
+            if name == "int4-g128" and device != "cpu":
+                yield from _torch_int4(columns, rows, counts, device)
+
+
+def _torch_int4(columns: int, rows: int, counts: tuple[int, ...], device: str) -> Iterator[dict[str, Any]]:
+    """`torch._weight_int4pack_mm`, groups of 128, the layout of gpt-fast and torchao."""
+    bytes_each = rows * columns // 2 + rows * columns // 128 * 4
+    weights = []
+    for _ in range(copies_of(bytes_each, device)):
+        codes = torch.randint(0, 255, (rows, columns // 2), dtype=torch.uint8, device=device)
+        packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+        scales = torch.rand(columns // 128, rows, 2, device=device, dtype=torch.bfloat16)
+        weights.append((packed, scales))
+    for count in counts:
+        x = torch.randn(count, columns, device=device).bfloat16()
+        calls = [lambda w=w, s=s, x=x: torch.ops.aten._weight_int4pack_mm(x, w, 128, s) for w, s in weights]
+        found = microseconds(calls, device)
+        yield result("int4-g128", "torch._weight_int4pack_mm", columns, rows, count, bytes_each, found)
+
+
+def result(weight: str, kernel: str, columns: int, rows: int, count: int, held: int, time_us: float) -> dict[str, Any]:
+    return {
+        "weight": weight, "kernel": kernel, "columns": columns, "rows": rows, "count": count, "weight_bytes": held,
+        "time_us": time_us, "gb_per_s": held / time_us / 1e3,
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def find_tilings(
+    shape: str, device: str, known: Container[str], limit: int | None = None
+) -> Iterator[tuple[str, Tiling, float, float]]:
+    """For every product of a shape whose key is not `known`: the key, the fastest tiling, its time and that of the rule of
+    thumb (microseconds). `limit`: how many candidates are tried."""
+    scratch = Scratch(torch.device(device))
+    for kind in WEIGHTS.values():
+        for columns, rows in SHAPES[shape]:
+            operands = []
+            for _ in range(copies_of(rows * columns // (1 if isinstance(kind, torch.dtype) else 2), device)):
+                operands.append(TritonMatmul(make_weight(kind, columns, rows, device), torch.bfloat16).operand)
+            for count, candidates in ((1, ONE_ROW), (16, MORE_ROWS)):
+                if triton_backend.tiling_key(operands[0], count) in known:
+                    continue
+                rule = triton_backend.tiling(operands[0], count)
+                timed = {t: _time(operands, t, count, device, scratch) for t in [rule, *candidates[:limit]]}
+                best = min(timed, key=lambda t: timed[t])
+                yield triton_backend.tiling_key(operands[0], count), best, timed[best], timed[rule]
+
+
+def _time(operands: list[Operand], sizes: Tiling, count: int, device: str, scratch: Scratch) -> float:
+    """Microseconds of a product with these tile sizes, infinity where they do not fit the GPU."""
+    dtype = torch.bfloat16 if device != "cpu" or count == 1 else torch.float16
+    x = torch.randn(count, operands[0].columns, device=device).to(dtype)
+    out = torch.empty(count, operands[0].rows, device=device, dtype=dtype)
+    try:
+        calls = [lambda o=o: triton_backend.multiply(o, x, out, Fusion(), scratch, sizes) for o in operands]
+        return microseconds(calls, device, repeats=5)
+    except Exception as error:  # Triton raises its own for too much shared memory or registers
+        print(f"{sizes} does not run: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        return float("inf")
+
+
+def bandwidths(device: str) -> dict[str, float]:
+    """Copying (reads and writes counted) and, on a GPU, reading alone, in 10^9 bytes a second."""
+    figures = {"copy" if device != "cpu" else "read": bandwidth_gb_per_s(device)}
+    if device != "cpu":
+        numbers = torch.ones(1 << 28, dtype=torch.float32, device=device)
+        figures["read"] = numbers.nbytes / microseconds([numbers.sum], device) / 1e3
+    return figures
+
+
+def product_errors(device: str) -> Iterator[tuple[str, int, float]]:
+    """Weight, rows of x and the relative error of the product against float64, for odd shapes."""
+    backend = "auto" if device == "cpu" and not triton_backend.INTERPRETED else "triton"
+    kinds = {**WEIGHTS, "int4-g32-asym": QuantSpec(4, 32, symmetric=False), "int2-g64": QuantSpec(2, 64)}
+    for name, kind in kinds.items():
+        numbers = torch.randn(37, 384, device=device)
+        weight = numbers.to(kind) if isinstance(kind, torch.dtype) else quantize(numbers, kind)
+        exact = weight.double() if isinstance(weight, Tensor) else weight.dequantize().double()
+        multiply = select(backend, weight, torch.bfloat16)
+        for count in (1, 2, 16, 40):
+            if device == "cpu" and count in (2, 16) and triton_backend.INTERPRETED:
+                continue  # the interpreter's products of bfloat16 tiles are wrong
+            x = torch.randn(count, 384, device=device).bfloat16()
+            wanted = x.double() @ exact.t()
+            yield name, count, float((multiply(x).double() - wanted).norm() / wanted.norm())

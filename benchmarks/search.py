@@ -1,0 +1,141 @@
+"""How far each method goes above an accuracy floor: the first system's table in its wider form, and bytes at 95 %.
+
+    python benchmarks/search.py stories260K --model MODEL --exam story_cloze_615.jsonl --text tinystories_317.txt
+    python benchmarks/search.py reader
+
+One search a row (see SEARCHES), each an ordinary `halve search` whose search.json becomes
+benchmarks/results/search/NAME-ROW.json; rows that are there already are left alone, an interrupted one goes on. --only
+ROW ... runs some rows. The first --calibration-documents documents of the text calibrate, and questions about them are
+left out of the exam, half of which is searched on and half confirms. docs/search.md shows the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halve import search
+from halve.calibrate import read_documents
+from halve.checkpoint import DTYPES, open_checkpoint
+from halve.demo.run import READER
+from halve.errors import HalveError
+from halve.evaluation.race import read_questions
+from halve.evaluation.splits import shared_articles
+
+RESULTS = Path(__file__).parent / "results" / "search"
+HALF = "0..0.5"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its exam and its calibration text, and a group size that divides its inputs."""
+
+    group_size: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SUBJECTS = {
+    "stories260K": Subject(64, {"samples": 64, "window": 512, "limit": 120}),
+    "reader": Subject(128, {"samples": 64, "window": 512, "limit": 120}),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One search: recipe, what varies, and how."""
+
+    steps: tuple[str, ...]
+    vary: tuple[str, ...]
+    floor: str = "0.5"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def rows(group_size: int, layers: int) -> dict[str, Row]:
+    """Every search by its name; those of the first system prune after quantizing, as it did."""
+    found = {}
+    for kind in ("dense", "8bit", "4bit"):
+        quantize = [] if kind == "dense" else [f"gptq:bits={kind[0]},group_size={group_size},fallback=channel"]
+        for side in ("inputs", "outputs"):
+            found[f"{kind}-{side}"] = Row((*quantize, f"l1-{side}"), (f"l1-{side}.fraction=0..0.5",))
+            head = f"l1-{side}:targets=lm_head"
+            found[f"{kind}-{side}-head"] = Row((*quantize, head), (f"l1-{side}.fraction=0..0.9",))
+        found[f"{kind}-prune-mlp"] = Row(("prune-mlp:multiple_of=4", *quantize), ("prune-mlp.fraction=0..0.9",))
+        drop = "drop-attention:count=1,select=influence"
+        found[f"{kind}-drop-attention"] = Row((drop, *quantize), (f"drop-attention.count=1..{layers - 1}",))
+    # both sides in bfloat16, so that the type alone saves nothing
+    bf16 = {"dtype": DTYPES["bf16"]}
+    gptq = f"gptq:group_size={group_size},fallback=channel"
+    for side in ("inputs", "outputs"):
+        found[f"95-l1-{side}"] = Row(
+            (f"l1-{side}",), (f"l1-{side}.fraction=0..0.2",), "95%", bf16 | {"resolution": 0.005}
+        )
+    found["95-gptq"] = Row((gptq,), ("gptq.bits=2|3|4|8",), "95%", bf16)
+    found["95-prune-gptq"] = Row(("prune-mlp:multiple_of=4", gptq), ("prune-mlp.fraction=0..0.4", "gptq.bits=2|3|4|8"),
+                                 "95%", bf16 | {"resolution": 0.05, "trials": 16})  # fmt: skip
+    return found
+
+
+def texts(folder: Path, exam: Path, text: Path, documents: int) -> tuple[Path, Path]:
+    """Calibration text and exam that share nothing, written into `folder`."""
+    calibration, questions = folder / "calibration.txt", folder / exam.name
+    chosen = read_documents(text)[:documents]
+    calibration.write_text("<|endoftext|>".join(chosen), encoding="utf-8")
+    shared = {question.article for question in shared_articles(read_questions(exam), chosen)}
+    lines = [
+        line for line in exam.read_text(encoding="utf-8").splitlines() if json.loads(line)["article"] not in shared
+    ]
+    questions.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return calibration, questions
+
+
+def main() -> None:
+    """The program."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("subject", choices=sorted(SUBJECTS))
+    parser.add_argument("--model", type=Path, default=READER)
+    parser.add_argument("--exam", type=Path, default=READER / "exam_cloze.jsonl")
+    parser.add_argument("--text", type=Path, default=READER / "calibration.txt")
+    parser.add_argument("--calibration-documents", type=int, default=64)
+    parser.add_argument("--only", nargs="+", help="names of the rows to run")
+    parser.add_argument("--work", type=Path, default=Path("search-work"), help="folder of the searches while they run")
+    asked = parser.parse_args()
+    subject = SUBJECTS[asked.subject]
+    searches = rows(subject.group_size, len(open_checkpoint(asked.model).config.layers))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    work = asked.work / asked.subject
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / asked.subject).exists():
+        shutil.copytree(asked.model, work / asked.subject)  # records name the model, not where it lies here
+    calibration, exam = texts(work, asked.exam, asked.text, asked.calibration_documents)
+    for name in asked.only or searches:
+        target = RESULTS / f"{asked.subject}-{name}.json"
+        if target.exists():
+            continue
+        row = searches[name]
+        try:
+            search(
+                work / asked.subject, work / name, row.steps, row.vary, floor=row.floor, task="multiple-choice",
+                data=exam, protocol="pmi", template="plain", calibration=calibration,
+                command=f"python benchmarks/search.py {asked.subject} --only {name}", **subject.options, **row.options,
+            )  # fmt: skip
+        except HalveError as error:
+            print(f"{name}: {error}", flush=True)
+        found = work / name / "search.json"
+        if found.exists():
+            shutil.copyfile(found, target)
+            if len(row.vary) > 1:
+                shutil.copyfile(work / name / "pareto.png", target.with_suffix(".png"))
+            winner = json.loads(found.read_text())["winner"] or {}
+            shown = {key: winner.get(key) for key in ("values", "accuracy", "held_out_accuracy", "bytes_share")}
+            print(f"{name}: {json.dumps(shown)}", flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

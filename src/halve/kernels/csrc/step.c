@@ -1,0 +1,312 @@
+/* One decode step of a whole model: from token ids to logits in one call, one team of threads.
+
+   Activations are float32 throughout; keys and values are stored in the model's dtype. What a layer is made of comes
+   from halve/step.py; the structures here and there have to agree. */
+
+#include "cpu.h"
+#include "threads.h"
+
+#include <math.h>
+#include <string.h>
+
+/* Linear: y = scatter(W gather(x)) + bias */
+typedef struct {
+    const weight_t *weight;      /* NULL: absent */
+    const void *bias;            /* [outputs] in the model's kind, or NULL */
+    const int64_t *input_index;  /* [weight->in_features] or NULL: all */
+    const int64_t *output_index; /* [weight->rows] or NULL: all */
+    int64_t outputs;
+} linear_t;
+
+typedef struct {
+    const void *weight, *bias; /* in the model's kind, or NULL */
+} norm_t;
+
+typedef struct {
+    norm_t attention_norm, mlp_norm, query_norm, key_norm;
+    linear_t qkv[3], o, up[2], down; /* qkv, up: merged siblings are the first alone; up: gate, then up */
+    int64_t heads, kv_heads;         /* 0: no attention */
+    int64_t width;                   /* 0: no MLP */
+    int64_t window;                  /* a query sees this many slots at most, 0: all */
+} layer_t;
+
+typedef struct {
+    const kernels_t *kernels;
+    const layer_t *layers;
+    const void *embed, *positions; /* positions: learned ones [..][hidden], or NULL */
+    const float *cosine, *sine;    /* [capacity][head_size], or NULL */
+    norm_t final_norm;
+    linear_t head;
+    int64_t layer_count, hidden, head_size, position_offset;
+    int64_t bytes; /* read by a step */
+    float eps;
+    int32_t kind;  /* FLOAT32 or BFLOAT16: embedding, norms, biases, cache */
+    int32_t rms, has_final_norm, qk_norm, gated, activation;
+    int32_t inner, outer, columns, segments; /* largest over all linears: inputs, outputs side by side, and stored */
+} model_t;
+
+typedef struct {
+    void *const *keys, *const *values; /* per layer [batch][kv_heads][capacity][head_size] */
+    int64_t batch, capacity;
+} cache_t;
+
+enum { SIDE_BY_SIDE = 3 }; /* linears that read one input */
+enum { ACTIVATED = 512 };  /* hidden numbers a thread takes at a time */
+
+typedef struct {
+    const model_t *model;
+    const cache_t *cache;
+    const int64_t *tokens, *slots; /* [batch]: the ids, and the slot each is stored in */
+    float *x;                      /* [batch][hidden]: the residual stream */
+    float *in;                     /* [batch][inner]: what the next linears read */
+    float *gathered;               /* [batch][inner] */
+    float *out;                    /* [batch][outer]: what they write */
+    rows_t rows[SIDE_BY_SIDE];     /* their input, prepared */
+    /* of the current loop */
+    const layer_t *layer;
+    int64_t index;
+    const linear_t *linears;
+    int64_t number;
+    const norm_t *norm;
+    float *target;
+    int64_t stride;
+    int add;
+} step_t;
+
+/* ---- linears: rows of the input are prepared, then blocks of all of them are multiplied ---- */
+
+static float vector_at(const void *vector, int kind, int64_t at) {
+    return kind == BFLOAT16 ? from_bf16(((const uint16_t *)vector)[at]) : ((const float *)vector)[at];
+}
+
+/* outputs whose row is gone are the bias alone: written here, the products go on top */
+static void fill(const step_t *s, const linear_t *linear, float *target) {
+    for (int64_t o = 0; o < linear->outputs; ++o) {
+        const float bias = linear->bias ? vector_at(linear->bias, s->model->kind, o) : 0;
+        target[o] = s->add ? target[o] + bias : bias;
+    }
+}
+
+static void prepare_rows(void *data, int64_t first, int64_t last) {
+    step_t *s = data;
+    const model_t *model = s->model;
+    for (int64_t m = first; m < last; ++m) {
+        float *in = s->in + m * model->inner;
+        if (s->norm)
+            model->kernels->norm(s->x + m * model->hidden, model->hidden, s->norm->weight, s->norm->bias, model->kind,
+                                 model->rms, model->eps, in);
+        int64_t offset = 0;
+        for (int64_t i = 0; i < s->number; ++i) {
+            const linear_t *linear = s->linears + i;
+            const weight_t *w = linear->weight;
+            const rows_t *rows = s->rows + i;
+            const float *source = in;
+            if (linear->input_index) {
+                float *gathered = s->gathered + m * model->inner;
+                for (int64_t c = 0; c < w->in_features; ++c) gathered[c] = in[linear->input_index[c]];
+                source = gathered;
+            }
+            w->kernels->prepare(w, source, FLOAT32, (float *)rows->values + m * w->columns,
+                                (int32_t *)rows->pairs + m * (w->columns / 2), (float *)rows->scale + m * w->segments,
+                                (int32_t *)rows->code_sum + m * w->segments);
+            if (linear->output_index) fill(s, linear, s->target + m * s->stride + offset);
+            offset += linear->outputs;
+        }
+    }
+}
+
+static int64_t blocks_of(const linear_t *linear) { return (linear->weight->rows + ROWS - 1) / ROWS; }
+
+static void multiply_blocks(void *data, int64_t first, int64_t last) {
+    const step_t *s = data;
+    const linear_t *linear = s->linears;
+    const rows_t *rows = s->rows;
+    float *target = s->target;
+    int64_t before = 0; /* blocks of the linears before this one */
+    for (int64_t item = first; item < last; ++item) {
+        while (item - before >= blocks_of(linear)) {
+            before += blocks_of(linear);
+            target += linear->outputs;
+            ++linear, ++rows;
+        }
+        const weight_t *w = linear->weight;
+        const int64_t row = (item - before) * ROWS, size = w->rows - row < ROWS ? w->rows - row : ROWS;
+        float y[MAX_COUNT * ROWS];
+        w->kernels->multiply(w, rows, item - before, y);
+        for (int64_t m = 0; m < rows->count; ++m) {
+            float *place = target + m * s->stride, *values = y + m * ROWS;
+            if (linear->output_index) {
+                for (int64_t r = 0; r < size; ++r) place[linear->output_index[row + r]] += values[r];
+                continue;
+            }
+            for (int64_t r = 0; linear->bias && r < size; ++r)
+                values[r] += vector_at(linear->bias, s->model->kind, row + r);
+            for (int64_t r = 0; s->add && r < size; ++r) values[r] += place[row + r];
+            memcpy(place + row, values, (size_t)size * sizeof(float));
+        }
+    }
+}
+
+/* target [batch][stride] = or += the `most` or fewer linears side by side of norm(x), or of `in` where norm is NULL */
+static void run_linears(member_t *member, step_t *s, const norm_t *norm, const linear_t *linears, int most,
+                        float *target, int64_t stride, int add) {
+    int64_t blocks = 0;
+    s->norm = norm, s->linears = linears, s->target = target, s->stride = stride, s->add = add;
+    for (s->number = 0; s->number < most && linears[s->number].weight; ++s->number)
+        blocks += blocks_of(linears + s->number);
+    team_loop(member, s->cache->batch, prepare_rows, s);
+    team_loop(member, blocks, multiply_blocks, s);
+}
+
+/* ---- what stands between the linears ---- */
+
+static const void *cached(const void *buffer, const step_t *s, int64_t m, int64_t head, int64_t slot) {
+    const model_t *model = s->model;
+    const int64_t at = ((m * s->layer->kv_heads + head) * s->cache->capacity + slot) * model->head_size;
+    return (const char *)buffer + at * (model->kind == BFLOAT16 ? 2 : 4);
+}
+
+static void store(const float *values, int64_t count, int kind, void *to) {
+    if (kind == BFLOAT16)
+        for (int64_t c = 0; c < count; ++c) ((uint16_t *)to)[c] = to_bf16(values[c]);
+    else memcpy(to, values, (size_t)count * sizeof(float));
+}
+
+/* one key head of one prompt each: norms, rotary, the new key and value stored, its queries answered */
+static void attend_heads(void *data, int64_t first, int64_t last) {
+    const step_t *s = data;
+    const model_t *model = s->model;
+    const layer_t *layer = s->layer;
+    const kernels_t *k = model->kernels;
+    const int64_t size = model->head_size, shared = layer->heads / layer->kv_heads;
+    for (int64_t item = first; item < last; ++item) {
+        const int64_t m = item / layer->kv_heads, head = item % layer->kv_heads, slot = s->slots[m];
+        float *queries = s->out + m * model->outer + head * shared * size;
+        float *key = s->out + m * model->outer + (layer->heads + head) * size, *value = key + layer->kv_heads * size;
+        for (int64_t h = 0; h <= shared; ++h) {
+            float *vector = h < shared ? queries + h * size : key;
+            const norm_t *norm = h < shared ? &layer->query_norm : &layer->key_norm;
+            if (model->qk_norm)
+                k->norm(vector, size, norm->weight, norm->bias, model->kind, 1, model->eps, vector);
+            if (model->cosine) k->rotate(vector, model->cosine + slot * size, model->sine + slot * size, size);
+        }
+        store(key, size, model->kind, (void *)cached(s->cache->keys[s->index], s, m, head, slot));
+        store(value, size, model->kind, (void *)cached(s->cache->values[s->index], s, m, head, slot));
+        const float scale = 1.0f / sqrtf((float)size);
+        for (int64_t c = 0; c < shared * size; ++c) queries[c] *= scale;
+        const int64_t oldest = layer->window && slot + 1 > layer->window ? slot + 1 - layer->window : 0;
+        k->attend(queries, (int)shared, cached(s->cache->keys[s->index], s, m, head, 0),
+                  cached(s->cache->values[s->index], s, m, head, 0), model->kind, oldest, slot + 1, size,
+                  s->in + m * model->inner + head * shared * size);
+    }
+}
+
+/* pieces of ACTIVATED numbers of one prompt each */
+static void activate_pieces(void *data, int64_t first, int64_t last) {
+    const step_t *s = data;
+    const model_t *model = s->model;
+    const int64_t width = s->layer->width, pieces = (width + ACTIVATED - 1) / ACTIVATED;
+    for (int64_t item = first; item < last; ++item) {
+        const int64_t m = item / pieces, at = item % pieces * ACTIVATED;
+        const float *gate = s->out + m * model->outer + at;
+        model->kernels->activate(gate, model->gated ? gate + width : NULL, width - at < ACTIVATED ? width - at : ACTIVATED,
+                                 model->activation, s->in + m * model->inner + at);
+    }
+}
+
+static void embed_rows(void *data, int64_t first, int64_t last) {
+    const step_t *s = data;
+    const model_t *model = s->model;
+    for (int64_t m = first; m < last; ++m) {
+        const int64_t token = s->tokens[m] * model->hidden, place = (s->slots[m] + model->position_offset) * model->hidden;
+        for (int64_t c = 0; c < model->hidden; ++c) {
+            float value = vector_at(model->embed, model->kind, token + c);
+            if (model->positions) value += vector_at(model->positions, model->kind, place + c);
+            s->x[m * model->hidden + c] = value;
+        }
+    }
+}
+
+static void copy_rows(void *data, int64_t first, int64_t last) {
+    const step_t *s = data;
+    const int64_t hidden = s->model->hidden;
+    for (int64_t m = first; m < last; ++m)
+        memcpy(s->in + m * s->model->inner, s->x + m * hidden, (size_t)hidden * sizeof(float));
+}
+
+/* ---- the step ---- */
+
+typedef struct {
+    const step_t *step;
+    float *logits;
+} call_t;
+
+static void run_step(member_t *member, void *data) {
+    const call_t *call = data;
+    step_t step = *call->step, *s = &step; /* every thread fills in its own current loop */
+    const model_t *model = s->model;
+    const int64_t batch = s->cache->batch;
+    team_loop(member, batch, embed_rows, s);
+    for (s->index = 0; s->index < model->layer_count; ++s->index) {
+        const layer_t *layer = s->layer = model->layers + s->index;
+        if (layer->heads) {
+            run_linears(member, s, &layer->attention_norm, layer->qkv, 3, s->out, model->outer, 0);
+            team_loop(member, batch * layer->kv_heads, attend_heads, s);
+            run_linears(member, s, NULL, &layer->o, 1, s->x, model->hidden, 1);
+        }
+        if (layer->width) {
+            run_linears(member, s, &layer->mlp_norm, layer->up, 2, s->out, model->outer, 0);
+            team_loop(member, batch * ((layer->width + ACTIVATED - 1) / ACTIVATED), activate_pieces, s);
+            run_linears(member, s, NULL, &layer->down, 1, s->x, model->hidden, 1);
+        }
+    }
+    if (!model->has_final_norm) team_loop(member, batch, copy_rows, s);
+    run_linears(member, s, model->has_final_norm ? &model->final_norm : NULL, &model->head, 1, call->logits,
+                model->head.outputs, 0);
+}
+
+static float *take(char **scratch, int64_t numbers) {
+    float *taken = (float *)*scratch;
+    *scratch += (numbers * 4 + 63) / 64 * 64;
+    return taken;
+}
+
+/* Lay out the buffers in scratch; returns their size in bytes. */
+static int64_t lay_out(step_t *s, char *scratch) {
+    const model_t *model = s->model;
+    const int64_t batch = s->cache->batch;
+    char *end = scratch;
+    s->x = take(&end, batch * model->hidden);
+    s->in = take(&end, batch * model->inner);
+    s->gathered = take(&end, batch * model->inner);
+    s->out = take(&end, batch * model->outer);
+    for (int i = 0; i < SIDE_BY_SIDE; ++i) {
+        s->rows[i].count = batch;
+        s->rows[i].values = take(&end, batch * model->columns);
+        s->rows[i].pairs = (int32_t *)take(&end, batch * model->columns / 2 + batch);
+        s->rows[i].scale = take(&end, batch * model->segments);
+        s->rows[i].code_sum = (int32_t *)take(&end, batch * model->segments);
+    }
+    return end - scratch;
+}
+
+/* Bytes of scratch that a step needs, 64-byte aligned. */
+int64_t halve_step_scratch(const model_t *model, const cache_t *cache) {
+    step_t s = {.model = model, .cache = cache};
+    return lay_out(&s, NULL);
+}
+
+/* logits [batch][vocabulary] after `tokens`, whose keys and values go to `slots`; batch is at most MAX_COUNT. */
+void halve_step(const model_t *model, const cache_t *cache, const int64_t *tokens, const int64_t *slots, float *logits,
+                void *scratch) {
+    step_t s = {.model = model, .cache = cache, .tokens = tokens, .slots = slots};
+    lay_out(&s, scratch);
+    call_t call = {&s, logits};
+    run_team(model->bytes, run_step, &call);
+}
+
+/* Sizes of the structures, so that step.py can tell a library built from other sources. */
+int64_t halve_step_sizes(int which) {
+    const int64_t sizes[] = {sizeof(linear_t), sizeof(norm_t), sizeof(layer_t), sizeof(model_t), sizeof(cache_t)};
+    return sizes[which];
+}

@@ -1,0 +1,184 @@
+"""Plots as SVG text that stands inside a page: no pixels, no files, colours that follow the page's light or dark."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# stand-ins that become the page's own colours
+_INK, _RULE = "#010203", "#010204"
+COLOURS = ("#3f7fc4", "#d9772f", "#3d9b6d", "#9a6cc4", "#cf4d64", "#8a8f3a", "#2f9aa8", "#a06a4a")  # on white and black
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "halve",
+    "font.size": 9,
+    "text.parse_math": False,
+    "axes.titlesize": 9,
+    "axes.prop_cycle": f"cycler('color', {list(COLOURS)})",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+    "grid.color": _RULE,
+    "grid.linewidth": 0.6,
+    "axes.grid": True,
+}
+SIZE = (4.3, 3.1)  # inches: narrow enough to be read on a phone
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One model in a plot: y with its interval, labelled by name. `kind` picks colour and legend entry."""
+
+    name: str
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+    kind: int = 0
+
+
+@contextmanager
+def _style():
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def draw(paint: Callable[[Axes], None], description: str, size: tuple[float, float] = SIZE) -> str:
+    """The SVG of one pair of axes that `paint` has painted; `description` is what a screen reader says."""
+    with _style():
+        from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure.subplots())
+        return _svg(figure, description)
+
+
+def _svg(figure: Figure, description: str) -> str:
+    from html import escape
+
+    held = io.StringIO()
+    figure.savefig(held, format="svg", metadata={"Date": None, "Creator": None})
+    text = held.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text))
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text, count=2)  # HTML knows what an svg is
+    text = text.replace("xlink:href=", "href=")
+    prefix = f"p{next(_numbers)}-"  # several plots share a page
+    text = re.sub(r'\bid="', f'id="{prefix}', text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", text)
+    text = text.replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
+    text = re.sub(r"font: (\d+\.?\d*)px [^;\"]*", r"font-size: \1px", text)  # the page's own fonts
+    text = re.sub(r"font-family: [^;\"]*; ?", "", text)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
+
+
+def scatter(
+    marks: Sequence[Mark], *, x: str, y: str, kinds: Mapping[int, str] | None = None, line: float | None = None,
+    line_label: str = "",
+) -> Callable[[Axes], None]:  # fmt: skip
+    """Points with intervals and names. `kinds`: legend text of each kind; `line`: a dotted level, such as chance."""
+
+    def paint(axes: Axes) -> None:
+        for kind in dict.fromkeys(mark.kind for mark in marks):
+            some = [mark for mark in marks if mark.kind == kind]
+            spans: Any = [
+                [0.0 if m.low is None else max(0.0, m.y - m.low) for m in some],
+                [0.0 if m.high is None else max(0.0, m.high - m.y) for m in some],
+            ]
+            label = (kinds or {}).get(kind)
+            axes.errorbar(
+                [m.x for m in some], [m.y for m in some], yerr=spans, fmt="o", color=COLOURS[kind % len(COLOURS)],
+                elinewidth=1, capsize=2, label=label,
+            )  # fmt: skip
+        if line is not None:
+            axes.axhline(line, color="#8a8a8a", linestyle=":", label=line_label or None)
+        axes.margins(0.14)
+        axes.set(xlabel=x, ylabel=y)
+        if kinds or line_label:
+            axes.legend(loc="best")
+        _label(axes, marks)
+
+    return paint
+
+
+def _label(axes: Axes, marks: Sequence[Mark]) -> None:
+    """Names beside their points, where the names before leave room; a name that finds none is left out."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # the layout decides where points are
+    width, height = 4.9, 10.0  # of a letter, in points
+    taken: list[tuple[float, float, float, float]] = []
+    scale = 72 / figure.dpi
+    places = [axes.transData.transform((m.x, m.y)) * scale for m in marks]
+    taken += [(px - 3, py - 3, px + 3, py + 3) for px, py in places]
+    left, right = (axes.get_window_extent().x0 * scale, axes.get_window_extent().x1 * scale)
+    for mark, (px, py) in zip(marks, places, strict=True):
+        size = width * len(mark.name)
+        for dx, dy, side in _OFFSETS:
+            x0 = px + dx - {"left": 0.0, "center": size / 2, "right": size}[side]
+            box = (x0, py + dy, x0 + size, py + dy + height)
+            if x0 < left - 4 or x0 + size > right + 4 or any(_overlap(box, other) for other in taken):
+                continue
+            taken.append(box)
+            axes.annotate(
+                mark.name, (mark.x, mark.y), (dx, dy), textcoords="offset points", ha=side, va="bottom", fontsize=8
+            )
+            break
+
+
+_OFFSETS = (
+    *((6, -4, "left"), (-6, -4, "right"), (6, 5, "left"), (-6, 5, "right"), (6, -14, "left"), (-6, -14, "right")),
+    *((0, 8, "center"), (0, -18, "center"), (6, 16, "left"), (-6, 16, "right"), (6, -25, "left"), (-6, -25, "right")),
+)
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def lines(
+    series: Mapping[str, Mapping[int, float]], *, x: str, y: str, percent: bool = False
+) -> Callable[[Axes], None]:
+    """Lines over whole numbers, such as layers."""
+
+    def paint(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+        for name, points in series.items():
+            axes.plot(list(points), list(points.values()), marker="o", markersize=3, label=name)
+        axes.set(xlabel=x, ylabel=y)
+        axes.set_ylim(0, None)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        legend_above(axes)
+
+    return paint
+
+
+def legend_above(axes: Axes, columns: int = 4) -> None:
+    """The legend outside the axes, where it covers nothing."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.legend(loc="outside upper center", ncols=columns)
