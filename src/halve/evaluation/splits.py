@@ -55,7 +55,9 @@ def named_set(questions: list[Question], name: str) -> QuestionSet:
 
 def shared_articles(data: QuestionSet, texts: Sequence[str]) -> list[Question]:
     """The first question of every article of `data` whose content is in one of `texts`."""
-    articles = {q.article: q for q in reversed(data.questions)}
+    articles: dict[str, Question] = {}
+    for question in data.questions:
+        articles.setdefault(question.article, question)
     found = {article for article, _ in _matches(list(articles), texts)}
     return [question for index, question in enumerate(articles.values()) if index in found]
 
