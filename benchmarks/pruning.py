@@ -111,7 +111,6 @@ def measure(material: Material, recipe: list[str], options: argparse.Namespace) 
                 "calibration": made["calibration"],
             }
         loaded, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
-        figures["weight_bytes"] = loaded.weight_bytes()
         for name, asked in material.exams.items():
             answers = evaluate(loaded, tokenizer, **asked)
             if name == "perplexity":
@@ -125,6 +124,7 @@ def measure(material: Material, recipe: list[str], options: argparse.Namespace) 
 def plot(records: dict[str, dict[str, Any]], fractions: list[float], path: Path) -> None:
     """Each exam's accuracy and the perplexity against the share removed, a line for each score."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     exams = [name for name in ("cloze", "questions") if name in records["dense"]]
     figure = Figure(figsize=(5 * (1 + len(exams)), 4.4), layout="constrained")
@@ -139,11 +139,15 @@ def plot(records: dict[str, dict[str, Any]], fractions: list[float], path: Path)
             style = ":" if "global" in suffix else "-" if "refit" in suffix else "--"
             axes.plot([0, *(100 * f for f in fractions)], values, style, marker="o", markersize=4,
                       color=colours[suffix.split("-")[0]], label=label)  # fmt: skip
-        axes.set(xlabel="MLP channels removed (%)", title=name if name == "perplexity" else f"{name}: accuracy (%)")
-        if name == "perplexity":
+        title = name if name == "perplexity" else f"{name}: accuracy (%), chance 25"
+        axes.set(xlabel="MLP channels removed (%)", title=title)
+        if name != "perplexity":
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, high - 20), high)  # a question more or less is no news
+        elif axes.get_ylim()[1] > 4 * axes.get_ylim()[0]:
             axes.set_yscale("log")
-        else:
-            axes.axhline(25, color="black", linewidth=0.5)  # chance
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(ScalarFormatter())
     panels[-1].legend(fontsize="small")
     figure.savefig(path, dpi=120)
 

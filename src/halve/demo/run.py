@@ -152,7 +152,7 @@ def plot(records: list[Record], path: Path) -> None:
         label = exam.removeprefix("exam_").removesuffix(".jsonl")
         right.errorbar(accuracy, [y for y, _ in places], xerr=[low, high], fmt=marker, capsize=3, label=label)
     right.axvline(25, color="grey", linestyle=":", label="chance")
-    right.set(xlabel="accuracy (%), 95 % interval", xlim=(0, 100))
+    right.set(xlabel="accuracy (%), 95 % interval", xlim=(0, 102))
     right.grid(alpha=0.3)
     figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize="small")
     figure.suptitle("The bundled reader: accuracy against size", x=0.01, ha="left")
