@@ -56,6 +56,12 @@ def test_overlaps_are_found_inside_longer_texts_whatever_their_spelling() -> Non
     assert shared_articles(data, [f"{prose(50)} {too_short} {prose(50)}"]) == []
 
 
+def test_every_article_with_the_same_beginning_is_found() -> None:
+    story = prose(80)
+    beginnings = [ask(" ".join(story.split()[:words])) for words in (30, 45, 60)]
+    assert shared_articles(named_set([*beginnings, ask(prose(60))], "exam"), [prose(10), story]) == beginnings
+
+
 def test_short_articles_match_whole() -> None:
     text = "She went to the shop and then read the passage with care before she left"
     ten, three = ask("to the shop and then read the passage with care"), ask("Read the passage")

@@ -55,7 +55,9 @@ def named_set(questions: list[Question], name: str) -> QuestionSet:
 
 def shared_articles(data: QuestionSet, texts: Sequence[str]) -> list[Question]:
     """The first question of every article of `data` whose content is in one of `texts`."""
-    articles = {q.article: q for q in reversed(data.questions)}
+    articles: dict[str, Question] = {}
+    for question in data.questions:
+        articles.setdefault(question.article, question)
     found = {article for article, _ in _matches(list(articles), texts)}
     return [question for index, question in enumerate(articles.values()) if index in found]
 
@@ -95,21 +97,21 @@ def _runs(words: list[str], length: int) -> Iterator[bytes]:
 
 
 def _matches(articles: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """(article, text) for every pair found to share content; the first article alone where several hold one run."""
-    owners: dict[int, dict[bytes, int]] = {}
+    """(article, text) for every pair that shares content."""
+    owners: dict[int, dict[bytes, list[int]]] = {}
     for index, article in enumerate(articles):
         words = _words(article)
         held = owners.setdefault(_length(words), {})
         for run in _runs(words, _length(words)):
-            held.setdefault(run, index)
+            held.setdefault(run, []).append(index)
     for number, text in enumerate(texts):
         words = _words(text)
         for length, held in owners.items():
             if length < SHORT_WORDS and length != len(words):
                 continue
             for run in _runs(words, length):
-                if run in held:
-                    yield held[run], number
+                for index in held.get(run, ()):
+                    yield index, number
 
 
 def _related(articles: Sequence[str]) -> list[list[int]]:
