@@ -67,8 +67,8 @@ def rows(group_size: int, layers: int) -> dict[str, Row]:
         found[f"{kind}-prune-mlp"] = Row(("prune-mlp:multiple_of=4", *quantize), ("prune-mlp.fraction=0..0.9",))
         drop = "drop-attention:count=1,select=influence"
         found[f"{kind}-drop-attention"] = Row((drop, *quantize), (f"drop-attention.count=1..{layers - 1}",))
-    # both sides in bfloat16, so that the type alone saves nothing
-    bf16 = {"dtype": DTYPES["bf16"]}
+    # both sides in bfloat16, so that the type alone saves nothing; all questions, and the interval has to clear the floor
+    bf16 = {"dtype": DTYPES["bf16"], "limit": None, "floor_lower_bound": True}
     gptq = f"gptq:group_size={group_size},fallback=channel"
     for side in ("inputs", "outputs"):
         found[f"95-l1-{side}"] = Row(
@@ -122,7 +122,7 @@ def main() -> None:
             search(
                 work / asked.subject, work / name, row.steps, row.vary, floor=row.floor, task="multiple-choice",
                 data=exam, protocol="pmi", template="plain", calibration=calibration,
-                command=f"python benchmarks/search.py {asked.subject} --only {name}", **subject.options, **row.options,
+                command=f"python benchmarks/search.py {asked.subject} --only {name}", **(subject.options | row.options),
             )  # fmt: skip
         except HalveError as error:
             print(f"{name}: {error}", flush=True)
