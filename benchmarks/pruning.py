@@ -143,7 +143,7 @@ def plot(records: dict[str, dict[str, Any]], fractions: list[float], path: Path)
         axes.set(xlabel="MLP channels removed (%)", title=title)
         if name != "perplexity":
             low, high = axes.get_ylim()
-            axes.set_ylim(min(low, high - 20), high)  # a question more or less is no news
+            axes.set_ylim(min(low, high - 20), min(100, high + 1))  # a question more or less is no news
         elif axes.get_ylim()[1] > 4 * axes.get_ylim()[0]:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(ScalarFormatter())
