@@ -128,13 +128,17 @@ def look_up(record: Record, key: str) -> Any:
 
 
 def show(key: str, value: Any) -> str:
-    """A value as table text: bytes with their unit, shares in per cent, other numbers to 4 digits."""
+    """A value as table text: bytes with their unit, shares and accuracies in per cent, other numbers to 4 digits."""
     if value is None:
         return MISSING
     if key == "model":
         return Path(value).name
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, int | float):
+        return str(value).replace("|", r"\|")
+    if key.endswith("accuracy"):
+        return f"{100 * value:.1f} %"
     if key.endswith("_bytes"):
         return show_bytes(value)
     if key.endswith("_share"):
