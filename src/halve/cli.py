@@ -11,7 +11,7 @@ import typer
 
 import halve
 from halve import cli_studies
-from halve.cli_options import Device, Dtype, Json, Model, Out, Overwrite, Seed, dtype_of
+from halve.cli_options import Calibration, Device, Dtype, Json, Model, Out, Overwrite, Samples, Seed, dtype_of
 from halve.errors import HalveError
 from halve.machine import ask_for_huge_pages
 
@@ -41,10 +41,8 @@ def compress(
         typer.Option(help="NAME:key=value,... One step; repeat for several, they run in order.", show_default=False),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="The same steps as a YAML list.", show_default=False)] = None,
-    calibration: Annotated[
-        str, typer.Option(help=".txt, .jsonl, a RACE folder, or c4 | wikitext2 from the hub.", metavar="NAME|FILE")
-    ] = "c4",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    calibration: Calibration = "c4",
+    samples: Samples = 128,
     window: Annotated[int, typer.Option(help="Tokens a window (at most the model's context).")] = 2048,
     seed: Seed = 0,
     device: Device = "cpu",

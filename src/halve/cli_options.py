@@ -20,6 +20,10 @@ Dtype = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds something.")]
 Json = Annotated[Path | None, typer.Option(help="Write one record to this file.", show_default=False)]
+Calibration = Annotated[
+    str, typer.Option(help=".txt, .jsonl, a RACE folder, or c4 | wikitext2 from the hub.", metavar="NAME|FILE")
+]
+Samples = Annotated[int, typer.Option(help="Calibration windows.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 

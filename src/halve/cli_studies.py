@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from halve.cli_options import Device, Dtype, Model, Overwrite, Seed, dtype_of
+from halve.cli_options import Calibration, Device, Dtype, Model, Overwrite, Samples, Seed, dtype_of
 from halve.errors import HalveError
 
 
@@ -50,10 +50,8 @@ def reproduce(
         str, typer.Option(help="The same of its own way; another one for a model that cannot answer in letters.")
     ] = "system1",
     limit: Annotated[int | None, typer.Option(help="The first N questions only.", show_default=False)] = None,
-    calibration: Annotated[
-        str, typer.Option(help=".txt, .jsonl, a RACE folder, or c4 | wikitext2 from the hub.", metavar="NAME|FILE")
-    ] = "c4",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    calibration: Calibration = "c4",
+    samples: Samples = 128,
     floor: Annotated[float, typer.Option(help="The accuracy that the largest fractions keep.")] = 0.5,
     fractions: Annotated[bool, typer.Option(help="Look for the largest fractions as well.")] = True,
     runs: Annotated[int, typer.Option(help="Runs the median speeds are taken over.")] = 5,
@@ -157,10 +155,8 @@ def search(
     keep_checkpoints: Annotated[
         bool, typer.Option("--keep-checkpoints", help="Keep every trial's model; else the winner's alone.")
     ] = False,
-    calibration: Annotated[
-        str, typer.Option(help=".txt, .jsonl, a RACE folder, or c4 | wikitext2 from the hub.", metavar="NAME|FILE")
-    ] = "c4",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    calibration: Calibration = "c4",
+    samples: Samples = 128,
     window: Annotated[int, typer.Option(help="Tokens a window (at most the model's context).")] = 2048,
     seed: Seed = 0,
     device: Device = "cpu",

@@ -28,11 +28,8 @@ STORE, ADD, GATE, TIMES = 0, 1, 2, 3  # epilogues of triton_matmul
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3}
 MAX_BATCH = triton_backend.MAX_ROWS
 _CAPACITY_STEP = 256  # slots; a cache is made somewhat larger, so that the next prompt can use the same captured step
-_SLOTS, _SPLITS, _SHORTEST = (
-    64,
-    16,
-    64,
-)  # of attention: slots of a block, most programs of a head, slots worth a program
+# of attention: slots of a block, most programs of a head, slots worth a program
+_SLOTS, _SPLITS, _SHORTEST = 64, 16, 64
 
 
 def acquire(model: Model, batch: int, capacity: int) -> CapturedStep | None:
