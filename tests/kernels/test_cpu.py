@@ -20,7 +20,7 @@ ROWS_OF_X = (1, 2, 3, 8, 67)  # the last is more than the kernels take at a time
 OUT = 37  # odd: neither a whole block of 16 rows nor of 4
 
 # y's error comes from rounding x to 16 bits under the peak of 128 values: an error uniform within half a step of
-# peak / 32767, so peak / 32767 / sqrt(12) root mean square. Of 128 Gaussians the peak is 2.7 on average, 4.5 at most in
+# peak / 32639, so peak / 32639 / sqrt(12) root mean square. Of 128 Gaussians the peak is 2.7 on average, 4.5 at most in
 # these few thousand, so 4e-5 relative at the very most; float32 sums of products that cancel add less than 1e-6.
 PACKED_ERROR = 4e-5
 DENSE_ERROR = 1e-6
@@ -96,24 +96,24 @@ def test_ragged_groups(matmul: type[CpuMatmul], bits: int) -> None:
 
 
 def test_exact_where_x_is(matmul: type[CpuMatmul]) -> None:
-    # whole numbers up to 32767 are their own 16-bit codes, so every step is exact: 3 * 32767 - 8 * 5 + 7 * 1 = 98268
+    # whole numbers up to 32639 are their own 16-bit codes, so every step is exact: 3 * 32639 - 8 * 5 + 7 * 1 = 97884
     codes = torch.zeros(1, 8, dtype=torch.int8)
     codes[0, 1], codes[0, 2], codes[0, 7] = 3, -8, 7
     x = torch.zeros(1, 8)
-    x[0, 1], x[0, 2], x[0, 7] = 32767.0, 5.0, 1.0
+    x[0, 1], x[0, 2], x[0, 7] = 32639.0, 5.0, 1.0
     scale = torch.ones(1, 1)
-    assert matmul(from_codes(codes, scale, None, QuantSpec(4, -1)), torch.float32)(x).item() == 98268
-    # zero point 2 takes 2 * (32767 + 5 + 1) = 65546 off
+    assert matmul(from_codes(codes, scale, None, QuantSpec(4, -1)), torch.float32)(x).item() == 97884
+    # zero point 2 takes 2 * (32639 + 5 + 1) = 65290 off
     zero = torch.full((1, 1), 2, dtype=torch.int8)
     weight = from_codes(codes, scale, zero, QuantSpec(4, -1, symmetric=False))
-    assert matmul(weight, torch.float32)(x).item() == 98268 - 65546
+    assert matmul(weight, torch.float32)(x).item() == 97884 - 65290
 
 
 def test_the_largest_sums_do_not_overflow(matmul: type[CpuMatmul]) -> None:
-    # 256 columns of code -128 against x = 32767 throughout: the most an accumulator ever holds
+    # 256 columns of code -128 against x = 32639 throughout: the most an accumulator ever holds
     weight = from_codes(torch.full((16, 256), -128, dtype=torch.int8), torch.ones(16, 1), None, QuantSpec(8, -1))
-    y = matmul(weight, torch.float32)(torch.full((1, 256), 32767.0))
-    assert torch.equal(y, torch.full((1, 16), -128 * 32767.0 * 256))
+    y = matmul(weight, torch.float32)(torch.full((1, 256), 32639.0))
+    assert torch.equal(y, torch.full((1, 16), -128 * 32639.0 * 256))
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(8, -1), QuantSpec(4, 128), QuantSpec(4, 32, symmetric=False)])

@@ -206,7 +206,7 @@ class BlockedWeight(QuantizedWeight):
 
     def codes(self) -> Tensor:
         bits, offset = self.stored_bits, 1 << (self.spec.bits - 1)
-        shift = torch.tensor([c // 2 * bits + c % 2 * 16 for c in range(32 // bits)], dtype=torch.int32)
+        shift = torch.tensor([c % 4 * 8 + c // 4 * bits for c in range(32 // bits)], dtype=torch.int32)
         codes = torch.empty(self.shape, dtype=torch.int8)
         for block, words in enumerate(self.block_codes):  # one block at a time: [W, 16] -> [16, C]
             part = ((words.t().unsqueeze(-1) >> shift & ((1 << bits) - 1)) - offset).to(torch.int8).flatten(1)

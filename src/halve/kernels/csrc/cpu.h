@@ -7,13 +7,17 @@
        zero   uint8  [blocks][groups][ROWS]     zero point + offset, or NULL: every zero point is 0
 
    so that a block is read front to back, every vector lane stands for one output row, and one value of x serves all.
-   Pair j of a word is its columns 2j (in the low 16 bits, at bit j * bits) and 2j + 1 (in the high 16 bits, likewise):
-   shifting by j * bits and masking leaves two 16-bit integers, the operands of a widening pairwise multiply-add.
+   Column c of a word is at bit c % 4 * 8 + c / 4 * bits: level n = c / 4, shifted down and masked, is four bytes, or
+   twice two 16-bit integers (its even columns, then its odd ones), the operands of a widening multiply-add.
 
    A segment is a run of at most 128 columns of one group. Each row of x is rounded segment by segment to 16-bit
    integers under one scale, multiplied in integers, and added up in float32:
 
        y[r] = sum over segments s: scale[r, group(s)] * x_scale[s] * sum over columns: (code - zero) * x_code
+
+   A segment of x is held as two planes, one 32-bit unit of each for every four columns. Where there is a dot product of
+   bytes, they are the low and the high bytes of the codes, x_code = low + 256 * high with both signed, and the sums of
+   the second count 256 times; elsewhere even and odd columns.
 */
 #ifndef HALVE_CPU_H
 #define HALVE_CPU_H
@@ -21,8 +25,8 @@
 #include <stdint.h>
 
 enum { ROWS = 16, MAX_SEGMENT = 128, MAX_COUNT = 64 }; /* MAX_COUNT rows of x at a time: as many as the cache holds */
-enum { PREFETCH_BYTES = 2560 }; /* how far ahead packed weights are fetched; without it a fifth of the bandwidth is lost */
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum { LARGEST_CODE = 127 * 256 + 127 }; /* of x: both bytes of it are at most 127 */
 enum { SILU = 0, RELU = 1, GELU_TANH = 2, GELU = 3 };
 
 struct kernels;
@@ -51,7 +55,7 @@ typedef struct {
 typedef struct {
     int64_t count;
     const float *values;     /* dense: [count][columns], bfloat16 weights: see `spread` */
-    const int32_t *pairs;    /* packed: [count][columns / 2], two 16-bit codes each */
+    const int32_t *planes;   /* packed: [count][columns / 2], segment by segment its first plane, then its second */
     const float *scale;      /* packed: [count][segments] */
     const int32_t *code_sum; /* packed: [count][segments] */
 } rows_t;
@@ -60,7 +64,7 @@ typedef struct {
 typedef struct kernels {
     const char *name;
     /* prepare one row of x: codes, scales and sums (packed), or values (dense) */
-    void (*prepare)(const weight_t *w, const void *x, int kind, float *values, int32_t *pairs, float *scale,
+    void (*prepare)(const weight_t *w, const void *x, int kind, float *values, int32_t *planes, float *scale,
                     int32_t *code_sum);
     /* y [count][ROWS] of one block */
     void (*multiply)(const weight_t *w, const rows_t *x, int64_t block, float *y);
@@ -81,6 +85,7 @@ typedef struct kernels {
 #define IN_REGISTER(v)
 #endif
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 INLINE float bits_float(int32_t bits) {
     union { int32_t i; float f; } v = {bits};
@@ -93,6 +98,10 @@ INLINE int32_t float_bits(float value) {
 }
 
 INLINE float from_bf16(uint16_t bits) { return bits_float((int32_t)((uint32_t)bits << 16)); }
+
+INLINE float number_at(const void *numbers, int kind, int64_t at) { /* FLOAT32 or BFLOAT16 */
+    return kind == BFLOAT16 ? from_bf16(((const uint16_t *)numbers)[at]) : ((const float *)numbers)[at];
+}
 
 INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even; a NaN stays one */
     const uint32_t bits = (uint32_t)float_bits(value);

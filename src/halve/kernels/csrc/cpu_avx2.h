@@ -1,6 +1,7 @@
 /* The vector operations of AVX2, FMA and F16C; DOT, which AVX-VNNI has in one instruction, comes from cpu.c. */
 #define LANES 8
 #define PASS 2
+#define PREFETCH_BYTES 2560 /* without it a fifth of the bandwidth was lost on Zen 3 */
 #define VI __m256i
 #define VF __m256
 #define LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
@@ -16,7 +17,7 @@
 #define AND(a, b) _mm256_and_si256(a, b)
 #define SHIFT16(a, n) _mm256_srli_epi16(a, n)
 #define SHIFT32(a, n) _mm256_srli_epi32(a, n)
-#define SHIFT_LEFT16(a) _mm256_slli_epi32(a, 16)
+#define SHIFT_LEFT(a, n) _mm256_slli_epi32(a, n)
 #define SHIFT_SIGNED32(a, n) _mm256_srai_epi32(a, n)
 #define ADD(a, b) _mm256_add_epi32(a, b)
 #define MUL(a, b) _mm256_mullo_epi32(a, b)
@@ -26,4 +27,4 @@
 #define MUL_F(a, b) _mm256_mul_ps(a, b)
 #define ADD_F(a, b) _mm256_add_ps(a, b)
 #define SUB_F(a, b) _mm256_sub_ps(a, b)
-#define SUM_F(a) sum_f32x8(a)
+#define STORE_SUMS(p, a, b, c, d) _mm_storeu_ps(p, sums_f32x8(a, b, c, d))

@@ -1,8 +1,9 @@
 /* The kernels, written once over a handful of vector operations and compiled once per instruction set (cpu.c).
 
    Before inclusion: FN(name) names the functions; TARGET marks them; LANES is the number of 32-bit lanes; PASS the rows of x whose
-   sums fit into registers (2 or 8); VI and VF
-   are the vectors of int32 and float32; the operations are those that cpu.c defines for every instruction set. */
+   sums fit into registers (2 or 8); BYTES is 1 where DOT multiplies bytes, 0 where it multiplies 16-bit integers;
+   PREFETCH_BYTES is how far ahead packed weights are fetched, or 0; VI and VF are the vectors of int32 and float32; the
+   operations are those that cpu.c defines for every instruction set. */
 
 #define VECS (ROWS / LANES)
 
@@ -15,12 +16,12 @@
         if (VECS > 2) { enum { i = VECS > 2 ? 2 : 0 }; __VA_ARGS__ } \
         if (VECS > 2) { enum { i = VECS > 2 ? 3 : 0 }; __VA_ARGS__ } \
     }
-#define EACH_OF_4(...) \
+#define EACH_OF_4(number, ...) \
     { \
         { enum { r = 0 }; __VA_ARGS__ } \
-        if (rows > 1) { enum { r = 1 }; __VA_ARGS__ } \
-        if (rows > 2) { enum { r = 2 }; __VA_ARGS__ } \
-        if (rows > 3) { enum { r = 3 }; __VA_ARGS__ } \
+        if (number > 1) { enum { r = 1 }; __VA_ARGS__ } \
+        if (number > 2) { enum { r = 2 }; __VA_ARGS__ } \
+        if (number > 3) { enum { r = 3 }; __VA_ARGS__ } \
     }
 #define EACH_ROW_2(...) \
     { \
@@ -50,58 +51,60 @@ INLINE TARGET VF FN(load_scale)(const weight_t *w, int64_t index) {
 
 INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t block, const int bits, int64_t first,
                                    const int count, float *y) {
-    const int pairs_per_word = 16 / bits;
-    /* one row of x: half of the shifts are saved by summing the upper nibbles of bytes, 16 times too large, apart */
+    const int levels = 8 / bits;
+    /* one row of x: a shift is saved by summing the upper nibbles of bytes, 16 times too large, apart */
     const int apart = bits == 4 && count == 1;
-    /* few rows of x on 16 lanes: a second set of sums, because a dot product can only be started on a sum that is done */
-    const int twice = LANES == 16 && count <= 2;
-    const VI mask = SET1(((1 << bits) - 1) * 0x10001), mask_apart = SET1(0xf000f0);
+    const int32_t ones = BYTES ? 0x01010101 : 0x00010001;
+    const VI mask = SET1(((1 << bits) - 1) * ones), mask_apart = SET1((int32_t)(0xf0u * (uint32_t)ones));
     const int32_t *codes = (const int32_t *)w->codes + block * w->words * ROWS;
-    const int32_t *xs = x->pairs + first * (w->columns / 2);
+    const int64_t stride = w->columns / 2;
+    const int32_t *even = x->planes + first * stride;
     VF sum[PASS][4];
     EACH_ROW(EACH_VEC(sum[m][i] = ZERO_F();))
 
     int64_t word = 0;
     for (int64_t s = 0; s < w->segments; ++s) {
-        const int64_t group = (block * w->groups + w->segment_group[s]) * ROWS;
+        const int64_t end = w->segment_end[s], group = (block * w->groups + w->segment_group[s]) * ROWS;
         const int32_t *sums = x->code_sum + first * w->segments + s;
-        VI total[PASS][4], total_apart[4], second[2][4], second_apart[4];
+        const int32_t *odd = even + (end - word) * levels; /* the second plane */
+        VI total[PASS][2][4], total_apart[2][4];
         /* sum of (code - zero) * x = sum of code * x - zero * sum of x: integers, so exact (wrapping is undone) */
-        EACH_VEC(const VI zero = w->zero ? LOAD_U8(w->zero + group + i * LANES) : SET1(w->offset);
-                 EACH_ROW(total[m][i] = MUL(zero, SET1(-sums[m * w->segments]));)
-                 EACH_ROW_2(second[m][i] = SET1(0);)
-                 total_apart[i] = second_apart[i] = SET1(0);)
-        for (const int64_t end = w->segment_end[s]; word < end; ++word) {
-            VI packed[4];
-            EACH_VEC(packed[i] = LOAD(codes + word * ROWS + i * LANES);)
-            __builtin_prefetch(codes + word * ROWS + PREFETCH_BYTES / 4, 0, 3);
-#pragma GCC unroll 8
-            for (int j = 0; j < pairs_per_word; ++j) {
-                VI code[4];
-                if (apart && j % 2) {
-                    const VI pair = SET1(xs[word * pairs_per_word + j]);
-                    if (twice && j / 2 % 2) EACH_VEC(second_apart[i] = DOT(second_apart[i], AND(packed[i], mask_apart), pair);)
-                    else EACH_VEC(total_apart[i] = DOT(total_apart[i], AND(packed[i], mask_apart), pair);)
-                    EACH_VEC(packed[i] = SHIFT16(packed[i], 8);)
+        EACH_VEC(EACH_ROW(total[m][BYTES][i] = SET1(0);
+                          total[m][0][i] = w->zero ? MUL(LOAD_U8(w->zero + group + i * LANES), SET1(-sums[m * w->segments]))
+                                                   : SET1(w->offset * -sums[m * w->segments]);)
+                 total_apart[0][i] = total_apart[1][i] = SET1(0);)
+        for (; word < end; ++word, even += levels, odd += levels) {
+            VI packed[4], upper[4];
+            EACH_VEC(packed[i] = LOAD(codes + word * ROWS + i * LANES); upper[i] = BYTES ? packed[i] : SHIFT16(packed[i], 8);)
+            if (PREFETCH_BYTES) __builtin_prefetch(codes + word * ROWS + PREFETCH_BYTES / 4, 0, 3);
+#pragma GCC unroll 4
+            for (int n = 0; n < levels; ++n) {
+                VI code[2][4];
+                if (apart && n) {
+                    EACH_VEC(code[0][i] = AND(packed[i], mask_apart); code[1][i] = AND(upper[i], mask_apart);
+                             total_apart[0][i] = DOT(total_apart[0][i], code[0][i], SET1(even[n]));
+                             total_apart[BYTES][i] = DOT(total_apart[BYTES][i], code[1][i], SET1(odd[n]));)
                     continue;
                 }
-                EACH_VEC(code[i] = j && !apart ? SHIFT16(packed[i], j * bits) : packed[i];
-                         if (j + 1 < pairs_per_word) code[i] = AND(code[i], mask);)
-                if (twice && (apart ? j / 2 % 2 : j % 2)) {
-                    EACH_ROW_2(const VI pair = SET1(xs[m * (w->columns / 2) + word * pairs_per_word + j]);
-                               EACH_VEC(second[m][i] = DOT(second[m][i], code[i], pair); IN_REGISTER(second[m][i]);))
-                    continue;
-                }
-                EACH_ROW(const VI pair = SET1(xs[m * (w->columns / 2) + word * pairs_per_word + j]);
-                         EACH_VEC(total[m][i] = DOT(total[m][i], code[i], pair); IN_REGISTER(total[m][i]);))
+                EACH_VEC(code[0][i] = n ? SHIFT16(packed[i], n * bits) : packed[i];
+                         code[1][i] = n ? SHIFT16(upper[i], n * bits) : upper[i];
+                         if (!BYTES || bits < 8) code[0][i] = AND(code[0][i], mask);
+                         if (bits < 8) code[1][i] = AND(code[1][i], mask);)
+                EACH_ROW(const VI first_unit = SET1(even[m * stride + n]), second_unit = SET1(odd[m * stride + n]);
+                         EACH_VEC(total[m][0][i] = DOT(total[m][0][i], code[0][i], first_unit);
+                                  IN_REGISTER(total[m][0][i]);
+                                  total[m][BYTES][i] = DOT(total[m][BYTES][i], code[1][i], second_unit);
+                                  IN_REGISTER(total[m][BYTES][i]);))
             }
         }
-        if (twice) EACH_VEC(total_apart[i] = ADD(total_apart[i], second_apart[i]);
-                            EACH_ROW_2(total[m][i] = ADD(total[m][i], second[m][i]);))
-        if (apart) EACH_VEC(total[0][i] = ADD(total[0][i], SHIFT_SIGNED32(total_apart[i], 4));)
+        even = odd;
+        EACH_ROW(EACH_VEC(if (BYTES) total[m][0][i] = ADD(total[m][0][i], SHIFT_LEFT(total[m][1][i], 8));))
+        if (apart)
+            EACH_VEC(if (BYTES) total_apart[0][i] = ADD(total_apart[0][i], SHIFT_LEFT(total_apart[1][i], 8));
+                     total[0][0][i] = ADD(total[0][0][i], SHIFT_SIGNED32(total_apart[0][i], 4));)
         EACH_VEC(const VF scale = FN(load_scale)(w, group + i * LANES);
                  EACH_ROW(const VF factor = MUL_F(scale, SET1_F(x->scale[(first + m) * w->segments + s]));
-                          sum[m][i] = FMA(TO_FLOAT(total[m][i]), factor, sum[m][i]);))
+                          sum[m][i] = FMA(TO_FLOAT(total[m][0][i]), factor, sum[m][i]);))
     }
     EACH_ROW(EACH_VEC(STORE_F32(y + (first + m) * ROWS + i * LANES, sum[m][i]);))
 }
@@ -125,17 +128,17 @@ INLINE TARGET void FN(dense_tile)(const weight_t *w, const rows_t *x, int64_t ro
     const int odd_sum = count == 1; /* one row of x: two sums a row hide the latency; two rows do so themselves */
     const float *xs = x->values + first * columns;
     VF sum[4][2][2];
-    EACH_OF_4(EACH_ROW_2(sum[r][m][0] = ZERO_F(); sum[r][m][1] = ZERO_F();))
+    EACH_OF_4(rows, EACH_ROW_2(sum[r][m][0] = ZERO_F(); sum[r][m][1] = ZERO_F();))
     for (int64_t c = 0; c < whole; c += step) {
         VF low[2], high[2];
         EACH_ROW_2(low[m] = LOAD_F32(xs + m * columns + c);
                    if (kind == BFLOAT16) high[m] = LOAD_F32(xs + m * columns + c + LANES);)
-        EACH_OF_4(
+        EACH_OF_4(rows,
             if (kind == BFLOAT16) {
                 /* two bfloat16 a lane: either half, with zeros below, is a float32 */
                 const VI two = LOAD((const uint16_t *)w->codes + (row + r) * columns + c);
                 __builtin_prefetch((const uint16_t *)w->codes + (row + r + 4) * columns + c, 0, 2);
-                const VF even = AS_FLOAT(SHIFT_LEFT16(two)), odd = AS_FLOAT(AND(two, SET1((int32_t)0xffff0000)));
+                const VF even = AS_FLOAT(SHIFT_LEFT(two, 16)), odd = AS_FLOAT(AND(two, SET1((int32_t)0xffff0000)));
                 EACH_ROW_2(sum[r][m][0] = FMA(even, low[m], sum[r][m][0]);
                            sum[r][m][odd_sum] = FMA(odd, high[m], sum[r][m][odd_sum]);)
             } else {
@@ -144,7 +147,7 @@ INLINE TARGET void FN(dense_tile)(const weight_t *w, const rows_t *x, int64_t ro
                 EACH_ROW_2(sum[r][m][0] = FMA(weights, low[m], sum[r][m][0]);)
             })
     }
-    EACH_OF_4(EACH_ROW_2(
+    EACH_OF_4(rows, EACH_ROW_2(
         float lanes[LANES], total = 0;
         STORE_F32(lanes, ADD_F(sum[r][m][0], sum[r][m][1]));
         for (int i = 0; i < LANES; ++i) total += lanes[i];
@@ -191,7 +194,7 @@ static TARGET void FN(multiply)(const weight_t *w, const rows_t *x, int64_t bloc
     }
 }
 
-static TARGET void FN(prepare)(const weight_t *w, const void *x, int kind, float *values, int32_t *pairs,
+static TARGET void FN(prepare)(const weight_t *w, const void *x, int kind, float *values, int32_t *planes,
                                float *scale, int32_t *code_sum) {
     const float *source = x;
     if (kind == BFLOAT16) {
@@ -209,7 +212,6 @@ static TARGET void FN(prepare)(const weight_t *w, const void *x, int kind, float
         for (int64_t c = whole; c < w->columns; ++c) values[c] = source[c];
         return;
     }
-    int16_t *codes = (int16_t *)pairs;
     const int64_t per_word = 32 / w->bits;
     int64_t first = 0;
     for (int64_t s = 0; s < w->segments; ++s) {
@@ -231,14 +233,20 @@ static TARGET void FN(prepare)(const weight_t *w, const void *x, int kind, float
         }
         /* below this 1 / scale would overflow: such a segment counts as 0 */
         const int normal = largest >= 0x04000000;
-        const float peak = bits_float(largest), inverse = normal ? 32767.0f / peak : 0.0f;
-        scale[s] = normal ? peak / 32767.0f : 0.0f;
-        int32_t sum = 0;
+        const float peak = bits_float(largest), inverse = normal ? (float)LARGEST_CODE / peak : 0.0f;
+        scale[s] = normal ? peak / (float)LARGEST_CODE : 0.0f;
+        int32_t codes[MAX_SEGMENT], sum = 0;
         for (int64_t c = 0; c < size; ++c) {
             /* adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa */
-            const int32_t code = float_bits(part[c] * inverse + 12582912.0f) - 0x4b400000;
-            codes[first + c] = (int16_t)code;
-            sum += code;
+            codes[c] = float_bits(part[c] * inverse + 12582912.0f) - 0x4b400000;
+            sum += codes[c];
+        }
+        if (BYTES) {
+            int8_t *low = (int8_t *)(planes + first / 2), *high = low + size;
+            for (int64_t c = 0; c < size; ++c) low[c] = (int8_t)codes[c], high[c] = (int8_t)((codes[c] + 128) >> 8);
+        } else {
+            int16_t *even = (int16_t *)(planes + first / 2), *odd = even + size / 2;
+            for (int64_t c = 0; c < size / 2; ++c) even[c] = (int16_t)codes[2 * c], odd[c] = (int16_t)codes[2 * c + 1];
         }
         code_sum[s] = sum;
         first += size;
@@ -267,7 +275,7 @@ INLINE TARGET void FN(expand_block)(const weight_t *w, int64_t block, const int 
                 float numbers[ROWS];
                 float *target = kind == FLOAT32 ? (float *)out + at * stride : numbers;
                 for (int i = 0; i < VECS; ++i) {
-                    const VI code = AND(SHIFT32(packed[i], c / 2 * bits + c % 2 * 16), mask);
+                    const VI code = AND(SHIFT32(packed[i], c % 4 * 8 + c / 4 * bits), mask);
                     STORE_F32(target + i * LANES, MUL_F(SUB_F(TO_FLOAT(code), zero[i]), scale[i]));
                 }
                 if (kind == BFLOAT16)
@@ -289,4 +297,3 @@ static TARGET void FN(expand)(const weight_t *w, int64_t block, int kind, void *
 #undef EACH_VEC
 #undef EACH_ROW
 #undef EACH_ROW_2
-#undef EACH_OF_4

@@ -1,6 +1,7 @@
 /* What one decode step needs between the matrix products, in float32: norms, activations, attention of one query.
 
-   Included after cpu_body.h, with the same definitions and SUM_F, the sum over the lanes of a vector. Plain loops are
+   Included after cpu_body.h, with the same definitions and STORE_SUMS, the sums over the
+   lanes of four vectors. Plain loops are
    written so that compilers turn them into vectors. */
 
 
@@ -85,70 +86,85 @@ static TARGET void FN(rotate)(float *q, const float *cosine, const float *sine, 
 INLINE TARGET VF FN(load_cached)(const void *p, int kind, int64_t at) {
     return kind == BFLOAT16 ? LOAD_BF16((const uint16_t *)p + at) : LOAD_F32((const float *)p + at);
 }
-INLINE TARGET float FN(cached)(const void *p, int kind, int64_t at) {
-    return kind == BFLOAT16 ? from_bf16(((const uint16_t *)p)[at]) : ((const float *)p)[at];
-}
 
-enum { PASTE(SLOTS, ISA) = 64, PASTE(QUERIES, ISA) = 4 }; /* cache slots, and heads that share them, at a time */
+/* cache slots at a time, and heads that share them; a piece of scores is looked through in sections, whose length is a
+   multiple of every number of heads */
+enum { PASTE(SLOTS, ISA) = 48, PASTE(QUERIES, ISA) = 4, PASTE(SECTION, ISA) = 48 };
 #define MAX_SLOTS PASTE(SLOTS, ISA)
 #define MAX_QUERIES PASTE(QUERIES, ISA)
+#define SECTION PASTE(SECTION, ISA)
 
-/* score[g][s]: query g (scaled) against key s */
-INLINE TARGET void FN(scores)(const float *q, const int count, const void *keys, const int kind, int64_t first,
-                              int64_t slots, int64_t size, float score[][MAX_SLOTS]) {
-    const int64_t whole = size / LANES * LANES;
+/* score[s * count + g]: query g (scaled) against key s. The values, which come next, are fetched meanwhile. */
+INLINE TARGET void FN(scores)(const float *q, const int count, const void *keys, const void *values, const int kind,
+                              int64_t first, int64_t slots, int64_t size, float *score) {
+    const int64_t whole = size / LANES * LANES, row_bytes = size * (kind == BFLOAT16 ? 2 : 4);
     for (int64_t s = 0; s < slots; ++s) {
         const int64_t at = (first + s) * size;
+        for (int64_t b = 0; b < row_bytes; b += 64)
+            __builtin_prefetch((const char *)values + (first + s) * row_bytes + b, 0, 3);
         VF sum[MAX_QUERIES];
-        for (int g = 0; g < count; ++g) sum[g] = ZERO_F();
+        EACH_OF_4(MAX_QUERIES, sum[r] = ZERO_F();)
         for (int64_t c = 0; c < whole; c += LANES) {
             const VF key = FN(load_cached)(keys, kind, at + c);
-            for (int g = 0; g < count; ++g) sum[g] = FMA(key, LOAD_F32(q + g * size + c), sum[g]);
+            EACH_OF_4(count, sum[r] = FMA(key, LOAD_F32(q + r * size + c), sum[r]);)
         }
-        for (int g = 0; g < count; ++g) {
-            float total = SUM_F(sum[g]);
-            for (int64_t c = whole; c < size; ++c) total += FN(cached)(keys, kind, at + c) * q[g * size + c];
-            score[g][s] = total;
-        }
+        float total[MAX_QUERIES];
+        STORE_SUMS(total, sum[0], sum[1], sum[2], sum[3]);
+        for (int g = 0; whole < size && g < count; ++g)
+            total[g] += rest_of_score(q + g * size, keys, kind, at, whole, size);
+        memcpy(score + s * count, total, (size_t)count * sizeof(float));
     }
 }
 
-/* out[g] += weights[g] times the values */
-INLINE TARGET void FN(mix)(float weight[][MAX_SLOTS], const int count, const void *values, const int kind,
-                           int64_t first, int64_t slots, int64_t size, float *out) {
+/* out[g] += score[g] times the values */
+INLINE TARGET void FN(mix)(const float *score, const int count, const void *values, const int kind, int64_t first,
+                           int64_t slots, int64_t size, float *out) {
     const int64_t whole = size / LANES * LANES;
     for (int64_t c = 0; c < whole; c += LANES) {
         VF sum[MAX_QUERIES];
         for (int g = 0; g < count; ++g) sum[g] = LOAD_F32(out + g * size + c);
         for (int64_t s = 0; s < slots; ++s) {
             const VF value = FN(load_cached)(values, kind, (first + s) * size + c);
-            for (int g = 0; g < count; ++g) sum[g] = FMA(value, SET1_F(weight[g][s]), sum[g]);
+            for (int g = 0; g < count; ++g) sum[g] = FMA(value, SET1_F(score[s * count + g]), sum[g]);
         }
         for (int g = 0; g < count; ++g) STORE_F32(out + g * size + c, sum[g]);
     }
-    for (int64_t c = whole; c < size; ++c)
-        for (int g = 0; g < count; ++g)
-            for (int64_t s = 0; s < slots; ++s)
-                out[g * size + c] += weight[g][s] * FN(cached)(values, kind, (first + s) * size + c);
+    if (whole < size) rest_of_mix(score, count, values, kind, first, slots, whole, size, out);
 }
 
 /* Softmax over the slots in pieces, with a running maximum (Milakov and Gimelshein 2018, arXiv 1805.02867). */
 INLINE TARGET void FN(attend_few)(const float *q, const int count, const void *keys, const void *values,
                                   const int kind, int64_t first, int64_t last, int64_t size, float *out) {
-    float score[MAX_QUERIES][MAX_SLOTS], peak[MAX_QUERIES], sum[MAX_QUERIES];
+    float score[MAX_QUERIES * MAX_SLOTS], peak[MAX_QUERIES], sum[MAX_QUERIES];
     for (int g = 0; g < count; ++g) peak[g] = -INFINITY, sum[g] = 0;
     for (int64_t c = 0; c < count * size; ++c) out[c] = 0;
     for (int64_t start = first; start < last; start += MAX_SLOTS) {
         const int64_t slots = last - start < MAX_SLOTS ? last - start : MAX_SLOTS;
-        FN(scores)(q, count, keys, kind, start, slots, size, score);
+        const int64_t sections = (slots * count + SECTION - 1) / SECTION;
+        FN(scores)(q, count, keys, values, kind, start, slots, size, score);
+        for (int64_t c = slots * count; c < sections * SECTION; ++c) score[c] = -INFINITY;
+        float highest[SECTION], added[SECTION] = {0}, before[MAX_QUERIES];
+        for (int i = 0; i < SECTION; ++i) highest[i] = score[i];
+        for (int64_t n = 1; n < sections; ++n)
+            for (int i = 0; i < SECTION; ++i) {
+                const float one = score[n * SECTION + i];
+                highest[i] = one > highest[i] ? one : highest[i];
+            }
         for (int g = 0; g < count; ++g) {
-            float highest = peak[g];
-            for (int64_t s = 0; s < slots; ++s) highest = score[g][s] > highest ? score[g][s] : highest;
-            const float fade = FN(exponential)(peak[g] - highest);
-            for (int64_t s = 0; s < slots; ++s) score[g][s] = FN(exponential)(score[g][s] - highest);
-            float added = 0;
-            for (int64_t s = 0; s < slots; ++s) added += score[g][s];
-            sum[g] = sum[g] * fade + added, peak[g] = highest;
+            before[g] = peak[g];
+            for (int i = g; i < SECTION; i += count) peak[g] = highest[i] > peak[g] ? highest[i] : peak[g];
+            for (int i = g; i < SECTION; i += count) highest[i] = peak[g];
+        }
+        for (int64_t n = 0; n < sections; ++n)
+            for (int i = 0; i < SECTION; ++i) {
+                const float one = FN(exponential)(score[n * SECTION + i] - highest[i]);
+                score[n * SECTION + i] = one;
+                added[i] += one;
+            }
+        for (int g = 0; g < count; ++g) {
+            const float fade = FN(exponential)(before[g] - peak[g]);
+            sum[g] *= fade;
+            for (int i = g; i < SECTION; i += count) sum[g] += added[i];
             if (start > first)
                 for (int64_t c = 0; c < size; ++c) out[g * size + c] *= fade;
         }
@@ -186,3 +202,5 @@ static const kernels_t FN(kernels) = {
 #undef SUMS
 #undef MAX_SLOTS
 #undef MAX_QUERIES
+#undef SECTION
+#undef EACH_OF_4

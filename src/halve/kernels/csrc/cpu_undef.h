@@ -4,6 +4,7 @@
 #undef TARGET
 #undef LANES
 #undef PASS
+#undef PREFETCH_BYTES
 #undef VI
 #undef VF
 #undef LOAD
@@ -18,10 +19,11 @@
 #undef AND
 #undef SHIFT16
 #undef SHIFT32
-#undef SHIFT_LEFT16
+#undef SHIFT_LEFT
 #undef SHIFT_SIGNED32
 #undef ADD
 #undef MUL
+#undef BYTES
 #undef DOT
 #undef TO_FLOAT
 #undef AS_FLOAT
@@ -29,4 +31,4 @@
 #undef MUL_F
 #undef ADD_F
 #undef SUB_F
-#undef SUM_F
+#undef STORE_SUMS

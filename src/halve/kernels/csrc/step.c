@@ -75,14 +75,10 @@ typedef struct {
 
 /* ---- linears: rows of the input are prepared, then blocks of all of them are multiplied ---- */
 
-static float vector_at(const void *vector, int kind, int64_t at) {
-    return kind == BFLOAT16 ? from_bf16(((const uint16_t *)vector)[at]) : ((const float *)vector)[at];
-}
-
 /* outputs whose row is gone are the bias alone: written here, the products go on top */
 static void fill(const step_t *s, const linear_t *linear, float *target) {
     for (int64_t o = 0; o < linear->outputs; ++o) {
-        const float bias = linear->bias ? vector_at(linear->bias, s->model->kind, o) : 0;
+        const float bias = linear->bias ? number_at(linear->bias, s->model->kind, o) : 0;
         target[o] = s->add ? target[o] + bias : bias;
     }
 }
@@ -107,7 +103,7 @@ static void prepare_rows(void *data, int64_t first, int64_t last) {
                 source = gathered;
             }
             w->kernels->prepare(w, source, FLOAT32, (float *)rows->values + m * w->columns,
-                                (int32_t *)rows->pairs + m * (w->columns / 2), (float *)rows->scale + m * w->segments,
+                                (int32_t *)rows->planes + m * (w->columns / 2), (float *)rows->scale + m * w->segments,
                                 (int32_t *)rows->code_sum + m * w->segments);
             if (linear->output_index) fill(s, linear, s->target + m * s->stride + offset);
             offset += linear->outputs;
@@ -140,7 +136,7 @@ static void multiply_blocks(void *data, int64_t first, int64_t last) {
                 continue;
             }
             for (int64_t r = 0; linear->bias && r < size; ++r)
-                values[r] += vector_at(linear->bias, s->model->kind, row + r);
+                values[r] += number_at(linear->bias, s->model->kind, row + r);
             for (int64_t r = 0; s->add && r < size; ++r) values[r] += place[row + r];
             memcpy(place + row, values, (size_t)size * sizeof(float));
         }
@@ -220,8 +216,8 @@ static void embed_rows(void *data, int64_t first, int64_t last) {
     for (int64_t m = first; m < last; ++m) {
         const int64_t token = s->tokens[m] * model->hidden, place = (s->slots[m] + model->position_offset) * model->hidden;
         for (int64_t c = 0; c < model->hidden; ++c) {
-            float value = vector_at(model->embed, model->kind, token + c);
-            if (model->positions) value += vector_at(model->positions, model->kind, place + c);
+            float value = number_at(model->embed, model->kind, token + c);
+            if (model->positions) value += number_at(model->positions, model->kind, place + c);
             s->x[m * model->hidden + c] = value;
         }
     }
@@ -283,7 +279,7 @@ static int64_t lay_out(step_t *s, char *scratch) {
     for (int i = 0; i < SIDE_BY_SIDE; ++i) {
         s->rows[i].count = batch;
         s->rows[i].values = take(&end, batch * model->columns);
-        s->rows[i].pairs = (int32_t *)take(&end, batch * model->columns / 2 + batch);
+        s->rows[i].planes = (int32_t *)take(&end, batch * model->columns / 2 + batch);
         s->rows[i].scale = take(&end, batch * model->segments);
         s->rows[i].code_sum = (int32_t *)take(&end, batch * model->segments);
     }
