@@ -1,7 +1,9 @@
 /* The vector operations of AVX2, FMA and F16C; DOT, which AVX-VNNI has in one instruction, comes from cpu.c. */
 #define LANES 8
 #define PASS 2
-#define PREFETCH_BYTES 2560 /* without it a fifth of the bandwidth was lost on Zen 3 */
+#define ROW_BY_ROW 0
+#define FETCH_WORD(p) FETCH_FAR(p)
+#define FETCH_SEGMENT(p)
 #define VI __m256i
 #define VF __m256
 #define LOAD(p) _mm256_loadu_si256((const __m256i *)(p))

@@ -2,8 +2,8 @@
 
    Before inclusion: FN(name) names the functions; TARGET marks them; LANES is the number of 32-bit lanes; PASS the rows of x whose
    sums fit into registers (2 or 8); BYTES is 1 where DOT multiplies bytes, 0 where it multiplies 16-bit integers;
-   PREFETCH_BYTES is how far ahead packed weights are fetched, or 0; VI and VF are the vectors of int32 and float32; the
-   operations are those that cpu.c defines for every instruction set. */
+   ROW_BY_ROW the longest row that is read by itself; VI and VF are the vectors of int32 and float32; the operations,
+   FETCH_WORD and FETCH_SEGMENT among them, are those that cpu.c defines for every instruction set. */
 
 #define VECS (ROWS / LANES)
 
@@ -73,10 +73,11 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
                           total[m][0][i] = w->zero ? MUL(LOAD_U8(w->zero + group + i * LANES), SET1(-sums[m * w->segments]))
                                                    : SET1(w->offset * -sums[m * w->segments]);)
                  total_apart[0][i] = total_apart[1][i] = SET1(0);)
+        FETCH_SEGMENT(codes + word * ROWS);
         for (; word < end; ++word, even += levels, odd += levels) {
             VI packed[4], upper[4];
             EACH_VEC(packed[i] = LOAD(codes + word * ROWS + i * LANES); upper[i] = BYTES ? packed[i] : SHIFT16(packed[i], 8);)
-            if (PREFETCH_BYTES) __builtin_prefetch(codes + word * ROWS + PREFETCH_BYTES / 4, 0, 3);
+            FETCH_WORD(codes + word * ROWS);
 #pragma GCC unroll 4
             for (int n = 0; n < levels; ++n) {
                 VI code[2][4];
@@ -119,6 +120,16 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
 
 /* ---- dense weights ---- */
 
+/* sum += the products of one vector of a row and x; bfloat16 has two numbers a lane, x its even ones apart */
+INLINE TARGET void FN(dense_step)(const void *codes, const float *xs, int64_t c, const int kind, VF *sum) {
+    if (kind == BFLOAT16) {
+        /* either half of a lane, with zeros below, is a float32 */
+        const VI two = LOAD((const uint16_t *)codes + c);
+        sum[0] = FMA(AS_FLOAT(SHIFT_LEFT(two, 16)), LOAD_F32(xs + c), sum[0]);
+        sum[1] = FMA(AS_FLOAT(AND(two, SET1((int32_t)0xffff0000))), LOAD_F32(xs + c + LANES), sum[1]);
+    } else sum[0] = FMA(LOAD_F32((const float *)codes + c), LOAD_F32(xs + c), sum[0]);
+}
+
 /* `rows` rows of the weight against `count` rows of x; both constants, so that all sums stay in registers.
    The rows that come next are fetched into the second-level cache meanwhile: processors stop doing so at page ends. */
 INLINE TARGET void FN(dense_tile)(const weight_t *w, const rows_t *x, int64_t row, const int rows, int64_t first,
@@ -153,15 +164,37 @@ INLINE TARGET void FN(dense_tile)(const weight_t *w, const rows_t *x, int64_t ro
         for (int i = 0; i < LANES; ++i) total += lanes[i];
         for (int64_t c = whole; c < columns; ++c) {
             const int64_t at = (row + r) * columns + c;
-            const float weight = kind == BFLOAT16 ? from_bf16(((const uint16_t *)w->codes)[at])
-                                                  : ((const float *)w->codes)[at];
-            total += weight * xs[m * columns + c];
+            total += number_at(w->codes, kind, at) * xs[m * columns + c];
         }
         y[(first + m) * ROWS + row % ROWS + r] = total;))
 }
 
+/* One row of x against the rows of a block one by one: memory is read from front to back. */
+INLINE TARGET void FN(dense_rows)(const weight_t *w, const float *xs, int64_t row, int64_t last, float *y,
+                                  const int kind) {
+    const int64_t columns = w->columns, step = kind == BFLOAT16 ? 2 * LANES : LANES, whole = columns / step * step;
+    for (; row < last; ++row, ++y) {
+        const char *codes = (const char *)w->codes + row * columns * (kind == BFLOAT16 ? 2 : 4);
+        VF sum[4][2];
+        EACH_OF_4(4, sum[r][0] = ZERO_F(); sum[r][1] = ZERO_F();)
+        int64_t c = 0;
+        for (; c + 4 * step <= whole; c += 4 * step) EACH_OF_4(4, FN(dense_step)(codes, xs, c + r * step, kind, sum[r]);)
+        for (; c < whole; c += step) FN(dense_step)(codes, xs, c, kind, sum[0]);
+        float total[4];
+        EACH_OF_4(4, sum[r][0] = ADD_F(sum[r][0], sum[r][1]);)
+        STORE_SUMS(total, sum[0][0], sum[1][0], sum[2][0], sum[3][0]);
+        *y = (total[0] + total[1]) + (total[2] + total[3]);
+        for (; c < columns; ++c) *y += number_at(codes, kind, c) * xs[c];
+    }
+}
+
 INLINE TARGET void FN(dense_block)(const weight_t *w, const rows_t *x, int64_t block, float *y, const int kind) {
     const int64_t last = (block + 1) * ROWS < w->rows ? (block + 1) * ROWS : w->rows;
+    /* longer rows keep x out of the first-level cache, unless several share it */
+    if (w->columns <= ROW_BY_ROW && x->count == 1) {
+        FN(dense_rows)(w, x->values, block * ROWS, last, y, kind);
+        return;
+    }
     for (int64_t row = block * ROWS; row < last;) {
         const int four = row + 4 <= last;
         for (int64_t first = 0; first < x->count; first += 2) {

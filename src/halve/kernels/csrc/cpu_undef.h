@@ -4,7 +4,9 @@
 #undef TARGET
 #undef LANES
 #undef PASS
-#undef PREFETCH_BYTES
+#undef ROW_BY_ROW
+#undef FETCH_WORD
+#undef FETCH_SEGMENT
 #undef VI
 #undef VF
 #undef LOAD
