@@ -96,17 +96,18 @@ def test_ragged_groups(matmul: type[CpuMatmul], bits: int) -> None:
 
 
 def test_exact_where_x_is(matmul: type[CpuMatmul]) -> None:
-    # whole numbers up to 32639 are their own 16-bit codes, so every step is exact: 3 * 32639 - 8 * 5 + 7 * 1 = 97884
-    codes = torch.zeros(1, 8, dtype=torch.int8)
-    codes[0, 1], codes[0, 2], codes[0, 7] = 3, -8, 7
-    x = torch.zeros(1, 8)
-    x[0, 1], x[0, 2], x[0, 7] = 32639.0, 5.0, 1.0
+    # whole numbers up to 32639 are their own 16-bit codes, so every step is exact, whatever their two bytes are:
+    # 3 * 32639 - 8 * 5 + 1 * -32639 + 2 * 128 - 1 * -129 + 7 * 1 = 65630
+    codes, x = torch.zeros(1, 8, dtype=torch.int8), torch.zeros(1, 8)
+    columns = torch.tensor([1, 2, 3, 4, 5, 7])
+    codes[0, columns] = torch.tensor([3, -8, 1, 2, -1, 7], dtype=torch.int8)
+    x[0, columns] = torch.tensor([32639.0, 5.0, -32639.0, 128.0, -129.0, 1.0])
     scale = torch.ones(1, 1)
-    assert matmul(from_codes(codes, scale, None, QuantSpec(4, -1)), torch.float32)(x).item() == 97884
-    # zero point 2 takes 2 * (32639 + 5 + 1) = 65290 off
+    assert matmul(from_codes(codes, scale, None, QuantSpec(4, -1)), torch.float32)(x).item() == 65630
+    # zero point 2 takes 2 * (32639 + 5 - 32639 + 128 - 129 + 1) = 10 off
     zero = torch.full((1, 1), 2, dtype=torch.int8)
     weight = from_codes(codes, scale, zero, QuantSpec(4, -1, symmetric=False))
-    assert matmul(weight, torch.float32)(x).item() == 97884 - 65290
+    assert matmul(weight, torch.float32)(x).item() == 65620
 
 
 def test_the_largest_sums_do_not_overflow(matmul: type[CpuMatmul]) -> None:

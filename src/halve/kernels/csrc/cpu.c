@@ -20,7 +20,8 @@
 
 /* ---- attention: the numbers of a head that fill no vector; few models have any, so they stay out of its loops ---- */
 
-static NOINLINE float rest_of_score(const float *q, const void *keys, int kind, int64_t at, int64_t from, int64_t size) {
+static NOINLINE float rest_of_score(const float *q, const void *keys, int kind, int64_t at, int64_t from,
+                                    int64_t size) {
     float total = 0;
     for (int64_t c = from; c < size; ++c) total += number_at(keys, kind, at + c) * q[c];
     return total;

@@ -54,11 +54,11 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
     const int levels = 8 / bits;
     /* one row of x: a shift is saved by summing the upper nibbles of bytes, 16 times too large, apart */
     const int apart = bits == 4 && count == 1;
-    const int32_t ones = BYTES ? 0x01010101 : 0x00010001;
-    const VI mask = SET1(((1 << bits) - 1) * ones), mask_apart = SET1((int32_t)(0xf0u * (uint32_t)ones));
+    const uint32_t ones = BYTES ? 0x01010101u : 0x00010001u;
+    const VI mask = SET1((int32_t)(((1u << bits) - 1) * ones)), mask_apart = SET1((int32_t)(0xf0u * ones));
     const int32_t *codes = (const int32_t *)w->codes + block * w->words * ROWS;
     const int64_t stride = w->columns / 2;
-    const int32_t *even = x->planes + first * stride;
+    const int32_t *plane = x->planes + first * stride;
     VF sum[PASS][4];
     EACH_ROW(EACH_VEC(sum[m][i] = ZERO_F();))
 
@@ -66,39 +66,41 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
     for (int64_t s = 0; s < w->segments; ++s) {
         const int64_t end = w->segment_end[s], group = (block * w->groups + w->segment_group[s]) * ROWS;
         const int32_t *sums = x->code_sum + first * w->segments + s;
-        const int32_t *odd = even + (end - word) * levels; /* the second plane */
+        const int32_t *second_plane = plane + (end - word) * levels;
         VI total[PASS][2][4], total_apart[2][4];
         /* sum of (code - zero) * x = sum of code * x - zero * sum of x: integers, so exact (wrapping is undone) */
         EACH_VEC(EACH_ROW(total[m][BYTES][i] = SET1(0);
-                          total[m][0][i] = w->zero ? MUL(LOAD_U8(w->zero + group + i * LANES), SET1(-sums[m * w->segments]))
-                                                   : SET1(w->offset * -sums[m * w->segments]);)
+                          total[m][0][i] = w->zero
+                              ? MUL(LOAD_U8(w->zero + group + i * LANES), SET1(-sums[m * w->segments]))
+                              : SET1(w->offset * -sums[m * w->segments]);)
                  total_apart[0][i] = total_apart[1][i] = SET1(0);)
         FETCH_SEGMENT(codes + word * ROWS);
-        for (; word < end; ++word, even += levels, odd += levels) {
+        for (; word < end; ++word, plane += levels, second_plane += levels) {
             VI packed[4], upper[4];
-            EACH_VEC(packed[i] = LOAD(codes + word * ROWS + i * LANES); upper[i] = BYTES ? packed[i] : SHIFT16(packed[i], 8);)
+            EACH_VEC(packed[i] = LOAD(codes + word * ROWS + i * LANES);
+                     upper[i] = BYTES ? packed[i] : SHIFT16(packed[i], 8);)
             FETCH_WORD(codes + word * ROWS);
 #pragma GCC unroll 4
             for (int n = 0; n < levels; ++n) {
                 VI code[2][4];
                 if (apart && n) {
                     EACH_VEC(code[0][i] = AND(packed[i], mask_apart); code[1][i] = AND(upper[i], mask_apart);
-                             total_apart[0][i] = DOT(total_apart[0][i], code[0][i], SET1(even[n]));
-                             total_apart[BYTES][i] = DOT(total_apart[BYTES][i], code[1][i], SET1(odd[n]));)
+                             total_apart[0][i] = DOT(total_apart[0][i], code[0][i], SET1(plane[n]));
+                             total_apart[BYTES][i] = DOT(total_apart[BYTES][i], code[1][i], SET1(second_plane[n]));)
                     continue;
                 }
                 EACH_VEC(code[0][i] = n ? SHIFT16(packed[i], n * bits) : packed[i];
                          code[1][i] = n ? SHIFT16(upper[i], n * bits) : upper[i];
                          if (!BYTES || bits < 8) code[0][i] = AND(code[0][i], mask);
                          if (bits < 8) code[1][i] = AND(code[1][i], mask);)
-                EACH_ROW(const VI first_unit = SET1(even[m * stride + n]), second_unit = SET1(odd[m * stride + n]);
-                         EACH_VEC(total[m][0][i] = DOT(total[m][0][i], code[0][i], first_unit);
+                EACH_ROW(const VI unit = SET1(plane[m * stride + n]), second_unit = SET1(second_plane[m * stride + n]);
+                         EACH_VEC(total[m][0][i] = DOT(total[m][0][i], code[0][i], unit);
                                   IN_REGISTER(total[m][0][i]);
                                   total[m][BYTES][i] = DOT(total[m][BYTES][i], code[1][i], second_unit);
                                   IN_REGISTER(total[m][BYTES][i]);))
             }
         }
-        even = odd;
+        plane = second_plane; /* where the next segment begins */
         EACH_ROW(EACH_VEC(if (BYTES) total[m][0][i] = ADD(total[m][0][i], SHIFT_LEFT(total[m][1][i], 8));))
         if (apart)
             EACH_VEC(if (BYTES) total_apart[0][i] = ADD(total_apart[0][i], SHIFT_LEFT(total_apart[1][i], 8));
@@ -178,7 +180,8 @@ INLINE TARGET void FN(dense_rows)(const weight_t *w, const float *xs, int64_t ro
         VF sum[4][2];
         EACH_OF_4(4, sum[r][0] = ZERO_F(); sum[r][1] = ZERO_F();)
         int64_t c = 0;
-        for (; c + 4 * step <= whole; c += 4 * step) EACH_OF_4(4, FN(dense_step)(codes, xs, c + r * step, kind, sum[r]);)
+        for (; c + 4 * step <= whole; c += 4 * step)
+            EACH_OF_4(4, FN(dense_step)(codes, xs, c + r * step, kind, sum[r]);)
         for (; c < whole; c += step) FN(dense_step)(codes, xs, c, kind, sum[0]);
         float total[4];
         EACH_OF_4(4, sum[r][0] = ADD_F(sum[r][0], sum[r][1]);)

@@ -87,10 +87,9 @@ INLINE TARGET VF FN(load_cached)(const void *p, int kind, int64_t at) {
     return kind == BFLOAT16 ? LOAD_BF16((const uint16_t *)p + at) : LOAD_F32((const float *)p + at);
 }
 
-/* cache slots at a time, and heads that share them; a piece of scores is looked through in sections, whose length is a
-   multiple of every number of heads */
-enum { PASTE(SLOTS, ISA) = 48, PASTE(QUERIES, ISA) = 4, PASTE(SECTION, ISA) = 48 };
-#define MAX_SLOTS PASTE(SLOTS, ISA)
+/* heads that share keys, at a time; and cache slots: a multiple of every such number of heads, so that scores can be
+   looked through in sections of that length, each place of which belongs to one head */
+enum { PASTE(QUERIES, ISA) = 4, PASTE(SECTION, ISA) = 48 };
 #define MAX_QUERIES PASTE(QUERIES, ISA)
 #define SECTION PASTE(SECTION, ISA)
 
@@ -135,11 +134,11 @@ INLINE TARGET void FN(mix)(const float *score, const int count, const void *valu
 /* Softmax over the slots in pieces, with a running maximum (Milakov and Gimelshein 2018, arXiv 1805.02867). */
 INLINE TARGET void FN(attend_few)(const float *q, const int count, const void *keys, const void *values,
                                   const int kind, int64_t first, int64_t last, int64_t size, float *out) {
-    float score[MAX_QUERIES * MAX_SLOTS], peak[MAX_QUERIES], sum[MAX_QUERIES];
+    float score[MAX_QUERIES * SECTION], peak[MAX_QUERIES], sum[MAX_QUERIES];
     for (int g = 0; g < count; ++g) peak[g] = -INFINITY, sum[g] = 0;
     for (int64_t c = 0; c < count * size; ++c) out[c] = 0;
-    for (int64_t start = first; start < last; start += MAX_SLOTS) {
-        const int64_t slots = last - start < MAX_SLOTS ? last - start : MAX_SLOTS;
+    for (int64_t start = first; start < last; start += SECTION) {
+        const int64_t slots = last - start < SECTION ? last - start : SECTION;
         const int64_t sections = (slots * count + SECTION - 1) / SECTION;
         FN(scores)(q, count, keys, values, kind, start, slots, size, score);
         for (int64_t c = slots * count; c < sections * SECTION; ++c) score[c] = -INFINITY;
@@ -200,7 +199,5 @@ static const kernels_t FN(kernels) = {
 
 #undef ATTEND
 #undef SUMS
-#undef MAX_SLOTS
-#undef MAX_QUERIES
 #undef SECTION
-#undef EACH_OF_4
+#undef MAX_QUERIES

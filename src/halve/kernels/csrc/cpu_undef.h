@@ -34,3 +34,4 @@
 #undef ADD_F
 #undef SUB_F
 #undef STORE_SUMS
+#undef EACH_OF_4
