@@ -8,8 +8,8 @@ Hugging Face comes with this project. `--llama-cpp` names the Python of an envir
 
 In two halves, dense and quantized, every program is loaded and warmed up, then rounds begin: each prefills and decodes
 once a round, one after the other, while the others wait. The read bandwidth of the machine is measured before and after
-every pass. A pass beside which it was far below the best of the run, because neighbours took it, is done again, whoever
-it belongs to, as long as `--patience` lasts.
+every pass. Where it was far below the best of the run, because neighbours took it, the pass is done again, whoever it
+belongs to, as long as `--patience` lasts; what counts are the `--runs` passes of each beside which it was highest.
 """
 
 from __future__ import annotations
@@ -73,7 +73,6 @@ class Peer:
 
     name: str
     command: list[str]
-    times: list[PassTimes] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
     process: subprocess.Popen[str] | None = None
 
@@ -155,7 +154,6 @@ def subjects_of(names: Sequence[str], dense: Model, settings: Settings) -> dict[
         if name in VARIANTS:
             found[name] = Subject(f"Llama-3.2-1B shape, {VARIANTS[name].title}", checkpoint)
             found[name]._model = build(dense, VARIANTS[name])
-            found[name].passes = {settings.prompt_tokens: []}
             found[name].not_measured = {
                 "accuracy": "the weights are random",
                 "peak_memory_bytes": "several programs were in memory",
@@ -165,69 +163,57 @@ def subjects_of(names: Sequence[str], dense: Model, settings: Settings) -> dict[
 
 
 @dataclass
-class Gauge:
-    """The read bandwidth of the machine, measured beside every pass."""
-
-    patience_s: float
-    bandwidths: list[float] = field(default_factory=list)
-    repeated: int = 0
-
-    def run(self, one_pass: Callable[[], PassTimes]) -> tuple[PassTimes, float]:
-        """A pass that neighbours left alone, or any once patience is over; and the better bandwidth beside it."""
-        while True:
-            start, before = time.monotonic(), self._measure()
-            if not self._disturbed(before):
-                times, after = one_pass(), self._measure()
-                if not self._disturbed(after):
-                    return times, max(before, after)
-                self.repeated += 1
-            else:
-                time.sleep(1)
-            self.patience_s -= time.monotonic() - start
-
-    def _measure(self) -> float:
-        self.bandwidths.append(bandwidth_gb_per_s("cpu"))
-        return self.bandwidths[-1]
-
-    def _disturbed(self, bandwidth: float) -> bool:
-        return self.patience_s > 0 and bandwidth < BANDWIDTH_SHARE * max(self.bandwidths)
-
-
-@dataclass
 class Turns:
-    """What was seen of one half: every program's passes, and the read bandwidth beside each."""
+    """What was seen of one half: every program's passes that count, the read bandwidth beside each, and all of those."""
 
     passes: dict[str, list[PassTimes]]
     beside: dict[str, list[float]]
-    gauge: Gauge
+    bandwidths: list[float]
     idle: float
 
 
 def take_turns(subjects: dict[str, Subject], peers: list[Peer], settings: Settings, patience_s: float) -> Turns:
     """Warm everything up, then all in turn, round by round."""
     prompt = random_prompt(next(iter(subjects.values())).model, settings.prompt_tokens, settings.seed)
-    passes = {name: subject.passes[settings.prompt_tokens] for name, subject in subjects.items()}
-    passes |= {peer.name: peer.times for peer in peers}
     runs: dict[str, Callable[[], PassTimes]] = {
         name: partial(time_pass, subject.model, prompt, settings.new_tokens) for name, subject in subjects.items()
     }
     runs |= {peer.name: peer.measure for peer in peers}
-    beside: dict[str, list[float]] = {name: [] for name in passes}
     try:
         for peer in peers:
             peer.start()
         for subject in subjects.values():
             time_pass(subject.model, prompt, 3)
-        idle, gauge = wait_until_idle(), Gauge(patience_s)
-        for _ in range(settings.runs):
-            for name, run in runs.items():
-                times, bandwidth = gauge.run(run)
-                passes[name].append(times)
-                beside[name].append(bandwidth)
+        idle, bandwidths = wait_until_idle(), [bandwidth_gb_per_s("cpu")]
+        # per pass the lower and the higher bandwidth of those before and after it
+        seen: dict[str, list[tuple[float, float, PassTimes]]] = {name: [] for name in runs}
+        end = time.monotonic() + patience_s
+
+        def disturbed(bandwidth: float) -> bool:
+            return bandwidth < BANDWIDTH_SHARE * max(bandwidths)
+
+        def wanting(name: str) -> bool:
+            undisturbed = sum(not disturbed(lower) for lower, *_ in seen[name])
+            return len(seen[name]) < settings.runs or (undisturbed < settings.runs and time.monotonic() < end)
+
+        while any(map(wanting, runs)):
+            for name in filter(wanting, runs):
+                while disturbed(bandwidths[-1]) and time.monotonic() < end:
+                    time.sleep(1)
+                    bandwidths.append(bandwidth_gb_per_s("cpu"))
+                before, times = bandwidths[-1], runs[name]()
+                bandwidths.append(bandwidth_gb_per_s("cpu"))
+                seen[name].append((min(before, bandwidths[-1]), max(before, bandwidths[-1]), times))
     finally:
         for peer in peers:
             peer.stop()
-    return Turns(passes, beside, gauge, idle)
+    best = {name: sorted(passes, key=lambda p: -p[0])[: settings.runs] for name, passes in seen.items()}
+    return Turns(
+        {name: [times for *_, times in passes] for name, passes in best.items()},
+        {name: [higher for _, higher, _ in passes] for name, passes in best.items()},
+        bandwidths,
+        idle,
+    )
 
 
 def measure(names: list[str], dense: Model, args: argparse.Namespace) -> dict[str, Record]:
@@ -236,16 +222,17 @@ def measure(names: list[str], dense: Model, args: argparse.Namespace) -> dict[st
     peers = peers_of([name for name in names if name in PROGRAMS], args, settings)
     subjects = subjects_of(names, dense, settings)
     turns = take_turns(subjects, peers, settings, args.patience)
-    best = max(turns.gauge.bandwidths)
+    best = max(turns.bandwidths)
     command = "python benchmarks/run.py cpu" + (f" --only {args.only}" if args.only else "")
     placement = Placement("cpu", torch.bfloat16, "auto", True)
     records = {}
     for name, subject in subjects.items():
+        subject.passes = {settings.prompt_tokens: turns.passes[name]}
         records[name] = make_record(subject, settings, placement, best, command)
         records[name] |= {"program": "halve", "recipe": list(VARIANTS[name].recipe)}
     kv = kv_bytes_per_step(dense, settings.prompt_tokens + settings.new_tokens // 2)
     for peer in peers:
-        records[peer.name] = peer_record(peer, settings, best, kv, command)
+        records[peer.name] = peer_record(peer, turns.passes[peer.name], settings, best, kv, command)
     for name, record in records.items():
         step_mb = record["floor_ms"] * best
         beside = zip(turns.beside[name], turns.passes[name], strict=True)
@@ -253,19 +240,20 @@ def measure(names: list[str], dense: Model, args: argparse.Namespace) -> dict[st
         record |= {
             "floor_beside_share": spread(shares)[1],
             "bandwidths_beside_gb_per_s": turns.beside[name],
-            "bandwidths_gb_per_s": turns.gauge.bandwidths,
-            "passes_repeated": turns.gauge.repeated,
+            "bandwidths_gb_per_s": turns.bandwidths,
             "in_turn": list(records),
             "idle_share_before": turns.idle,
         }
     return records
 
 
-def peer_record(peer: Peer, settings: Settings, bandwidth: float, kv_bytes: int, command: str) -> Record:
+def peer_record(
+    peer: Peer, passes: list[PassTimes], settings: Settings, bandwidth: float, kv_bytes: int, command: str
+) -> Record:
     """The figures of a peer under the names that ours have."""
-    _, ttft, _ = spread([t.ttft_ms for t in peer.times])
-    low, step, high = spread([ms for t in peer.times for ms in t.steps_ms])
-    _, rate, _ = spread([1e3 * len(t.steps_ms) / sum(t.steps_ms) for t in peer.times])
+    _, ttft, _ = spread([t.ttft_ms for t in passes])
+    low, step, high = spread([ms for t in passes for ms in t.steps_ms])
+    _, rate, _ = spread([1e3 * len(t.steps_ms) / sum(t.steps_ms) for t in passes])
     floor = (peer.about["weight_bytes"] + kv_bytes) / (bandwidth * 1e9) * 1e3
     return new_record(
         "benchmark",
@@ -355,7 +343,7 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--patience", type=float, default=300, help="seconds for disturbed passes, in each half")
+    parser.add_argument("--patience", type=float, default=600, help="seconds in which a half repeats disturbed passes")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
     try:
         cpu(parser.parse_args())
