@@ -60,7 +60,7 @@ def test_the_library_is_built() -> None:
     assert not isinstance(library, str), library
 
 
-@pytest.mark.parametrize("columns", [19, 64, 333])
+@pytest.mark.parametrize("columns", [19, 64, 333, 4205])  # the last does not share the first-level cache with others
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dense(matmul: type[CpuMatmul], dtype: torch.dtype, columns: int) -> None:
     torch.manual_seed(0)

@@ -23,6 +23,14 @@
         if (number > 2) { enum { r = 2 }; __VA_ARGS__ } \
         if (number > 3) { enum { r = 3 }; __VA_ARGS__ } \
     }
+#define EACH_OF_8(number, ...) \
+    { \
+        EACH_OF_4(number, __VA_ARGS__) \
+        if (number > 4) { enum { r = 4 }; __VA_ARGS__ } \
+        if (number > 5) { enum { r = 5 }; __VA_ARGS__ } \
+        if (number > 6) { enum { r = 6 }; __VA_ARGS__ } \
+        if (number > 7) { enum { r = 7 }; __VA_ARGS__ } \
+    }
 #define EACH_ROW_2(...) \
     { \
         { enum { m = 0 }; __VA_ARGS__ } \
@@ -133,34 +141,36 @@ INLINE TARGET void FN(dense_step)(const void *codes, const float *xs, int64_t c,
 }
 
 /* `rows` rows of the weight against `count` rows of x; both constants, so that all sums stay in registers.
-   The rows that come next are fetched into the second-level cache meanwhile: processors stop doing so at page ends. */
+   Fetched into the second-level cache meanwhile, since processors stop doing so at page ends: of four rows or fewer what is
+   below them, of eight what comes next. */
 INLINE TARGET void FN(dense_tile)(const weight_t *w, const rows_t *x, int64_t row, const int rows, int64_t first,
                                   const int count, float *y, const int kind) {
     const int64_t columns = w->columns, step = kind == BFLOAT16 ? 2 * LANES : LANES;
     const int64_t whole = columns / step * step;
     const int odd_sum = count == 1; /* one row of x: two sums a row hide the latency; two rows do so themselves */
+    const int64_t ahead = rows > 4 ? 16 * step : 4 * columns;
     const float *xs = x->values + first * columns;
-    VF sum[4][2][2];
-    EACH_OF_4(rows, EACH_ROW_2(sum[r][m][0] = ZERO_F(); sum[r][m][1] = ZERO_F();))
+    VF sum[8][2][2];
+    EACH_OF_8(rows, EACH_ROW_2(sum[r][m][0] = ZERO_F(); sum[r][m][1] = ZERO_F();))
     for (int64_t c = 0; c < whole; c += step) {
         VF low[2], high[2];
         EACH_ROW_2(low[m] = LOAD_F32(xs + m * columns + c);
                    if (kind == BFLOAT16) high[m] = LOAD_F32(xs + m * columns + c + LANES);)
-        EACH_OF_4(rows,
+        EACH_OF_8(rows,
             if (kind == BFLOAT16) {
                 /* two bfloat16 a lane: either half, with zeros below, is a float32 */
                 const VI two = LOAD((const uint16_t *)w->codes + (row + r) * columns + c);
-                __builtin_prefetch((const uint16_t *)w->codes + (row + r + 4) * columns + c, 0, 2);
+                __builtin_prefetch((const uint16_t *)w->codes + (row + r) * columns + c + ahead, 0, 2);
                 const VF even = AS_FLOAT(SHIFT_LEFT(two, 16)), odd = AS_FLOAT(AND(two, SET1((int32_t)0xffff0000)));
                 EACH_ROW_2(sum[r][m][0] = FMA(even, low[m], sum[r][m][0]);
                            sum[r][m][odd_sum] = FMA(odd, high[m], sum[r][m][odd_sum]);)
             } else {
                 const VF weights = LOAD_F32((const float *)w->codes + (row + r) * columns + c);
-                __builtin_prefetch((const float *)w->codes + (row + r + 4) * columns + c, 0, 2);
+                __builtin_prefetch((const float *)w->codes + (row + r) * columns + c + ahead, 0, 2);
                 EACH_ROW_2(sum[r][m][0] = FMA(weights, low[m], sum[r][m][0]);)
             })
     }
-    EACH_OF_4(rows, EACH_ROW_2(
+    EACH_OF_8(rows, EACH_ROW_2(
         float lanes[LANES], total = 0;
         STORE_F32(lanes, ADD_F(sum[r][m][0], sum[r][m][1]));
         for (int i = 0; i < LANES; ++i) total += lanes[i];
@@ -193,21 +203,22 @@ INLINE TARGET void FN(dense_rows)(const weight_t *w, const float *xs, int64_t ro
 
 INLINE TARGET void FN(dense_block)(const weight_t *w, const rows_t *x, int64_t block, float *y, const int kind) {
     const int64_t last = (block + 1) * ROWS < w->rows ? (block + 1) * ROWS : w->rows;
-    /* longer rows keep x out of the first-level cache, unless several share it */
     if (w->columns <= ROW_BY_ROW && x->count == 1) {
         FN(dense_rows)(w, x->values, block * ROWS, last, y, kind);
         return;
     }
     for (int64_t row = block * ROWS; row < last;) {
-        const int four = row + 4 <= last;
+        /* x of longer rows does not stay in the first-level cache: many rows share what is read of it */
+        const int eight = ROW_BY_ROW && x->count == 1 && row + 8 <= last, four = row + 4 <= last;
         for (int64_t first = 0; first < x->count; first += 2) {
             const int two = first + 2 <= x->count;
-            if (four && two) FN(dense_tile)(w, x, row, 4, first, 2, y, kind);
+            if (eight) FN(dense_tile)(w, x, row, 8, first, 1, y, kind);
+            else if (four && two) FN(dense_tile)(w, x, row, 4, first, 2, y, kind);
             else if (four) FN(dense_tile)(w, x, row, 4, first, 1, y, kind);
             else if (two) FN(dense_tile)(w, x, row, 1, first, 2, y, kind);
             else FN(dense_tile)(w, x, row, 1, first, 1, y, kind);
         }
-        row += four ? 4 : 1;
+        row += eight ? 8 : four ? 4 : 1;
     }
 }
 

@@ -35,3 +35,4 @@
 #undef SUB_F
 #undef STORE_SUMS
 #undef EACH_OF_4
+#undef EACH_OF_8
