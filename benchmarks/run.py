@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -313,6 +314,10 @@ def cpu(args: argparse.Namespace) -> None:
     """Everything asked for, its records, the tables."""
     if args.llama_cpp and not args.gguf:
         raise HalveError("--llama-cpp needs --gguf FOLDER for its models (6 GB)")
+    if args.llama_cpp and not shutil.which(args.llama_cpp):
+        raise HalveError(f"--llama-cpp {args.llama_cpp}: no such program; benchmarks/peers/README.md says how to make one")
+    if min(args.runs, args.threads) < 1 or min(args.prompt_tokens, args.new_tokens) < 2:
+        raise HalveError("--runs and --threads have to be 1 or more, --prompt-tokens and --new-tokens 2 or more")
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     dense = load_model(SHAPE, random_weights=True)
