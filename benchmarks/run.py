@@ -315,7 +315,9 @@ def cpu(args: argparse.Namespace) -> None:
     if args.llama_cpp and not args.gguf:
         raise HalveError("--llama-cpp needs --gguf FOLDER for its models (6 GB)")
     if args.llama_cpp and not shutil.which(args.llama_cpp):
-        raise HalveError(f"--llama-cpp {args.llama_cpp}: no such program; benchmarks/peers/README.md says how to make one")
+        raise HalveError(
+            f"--llama-cpp {args.llama_cpp}: no such program; benchmarks/peers/README.md says how to make one"
+        )
     if min(args.runs, args.threads) < 1 or min(args.prompt_tokens, args.new_tokens) < 2:
         raise HalveError("--runs and --threads have to be 1 or more, --prompt-tokens and --new-tokens 2 or more")
     torch.set_num_threads(args.threads)
