@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from halve.kernels import select, triton_backend
-from halve.kernels.triton_backend import Fusion, Operand, Scratch, Tiling, TritonMatmul
+from halve.kernels.triton_backend import Fusion, Scratch, Tiling, TritonMatmul
+from halve.kernels.triton_layout import Operand
 from halve.machine import bandwidth_gb_per_s
 from halve.quantization import QuantizedWeight, QuantSpec, quantize
 
@@ -29,15 +30,12 @@ WEIGHTS: dict[str, QuantSpec | torch.dtype] = {
     "int8": QuantSpec(8, -1),
     "int4-g128": QuantSpec(4, 128),
 }
-ONE_ROW = [
-    Tiling(rows, columns, parts, warps, stages)
-    for rows, columns, warps in (
-        (2, 1024, 4), (4, 1024, 4), (8, 1024, 4), (16, 1024, 4), (4, 2048, 4), (8, 2048, 8), (16, 2048, 8), (8, 512, 2),
-    )
-    for parts in (1, 2)
-    for stages in (1, 3)
-]  # fmt: skip
-MORE_ROWS = [Tiling(rows, columns, parts, 4, 2) for rows in (16, 32, 64) for columns in (256, 512) for parts in (1, 4)]
+CANDIDATES = [
+    Tiling(rows, parts, warps, stages)
+    for rows, warps in ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8))
+    for parts in (1, 2, 4, 8)
+    for stages in (3, 5)
+]
 _CACHE_BYTES = 50 << 20  # second-level cache of an H100 or H200
 
 
@@ -141,23 +139,22 @@ def find_tilings(
     scratch = Scratch(torch.device(device))
     for kind in WEIGHTS.values():
         for columns, rows in SHAPES[shape]:
-            operands = []
-            for _ in range(copies_of(rows * columns // (1 if isinstance(kind, torch.dtype) else 2), device)):
+            operands = [TritonMatmul(make_weight(kind, columns, rows, device), torch.bfloat16).operand]
+            key = triton_backend.tiling_key(operands[0])
+            if key in known:
+                continue
+            for _ in range(copies_of(operands[0].nbytes, device) - 1):
                 operands.append(TritonMatmul(make_weight(kind, columns, rows, device), torch.bfloat16).operand)
-            for count, candidates in ((1, ONE_ROW), (16, MORE_ROWS)):
-                if triton_backend.tiling_key(operands[0], count) in known:
-                    continue
-                rule = triton_backend.tiling(operands[0], count)
-                timed = {t: _time(operands, t, count, device, scratch) for t in [rule, *candidates[:limit]]}
-                best = min(timed, key=lambda t: timed[t])
-                yield triton_backend.tiling_key(operands[0], count), best, timed[best], timed[rule]
+            rule = triton_backend.tiling(operands[0])
+            timed = {t: _time(operands, t, device, scratch) for t in [rule, *CANDIDATES[:limit]]}
+            best = min(timed, key=lambda t: timed[t])
+            yield key, best, timed[best], timed[rule]
 
 
-def _time(operands: list[Operand], sizes: Tiling, count: int, device: str, scratch: Scratch) -> float:
-    """Microseconds of a product with these tile sizes, infinity where they do not fit the GPU."""
-    dtype = torch.bfloat16 if device != "cpu" or count == 1 else torch.float16
-    x = torch.randn(count, operands[0].columns, device=device).to(dtype)
-    out = torch.empty(count, operands[0].rows, device=device, dtype=dtype)
+def _time(operands: list[Operand], sizes: Tiling, device: str, scratch: Scratch) -> float:
+    """Microseconds of a product of one row with these tile sizes, infinity where they do not fit the GPU."""
+    x = torch.randn(1, operands[0].stored_columns, device=device).bfloat16()
+    out = torch.empty(1, operands[0].rows, device=device, dtype=torch.bfloat16)
     try:
         calls = [lambda o=o: triton_backend.multiply(o, x, out, Fusion(), scratch, sizes) for o in operands]
         return microseconds(calls, device, repeats=5)
@@ -178,15 +175,18 @@ def bandwidths(device: str) -> dict[str, float]:
 def product_errors(device: str) -> Iterator[tuple[str, int, float]]:
     """Weight, rows of x and the relative error of the product against float64, for odd shapes."""
     backend = "auto" if device == "cpu" and not triton_backend.INTERPRETED else "triton"
-    kinds = {**WEIGHTS, "int4-g32-asym": QuantSpec(4, 32, symmetric=False), "int2-g64": QuantSpec(2, 64)}
+    kinds = {
+        **WEIGHTS, "int8-g128-asym": QuantSpec(8, 128, symmetric=False), "int4-g32-asym": QuantSpec(4, 32, symmetric=False),
+        "int4-g128-ragged": QuantSpec(4, 128), "int2-g64": QuantSpec(2, 64),
+    }  # fmt: skip
     for name, kind in kinds.items():
         numbers = torch.randn(37, 384, device=device)
         weight = numbers.to(kind) if isinstance(kind, torch.dtype) else quantize(numbers, kind)
+        if name.endswith("ragged") and isinstance(weight, QuantizedWeight):
+            weight = weight.columns(torch.arange(0, 384, 3, device=device))
         exact = weight.double() if isinstance(weight, Tensor) else weight.dequantize().double()
         multiply = select(backend, weight, torch.bfloat16)
         for count in (1, 2, 16, 40):
-            if device == "cpu" and count in (2, 16) and triton_backend.INTERPRETED:
-                continue  # the interpreter's products of bfloat16 tiles are wrong
-            x = torch.randn(count, 384, device=device).bfloat16()
+            x = torch.randn(count, weight.shape[1], device=device).bfloat16()
             wanted = x.double() @ exact.t()
             yield name, count, float((multiply(x).double() - wanted).norm() / wanted.norm())

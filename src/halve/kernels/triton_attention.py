@@ -11,7 +11,7 @@ block, B batch, V vocabulary.
 
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -35,20 +35,21 @@ def _rotated(x, partner, gain_ptr, cos, sin, d, other, d_ok, size, eps, NORM: tl
 
 @triton.jit
 def attend(
-    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, position_ptr, out_ptr, partial_ptr,
-    stats_ptr, arrived_ptr,
+    qkv_ptr, q_gain_ptr, k_gain_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, position_ptr, out_ptr, place_ptr,
+    partial_ptr, stats_ptr, arrived_ptr,
     heads, kv_heads, size, capacity, window, qkv_stride, out_stride, eps, scale,
-    QK_NORM: tl.constexpr, HEADS_A_GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
-    SPLITS: tl.constexpr, SHORTEST: tl.constexpr, PDL: tl.constexpr,
+    QK_NORM: tl.constexpr, PLACED: tl.constexpr, HEADS_A_GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    S: tl.constexpr, SPLITS: tl.constexpr, SHORTEST: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rotary embedding, storing of the new key and value, and attention of one new token per row of the batch.
 
     qkv [B, (heads + 2 kv_heads) * size]; keys, values [B, kv_heads, capacity, size]; position int32 [B]: the slot of the
-    new token, and with it the number of live slots, position + 1; a window > 0 sees only its last slots.
+    new token, and with it the number of live slots, position + 1; a window > 0 sees only its last slots. PLACED: output i
+    goes to out[place[i]], nowhere if that is -1. PLAIN: for Triton's interpreter, whose products of bfloat16 are wrong.
     """
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     pair, split = tl.program_id(0), tl.program_id(1)
     batch, group = pair // kv_heads, pair % kv_heads
     position = tl.load(position_ptr + batch)
@@ -71,7 +72,8 @@ def attend(
         q = tl.load(q_row + d[None, :], mask=q_ok, other=0.0).to(tl.float32)
         q_partner = tl.load(q_row + other[None, :], mask=q_ok, other=0.0).to(tl.float32)
         q = _rotated(q, q_partner, q_gain_ptr, cos, sin, d, other, d_ok, size, eps, QK_NORM)
-        q = q.to(keys_ptr.dtype.element_ty)
+        dtype: tl.constexpr = tl.float32 if PLAIN else keys_ptr.dtype.element_ty
+        q = q.to(keys_ptr.dtype.element_ty).to(dtype)
         lines = (batch * kv_heads + group).to(tl.int64) * capacity * size
         if split == active - 1:
             # the stretch that holds the new slot stores it, and reads it back like the others
@@ -95,19 +97,22 @@ def attend(
             live = slot < last
             read = lines + slot[:, None] * size + d[None, :]
             ok = live[:, None] & d_ok[None, :]
-            k = tl.load(keys_ptr + read, mask=ok, other=0.0)
+            k = tl.load(keys_ptr + read, mask=ok, other=0.0).to(dtype)
+            v = tl.load(values_ptr + read, mask=ok, other=0.0).to(dtype)
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             score = tl.where(live[None, :], score, float("-inf"))
             higher = tl.maximum(top, tl.max(score, axis=1))
             shrink = tl.exp(top - higher)
             weight = tl.exp(score - higher[:, None])
-            v = tl.load(values_ptr + read, mask=ok, other=0.0)
             acc = acc * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
             total = total * shrink + tl.sum(weight, axis=1)
             top = higher
-        out = out_ptr + batch * out_stride + (group * HEADS_A_GROUP + r[:, None]) * size + d[None, :]
+        place = (group * HEADS_A_GROUP + r[:, None]) * size + d[None, :]
+        if PLACED:
+            place = tl.load(place_ptr + place, mask=q_ok, other=-1)
+        out, out_ok = out_ptr + batch * out_stride + place, q_ok & (place >= 0)
         if active == 1:
-            tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=q_ok)
+            tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_ok)
         else:
             # partial [pair, split, R, D]: the weighted sums of values; stats [pair, split, 2, R]: largest score, sum of weights
             line, cell = r[:, None] * D + d[None, :], (pair * SPLITS + split) * R
@@ -130,7 +135,7 @@ def attend(
                     acc = acc * shrink[:, None] + its_acc * grow[:, None]
                     total = total * shrink + its_total * grow
                     top = higher
-                tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=q_ok)
+                tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_ok)
 
 
 @triton.jit
@@ -141,8 +146,8 @@ def choose(
     """The row of the largest logit among the tiles' best (the first of equal ones) becomes the next token; the position
     and the number of tokens made so far go on by one."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     batch = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     value = tl.full((BLOCK,), float("-inf"), tl.float32)

@@ -1,19 +1,21 @@
-"""Triton kernels for products of a few rows of x with a stored weight, and for expanding a packed one.
+"""Triton kernels for products of up to 16 rows of x with a stored weight, for feeding them, and for expanding a weight.
 
-Each weight byte is read once, 16 bytes a thread, and everything around the product is fused: the input may be normalised
-and gathered on the way in; the output may be added to the residual stream, gated, scattered, or reduced to its largest
-value. How a weight lies in memory is described in `triton_backend`, which also launches these kernels.
+Weights go through asynchronous copies to the tensor cores, packed ones expanded to the dtype of x in registers, two codes
+an instruction; sums are float32. All that lies around a product is fused into its end, and whoever makes a vector writes
+it as those who read it want it (a *feed*): kept inputs in the order in which the next weight stores its columns, times the
+gain of the norm in between. The norm's other factor, 1 / root of the mean square, is one number a row: the maker leaves
+the sums of squares of its tiles, the reader multiplies its sums at the end.
 
-Rows of a weight are outputs. Columns come in segments of SEGMENT columns under one scale, stored as SEGMENT / PER elements
-of PER codes each; code j of element e in a segment is column j * SEGMENT / PER + e, so that neighbouring threads read
-neighbouring columns of x for every j. A column's place in x is itself, or index[column] (-1: padding, reads 0).
+Rows of a weight are outputs. Columns come in segments of PER * E columns; element e of a segment holds PER codes, code c
+is column c * E + e (chunk c). Packed rows lie in blocks of 16: [blocks, segments, 16, E], so that a tile is read in
+pieces of a kilobyte; scales lie by groups: [groups, rows]. `triton_backend` lays weights out and launches these kernels.
 
-Shape legend: M rows of x (M0 of them real), N output rows of a tile, G segments of a step, E elements of a segment.
+Shape legend: M rows of x (16, `count` of them real), N output rows of a tile, E elements of a segment.
 """
 
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -21,6 +23,8 @@ import triton
 import triton.language as tl
 
 STORE, ADD, GATE, TIMES = 0, 1, 2, 3  # epilogues: see `_finish`
+# feeds carry x * gain / 8, so that it stays in the range of float16; a power of two changes no digit
+_UNIT = tl.constexpr(8.0)
 
 
 @triton.jit
@@ -34,47 +38,43 @@ def _output_rows(tile, rows, EPILOGUE: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _load_x(x_ptr, index_ptr, gain_ptr, column, ok, columns, GATHER: tl.constexpr, NORM: tl.constexpr):
-    """Input values at stored columns, float32: as they are, and times the gain of the norm."""
-    if GATHER:
-        place = tl.load(index_ptr + column, mask=ok, other=-1)
-        ok = ok & (place >= 0)
+def _numbers(data, c: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, PLAIN: tl.constexpr):
+    """Chunk c of elements as numbers of a dtype, above the codes by BASE (see
+    `triton_backend`)."""
+    if BITS == 16 or BITS == 8:
+        return data.to(dtype)
+    elif PLAIN or dtype == tl.float32:
+        return ((data >> (BITS * c)) & ((1 << BITS) - 1)).to(dtype)
     else:
-        place = column
-        ok = ok & (column < columns)
-    x = tl.load(x_ptr + place, mask=ok, other=0.0).to(tl.float32)
-    if NORM:
-        return x, x * tl.load(gain_ptr + place, mask=ok, other=0.0).to(tl.float32)
-    else:
-        return x, x
+        # two codes at once: the code becomes the low bits of the mantissa of 128 (bfloat16) or 1024 (float16)
+        MASK: tl.constexpr = ((1 << BITS) - 1) * 65537
+        MAGIC: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
+        pair = tl.inline_asm_elementwise(
+            f"{{ .reg .b32 t; shr.b32 t, $1, {BITS * c}; lop3.b32 $0, t, {MASK}, {MAGIC}, 0xea; }}",
+            "=r,r", [data], dtype=tl.int16, is_pure=True, pack=2,
+        )  # fmt: skip
+        return pair.to(dtype, bitcast=True)
 
 
 @triton.jit
-def _inverse_rms(x_ptr, width, eps, BLOCK: tl.constexpr):
-    """1 / sqrt(mean of squares + eps) of one row of x."""
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, width, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32)
-        total += x * x
-    return 1.0 / tl.sqrt(tl.sum(total, axis=0) / width + eps)
+def _prefetch(data_row, segment, BITS: tl.constexpr, E: tl.constexpr):
+    """Ask for the rows' part of a segment to be brought into the second-level cache, by lines of 128 bytes."""
+    BYTES: tl.constexpr = 1 if BITS == 8 else 2
+    hop: tl.constexpr = E if BITS == 16 else 16 * E
+    LINES: tl.constexpr = E * BYTES // 128 if E * BYTES > 128 else 1
+    at = data_row[:, None] + segment * hop + tl.arange(0, LINES)[None, :] * (128 // BYTES)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
-def _group_of(segment, map_ptr, ok, PER_CHANNEL: tl.constexpr, SEGMENTS_A_GROUP: tl.constexpr):
-    """Which scale a segment has."""
-    if PER_CHANNEL:
-        return segment * 0
-    elif SEGMENTS_A_GROUP > 0:
-        return segment // SEGMENTS_A_GROUP
+def _group(chunk, piece, map_ptr, groups, CHUNKS_A_GROUP: tl.constexpr, PIECES: tl.constexpr):
+    """Which scale a chunk, or a piece of one, has."""
+    if CHUNKS_A_GROUP > 0:
+        return tl.minimum(chunk // CHUNKS_A_GROUP, groups - 1)
     else:
-        return tl.load(map_ptr + segment, mask=ok, other=0)
-
-
-@triton.jit
-def _codes(words, j: tl.constexpr, BITS: tl.constexpr):
-    """Code j of int32 words, still raised by 2^(BITS - 1), as whole numbers in float32."""
-    return ((words >> (BITS * j)) & ((1 << BITS) - 1)).to(tl.float32)
+        return tl.load(map_ptr + chunk * PIECES + piece)
 
 
 @triton.jit
@@ -91,265 +91,219 @@ def _activation(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _give(
+    y, m, ok, row, row_ok, width, gain_ptr, feed_ptr, feed_place_ptr, feed_stride,
+    FEEDS: tl.constexpr, FEED_PLACED: tl.constexpr,
+):  # fmt: skip
+    """Values y [M, N] of x at `row`, as rounded, to its readers: FEEDS vectors side by side, each its own places."""
+    gain = tl.load(gain_ptr + row, mask=row_ok, other=0.0).to(tl.float32)
+    y = (y * gain[None, :] * (1.0 / _UNIT)).to(feed_ptr.dtype.element_ty)
+    for feed in tl.static_range(FEEDS):
+        place = row
+        if FEED_PLACED:
+            place = tl.load(feed_place_ptr + feed * width + row, mask=row_ok, other=-1)
+        tl.store(feed_ptr + m[:, None] * feed_stride + place[None, :], y, mask=ok & (place >= 0)[None, :])
+
+
+@triton.jit
 def _finish(
-    y, m, m_ok, row, row_ok, tile, rows, out_ptr, bias_ptr, place_ptr, gate_ptr, best_ptr, best_row_ptr,
-    out_stride, gate_stride, tiles,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, SCATTER: tl.constexpr,
-    BEST: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    y, m, m_ok, row, row_ok, tile, rows, bias_ptr, out_ptr, place_ptr, gate_ptr, gain_ptr, feed_ptr, feed_place_ptr,
+    squares_ptr, best_ptr, best_row_ptr, out_stride, gate_stride, feed_stride, tiles,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PLACED: tl.constexpr,
+    BEST: tl.constexpr, FEEDS: tl.constexpr, FEED_PLACED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Outputs y [M, N], float32, on their way to memory.
 
     STORE: out = y. ADD: out += y (the residual stream). GATE: out = activation(gate row) * up row. TIMES: out =
-    activation(gate) * y with the gate computed before. SCATTER: to out[place[row]]. BEST: also the tile's largest value
-    and its row, for each row of x.
+    activation(gate) * y with the gate computed before. PLACED: to out[place[row]], nowhere if that is -1. FEEDS: also to
+    the next readers, and the tile's sum of squares. BEST: also the tile's largest value and its row.
     """
     if HAS_BIAS:
         y += tl.load(bias_ptr + row, mask=row_ok, other=0.0).to(tl.float32)[None, :]
     if EPILOGUE == 2:
         gate, up = tl.split(tl.reshape(y, (M, N // 2, 2)))
-        at = tile * (N // 2) + tl.arange(0, N // 2)
-        ok = m_ok[:, None] & (at < rows // 2)[None, :]
-        y2 = _activation(gate, ACTIVATION) * up
-        tl.store(out_ptr + m[:, None] * out_stride + at[None, :], y2.to(out_ptr.dtype.element_ty), mask=ok)
-    else:
-        place = row
-        if SCATTER:
-            place = tl.load(place_ptr + row, mask=row_ok, other=0)
-        ok = m_ok[:, None] & row_ok[None, :]
-        to = out_ptr + m[:, None] * out_stride + place[None, :]
-        if EPILOGUE == 1:
-            y += tl.load(to, mask=ok, other=0.0).to(tl.float32)
-        if EPILOGUE == 3:
-            gate = tl.load(gate_ptr + m[:, None] * gate_stride + place[None, :], mask=ok, other=0.0).to(tl.float32)
-            y = _activation(gate, ACTIVATION) * y
-        tl.store(to, y.to(out_ptr.dtype.element_ty), mask=ok)
-        if BEST:
-            # as rounded for the output: equal logits are then equal, and the first of them wins
-            seen = tl.where(row_ok[None, :], y.to(out_ptr.dtype.element_ty).to(tl.float32), float("-inf"))
-            value = tl.max(seen, axis=1)
-            first = tl.min(tl.where(seen == value[:, None], place[None, :], 2147483647), axis=1)
-            tl.store(best_ptr + m * tiles + tile, value, mask=m_ok)
-            tl.store(best_row_ptr + m * tiles + tile, first, mask=m_ok)
+        y = _activation(gate, ACTIVATION) * up
+        row = tile * (N // 2) + tl.arange(0, N // 2)
+        row_ok = row < rows // 2
+    place = row
+    if PLACED:
+        place = tl.load(place_ptr + row, mask=row_ok, other=-1)
+    ok = m_ok[:, None] & (row_ok & (place >= 0))[None, :]
+    if EPILOGUE == 3:
+        gate = tl.load(gate_ptr + m[:, None] * gate_stride + place[None, :], mask=ok, other=0.0).to(tl.float32)
+        y = _activation(gate, ACTIVATION) * y
+    to = out_ptr + m[:, None] * out_stride + place[None, :]
+    if EPILOGUE == 1:
+        y += tl.load(to, mask=ok, other=0.0).to(tl.float32)
+    rounded = y.to(out_ptr.dtype.element_ty)
+    tl.store(to, rounded, mask=ok)
+    seen = rounded.to(tl.float32)  # equal logits are then equal, and the first of them wins
+    if FEEDS > 0:
+        square = tl.where(row_ok[None, :], seen * seen, 0.0)
+        tl.store(squares_ptr + m * tiles + tile, tl.sum(square, axis=1), mask=m_ok)
+        _give(seen, m, ok, row, row_ok, rows, gain_ptr, feed_ptr, feed_place_ptr, feed_stride, FEEDS, FEED_PLACED)
+    if BEST:
+        seen = tl.where(row_ok[None, :], seen, float("-inf"))
+        value = tl.max(seen, axis=1)
+        first = tl.min(tl.where(seen == value[:, None], place[None, :], 2147483647), axis=1)
+        tl.store(best_ptr + m * tiles + tile, value, mask=m_ok)
+        tl.store(best_row_ptr + m * tiles + tile, first, mask=m_ok)
 
 
 @triton.jit
-def matvec(
-    x_ptr, gain_ptr, index_ptr, data_ptr, scale_ptr, zero_ptr, map_ptr, out_ptr, bias_ptr, place_ptr, gate_ptr,
-    best_ptr, best_row_ptr, partial_ptr, arrived_ptr,
-    rows, columns, width, segments, groups, data_stride, out_stride, gate_stride, steps_a_part, tiles, eps,
-    one,
-    BITS: tl.constexpr, SEGMENT: tl.constexpr, PER: tl.constexpr, SEGMENTS_A_GROUP: tl.constexpr,
-    PER_CHANNEL: tl.constexpr, HAS_ZERO: tl.constexpr, GATHER: tl.constexpr, NORM: tl.constexpr,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, SCATTER: tl.constexpr,
-    BEST: tl.constexpr, PDL: tl.constexpr,
-    N: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+def product(
+    x_ptr, x_squares_ptr, data_ptr, scale_ptr, zero_ptr, map_ptr, bias_ptr, out_ptr, place_ptr, gate_ptr, gain_ptr,
+    feed_ptr, feed_place_ptr, squares_ptr, best_ptr, best_row_ptr, partial_ptr, arrived_ptr,
+    count, rows, columns, segments, groups, width, x_tiles, tiles, parts, segments_a_part,
+    x_stride, data_stride, out_stride, gate_stride, feed_stride, eps,
+    BITS: tl.constexpr, BASE: tl.constexpr, PER: tl.constexpr, E: tl.constexpr, CHUNKS_A_GROUP: tl.constexpr,
+    RUN: tl.constexpr, PIECES: tl.constexpr, HAS_ZERO: tl.constexpr, UNEVEN: tl.constexpr, NORM: tl.constexpr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PLACED: tl.constexpr,
+    BEST: tl.constexpr, FEEDS: tl.constexpr, FEED_PLACED: tl.constexpr, SPLIT: tl.constexpr, PLAIN: tl.constexpr,
+    PDL: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """One row of x: multiply-adds in float32 over tiles [N, G, E], reduced once at the end.
+    """One tile of outputs, or one of `parts` parts of its columns; the part that arrives last adds them up, in order.
 
-    Packed codes become floats without converting integers: put into the top of the mantissa of 1.0 they read
-    1 + code / 2^BITS, and what that adds is taken off again through the sum of x. `one` is 1.0 as an integer, an
-    argument so that it lies in a register: masking and joining are then one instruction. PARTS > 1 splits the columns
-    over programs; the one that arrives last adds the parts up, always in the same order.
+    x [count, stored columns]: in the weight's order, filled up with zeros. RUN chunks after each other have one scale
+    (0: a whole row has one); a chunk of PIECES > 1 has one for every 8 columns. PLAIN: what Triton's interpreter can do,
+    which is no assembly and products of float32.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    E: tl.constexpr = SEGMENT // PER
+    dtype: tl.constexpr = tl.float32 if PLAIN else x_ptr.dtype.element_ty
     tile, part = tl.program_id(0), tl.program_id(1)
     row, row_ok = _output_rows(tile, rows, EPILOGUE, N)
-    data_row = data_ptr + row.to(tl.int64) * data_stride
-    acc = tl.zeros((N, G, E), tl.float32)
-    square = tl.zeros((G, E), tl.float32)
-    if PER_CHANNEL and HAS_ZERO:
-        channel_zero = tl.load(zero_ptr + row, mask=row_ok, other=0).to(tl.float32)[:, None, None]
-    steps = tl.cdiv(segments, G)
-    for step in tl.range(part * steps_a_part, min((part + 1) * steps_a_part, steps), num_stages=STAGES):
-        segment = step * G + tl.arange(0, G)
-        segment_ok = segment < segments
-        element = tl.arange(0, E)
-        at = segment[:, None] * E + element[None, :]
-        ok = (segment_ok[:, None] & (at < columns)) if BITS == 16 else (segment_ok[:, None] & (at >= 0))
-        data = tl.load(
-            data_row[:, None, None] + at[None, :, :], mask=row_ok[:, None, None] & ok[None, :, :], other=0,
-            eviction_policy="evict_first",
-        )  # fmt: skip
-        if BITS == 16:
-            raw, x = _load_x(x_ptr, index_ptr, gain_ptr, at, ok, columns, GATHER, NORM)
-            square += raw * raw
-            acc += data.to(tl.float32) * x[None, :, :]
-        else:
-            dot = tl.zeros((N, G, E), tl.float32)
-            x_sum = tl.zeros((G, E), tl.float32)
-            column = segment[:, None] * SEGMENT + element[None, :]
-            for j in tl.static_range(PER):
-                raw, x = _load_x(x_ptr, index_ptr, gain_ptr, column + j * E, ok, columns, GATHER, NORM)
-                square += raw * raw
-                bits = (data >> (BITS * j)) << (23 - BITS)
-                bits = (bits & (((1 << BITS) - 1) << (23 - BITS))) | one
-                dot += bits.to(tl.float32, bitcast=True) * x[None, :, :]
-                x_sum += x
-            # sum of (code - offset - zero) x / 2^BITS, from that of (1 + code / 2^BITS) x
-            x_sum = x_sum[None, :, :]
-            if PER_CHANNEL:
-                if HAS_ZERO:
-                    acc += dot - (1.5 + channel_zero / (1 << BITS)) * x_sum
-                else:
-                    acc += dot - 1.5 * x_sum
-            else:
-                group = _group_of(segment, map_ptr, segment_ok, PER_CHANNEL, SEGMENTS_A_GROUP)
-                scale_at = row[:, None] * groups + group[None, :]
-                scale_ok = row_ok[:, None] & segment_ok[None, :]
-                scale = tl.load(scale_ptr + scale_at, mask=scale_ok, other=0.0).to(tl.float32)[:, :, None]
-                if HAS_ZERO:
-                    zero = tl.load(zero_ptr + scale_at, mask=scale_ok, other=0).to(tl.float32)[:, :, None]
-                    acc += (dot - (1.5 + zero / (1 << BITS)) * x_sum) * scale
-                else:
-                    acc += (dot - 1.5 * x_sum) * scale
-    y = tl.sum(tl.sum(acc, axis=2), axis=1)
-    if BITS < 16:
-        y *= 1 << BITS
-    if PER_CHANNEL:
-        y *= tl.load(scale_ptr + row, mask=row_ok, other=0.0).to(tl.float32)
-    m = tl.arange(0, 1)
-    m_ok = m < 1
-    if PARTS == 1:
-        if NORM:
-            if GATHER:
-                y *= _inverse_rms(x_ptr, width, eps, 1024)
-            else:
-                y *= 1.0 / tl.sqrt(tl.sum(tl.sum(square, axis=1), axis=0) / width + eps)
-        _finish(
-            y[None, :], m, m_ok, row, row_ok, tile, rows, out_ptr, bias_ptr, place_ptr, gate_ptr, best_ptr,
-            best_row_ptr, out_stride, gate_stride, tiles, EPILOGUE, ACTIVATION, HAS_BIAS, SCATTER, BEST, 1, N,
-        )  # fmt: skip
-    else:
-        tl.store(partial_ptr + part * rows + row, y, mask=row_ok)
-        tl.debug_barrier()  # all of the part is out before it counts as arrived
-        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == PARTS - 1:
-            total = tl.zeros((N,), tl.float32)
-            for p in tl.static_range(PARTS):
-                total += tl.load(partial_ptr + p * rows + row, mask=row_ok, other=0.0, cache_modifier=".cg")
-            tl.store(arrived_ptr + tile, 0)
-            if NORM:
-                total *= _inverse_rms(x_ptr, width, eps, 1024)
-            _finish(
-                total[None, :], m, m_ok, row, row_ok, tile, rows, out_ptr, bias_ptr, place_ptr, gate_ptr, best_ptr,
-                best_row_ptr, out_stride, gate_stride, tiles, EPILOGUE, ACTIVATION, HAS_BIAS, SCATTER, BEST, 1, N,
-            )  # fmt: skip
-
-
-@triton.jit
-def few_rows(
-    x_ptr, gain_ptr, index_ptr, data_ptr, scale_ptr, zero_ptr, map_ptr, out_ptr, bias_ptr, place_ptr, gate_ptr,
-    best_ptr, best_row_ptr, partial_ptr, arrived_ptr,
-    count, rows, columns, width, segments, groups, x_stride, data_stride, out_stride, gate_stride, steps_a_part,
-    tiles, eps,
-    BITS: tl.constexpr, SEGMENT: tl.constexpr, PER: tl.constexpr, SEGMENTS_A_GROUP: tl.constexpr,
-    PER_CHANNEL: tl.constexpr, HAS_ZERO: tl.constexpr, GATHER: tl.constexpr, NORM: tl.constexpr,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, SCATTER: tl.constexpr,
-    BEST: tl.constexpr, PDL: tl.constexpr,
-    N: tl.constexpr, G: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """2 to M = 16 rows of x at once on the tensor cores; weights are expanded in registers to the dtype of x."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    E: tl.constexpr = SEGMENT // PER
-    tile, part = tl.program_id(0), tl.program_id(1)
-    row, row_ok = _output_rows(tile, rows, EPILOGUE, N)
-    m = tl.arange(0, M)
+    m, e = tl.arange(0, M), tl.arange(0, E)
     m_ok = m < count
-    acc = tl.zeros((M, N), tl.float32)
-    if NORM:
-        square = tl.zeros((M, 128), tl.float32)
-        for first in range(0, width, 128):
-            w = first + tl.arange(0, 128)
-            norm_ok = m_ok[:, None] & (w < width)[None, :]
-            x = tl.load(x_ptr + m[:, None] * x_stride + w[None, :], mask=norm_ok, other=0.0).to(tl.float32)
-            square += x * x
-        inverse = 1.0 / tl.sqrt(tl.sum(square, axis=1) / width + eps)
-    data_row = data_ptr + row.to(tl.int64) * data_stride
-    steps = tl.cdiv(segments, G)
-    for step in tl.range(part * steps_a_part, min((part + 1) * steps_a_part, steps), num_stages=STAGES):
-        i = tl.arange(0, G * E)
-        segment = step * G + i // E
-        at = step * G * E + i
-        ok = segment < segments
-        if BITS == 16:
-            ok = at < columns
-        data = tl.load(
-            data_row[:, None] + at[None, :], mask=row_ok[:, None] & ok[None, :], other=0,
-            eviction_policy="evict_first",
-        )  # fmt: skip
-        if BITS < 16:
-            group = _group_of(segment, map_ptr, ok, PER_CHANNEL, SEGMENTS_A_GROUP)
-            scale_at = row[:, None] * groups + group[None, :]
-            scale_ok = row_ok[:, None] & ok[None, :]
-            scale = tl.load(scale_ptr + scale_at, mask=scale_ok, other=0.0).to(tl.float32)
-            shift = tl.full((N, G * E), 1 << (BITS - 1), tl.float32)
-            if HAS_ZERO:
-                shift += tl.load(zero_ptr + scale_at, mask=scale_ok, other=0).to(tl.float32)
-        for j in tl.static_range(PER):
-            column = segment * SEGMENT + i % E + j * E
-            if GATHER:
-                place = tl.load(index_ptr + column, mask=ok, other=-1)
-                x_ok = ok & (place >= 0)
-            else:
-                place = column
-                x_ok = ok & (column < columns)
-            x = tl.load(
-                x_ptr + m[:, None] * x_stride + place[None, :], mask=m_ok[:, None] & x_ok[None, :], other=0.0
-            )  # fmt: skip
-            if NORM:
-                gain = tl.load(gain_ptr + place, mask=x_ok, other=0.0).to(tl.float32)
-                x = (x.to(tl.float32) * inverse[:, None] * gain[None, :]).to(x_ptr.dtype.element_ty)
-            w = data.to(x.dtype)
-            if BITS < 16:
-                w = ((_codes(data, j, BITS) - shift) * scale).to(x.dtype)
-            acc += tl.dot(x, tl.trans(w), input_precision="ieee")
-    if PARTS == 1:
-        _finish(
-            acc, m, m_ok, row, row_ok, tile, rows, out_ptr, bias_ptr, place_ptr, gate_ptr, best_ptr, best_row_ptr,
-            out_stride, gate_stride, tiles, EPILOGUE, ACTIVATION, HAS_BIAS, SCATTER, BEST, M, N,
-        )  # fmt: skip
+    held = tl.minimum(row, rows - 1)  # beyond the last row it is read again, which costs less than a mask
+    if BITS == 16:
+        data_row = data_ptr + held.to(tl.int64) * data_stride
     else:
+        data_row = data_ptr + (held // 16).to(tl.int64) * (segments * 16 * E) + (held % 16) * E
+    first = part * segments_a_part
+    if PDL:
+        # the launch after this one may begin; what of this one depends on nothing is fetched before that before it ends
+        tl.extra.cuda.gdc_launch_dependents()
+        for stage in tl.static_range(STAGES):
+            _prefetch(data_row, tl.minimum(first + stage, segments - 1), BITS, E)
+        tl.extra.cuda.gdc_wait()
+    x_row = x_ptr + m[:, None] * x_stride
+    if RUN == 0 and HAS_ZERO:
+        shift = (tl.load(zero_ptr + held).to(tl.float32) + BASE).to(dtype)
+    acc = tl.zeros((M, N), tl.float32)
+    for segment in tl.range(first, tl.minimum(first + segments_a_part, segments), num_stages=STAGES):
+        if BITS == 16:
+            at = segment * E + e
+            if UNEVEN:
+                data = tl.load(data_row[:, None] + at[None, :], mask=(at < columns)[None, :], other=0.0)
+            else:
+                data = tl.load(data_row[:, None] + at[None, :])
+        else:
+            data = tl.load(data_row[:, None] + segment * (16 * E) + e[None, :])
+        dot = acc if RUN == 0 else tl.zeros((M, N), tl.float32)
+        for c in tl.static_range(PER):
+            for piece in tl.static_range(PIECES):
+                if RUN > 0 and c % RUN == 0:
+                    group = _group(segment * PER + c, piece, map_ptr, groups, CHUNKS_A_GROUP, PIECES)
+                    scale = tl.load(scale_ptr + group * rows + held).to(tl.float32)
+                    if HAS_ZERO:
+                        shift = (tl.load(zero_ptr + group * rows + held).to(tl.float32) + BASE).to(dtype)
+                x_ok = m_ok[:, None]
+                if PIECES > 1:
+                    x_ok = x_ok & (e // (E // PIECES) == piece)[None, :]
+                x = tl.load(x_row + (segment * (PER * E) + c * E + e)[None, :], mask=x_ok, other=0.0).to(dtype)
+                weight = _numbers(data, c, dtype, BITS, PLAIN)
+                if HAS_ZERO:
+                    weight -= shift[:, None]
+                elif BITS < 8:
+                    weight -= BASE
+                dot = tl.dot(x, tl.trans(weight), dot, input_precision="ieee")
+                if RUN > 0 and c % RUN == RUN - 1:
+                    acc += dot * scale[None, :]
+                    dot = tl.zeros((M, N), tl.float32)
+        if RUN == 0:
+            acc = dot
+    if SPLIT:
         ok = m_ok[:, None] & row_ok[None, :]
         partial = partial_ptr + m[:, None] * rows + row[None, :]
         tl.store(partial + part * count * rows, acc, mask=ok)
-        tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == PARTS - 1:
-            total = tl.zeros((M, N), tl.float32)
-            for p in tl.static_range(PARTS):
-                total += tl.load(partial + p * count * rows, mask=ok, other=0.0, cache_modifier=".cg")
+        tl.debug_barrier()  # all of the part is out before it counts as arrived
+        done = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == parts - 1
+        if done:
+            acc = tl.zeros((M, N), tl.float32)
+            for p in range(0, parts):
+                acc += tl.load(partial + p * count * rows, mask=ok, other=0.0, cache_modifier=".cg")
             tl.store(arrived_ptr + tile, 0)
-            _finish(
-                total, m, m_ok, row, row_ok, tile, rows, out_ptr, bias_ptr, place_ptr, gate_ptr, best_ptr,
-                best_row_ptr, out_stride, gate_stride, tiles, EPILOGUE, ACTIVATION, HAS_BIAS, SCATTER, BEST, M, N,
-            )  # fmt: skip
+    else:
+        done = True
+    if done:
+        if BITS < 16 and RUN == 0:
+            acc *= tl.load(scale_ptr + held).to(tl.float32)[None, :]
+        if NORM:
+            total = tl.zeros((M, 64), tl.float32)
+            for start in range(0, x_tiles, 64):
+                at = start + tl.arange(0, 64)
+                total += tl.load(
+                    x_squares_ptr + m[:, None] * x_tiles + at[None, :], mask=m_ok[:, None] & (at < x_tiles)[None, :], other=0.0
+                )  # fmt: skip
+            inverse = 1.0 / tl.sqrt(tl.sum(total, axis=1) / width + eps)
+            acc *= (inverse * _UNIT)[:, None]
+        _finish(
+            acc, m, m_ok, row, row_ok, tile, rows, bias_ptr, out_ptr, place_ptr, gate_ptr, gain_ptr, feed_ptr,
+            feed_place_ptr, squares_ptr, best_ptr, best_row_ptr, out_stride, gate_stride, feed_stride, tiles, EPILOGUE,
+            ACTIVATION, HAS_BIAS, PLACED, BEST, FEEDS, FEED_PLACED, M, N,
+        )  # fmt: skip
+
+
+@triton.jit
+def feed(
+    source_ptr, token_ptr, x_ptr, gain_ptr, feed_ptr, feed_place_ptr, squares_ptr, width, feed_stride,
+    EMBED: tl.constexpr, FEEDS: tl.constexpr, FEED_PLACED: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the end of a product does for its readers, from a row that is there: of x, or of the embedding (EMBED), which
+    then becomes x."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    m = tl.program_id(0) + tl.arange(0, 1)
+    source = source_ptr + m.to(tl.int64) * width
+    if EMBED:
+        source = source_ptr + tl.load(token_ptr + m) * width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        row_ok = row < width
+        y = tl.load(source[:, None] + row[None, :], mask=row_ok[None, :], other=0.0)
+        if EMBED:
+            tl.store(x_ptr + m[:, None] * width + row[None, :], y, mask=row_ok[None, :])
+        y = y.to(tl.float32)
+        total += tl.sum(y * y, axis=0)
+        _give(
+            y, m, row_ok[None, :], row, row_ok, width, gain_ptr, feed_ptr, feed_place_ptr, feed_stride, FEEDS,
+            FEED_PLACED,
+        )  # fmt: skip
+    tl.store(squares_ptr + tl.program_id(0), tl.sum(total, axis=0))
 
 
 @triton.jit
 def expand(
-    data_ptr, scale_ptr, zero_ptr, map_ptr, out_ptr, first_row, rows, segments, groups, data_stride, out_stride,
-    BITS: tl.constexpr, SEGMENT: tl.constexpr, PER: tl.constexpr, SEGMENTS_A_GROUP: tl.constexpr,
-    PER_CHANNEL: tl.constexpr, HAS_ZERO: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
+    data_ptr, scale_ptr, zero_ptr, map_ptr, out_ptr, first_row, last_row, rows, segments, groups, out_stride,
+    BITS: tl.constexpr, BASE: tl.constexpr, PER: tl.constexpr, E: tl.constexpr, CHUNKS_A_GROUP: tl.constexpr,
+    RUN: tl.constexpr, PIECES: tl.constexpr, HAS_ZERO: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Rows first_row .. rows of a packed weight as numbers [rows - first_row, segments * SEGMENT], in stored order."""
-    E: tl.constexpr = SEGMENT // PER
+    """Rows first_row ... last_row - 1 of a packed weight as numbers, in stored order, a segment of N rows a program."""
     row = first_row + tl.program_id(0) * N + tl.arange(0, N)
-    row_ok = row < rows
-    i = tl.arange(0, G * E)
-    segment = tl.program_id(1) * G + i // E
-    ok = row_ok[:, None] & (segment < segments)[None, :]
-    at = tl.program_id(1) * G * E + i
-    data = tl.load(data_ptr + row.to(tl.int64)[:, None] * data_stride + at[None, :], mask=ok, other=0)
-    group = _group_of(segment, map_ptr, segment < segments, PER_CHANNEL, SEGMENTS_A_GROUP)
-    scale_at = row[:, None] * groups + group[None, :]
-    scale = tl.load(scale_ptr + scale_at, mask=ok, other=0.0).to(tl.float32)
-    shift = tl.full((N, G * E), 1 << (BITS - 1), tl.float32)
-    if HAS_ZERO:
-        shift += tl.load(zero_ptr + scale_at, mask=ok, other=0).to(tl.float32)
-    to = out_ptr + (row - first_row).to(tl.int64)[:, None] * out_stride + (segment * SEGMENT + i % E)[None, :]
-    for j in tl.static_range(PER):
-        value = (_codes(data, j, BITS) - shift) * scale
-        tl.store(to + j * E, value.to(out_ptr.dtype.element_ty), mask=ok)
+    row_ok = (row < last_row)[:, None]
+    segment, e = tl.program_id(1), tl.arange(0, E)
+    data_row = data_ptr + (row // 16).to(tl.int64) * (segments * 16 * E) + (row % 16) * E
+    data = tl.load(data_row[:, None] + segment * (16 * E) + e[None, :], mask=row_ok, other=0)
+    to = out_ptr + (row - first_row).to(tl.int64)[:, None] * out_stride + (segment * (PER * E) + e)[None, :]
+    for c in tl.static_range(PER):
+        group = e * 0
+        if RUN > 0:
+            group = _group(segment * PER + c + e * 0, e // (E // PIECES), map_ptr, groups, CHUNKS_A_GROUP, PIECES)
+        at = group[None, :] * rows + row[:, None]
+        shift = BASE
+        if HAS_ZERO:
+            shift += tl.load(zero_ptr + at, mask=row_ok, other=0).to(tl.float32)
+        scale = tl.load(scale_ptr + at, mask=row_ok, other=0.0).to(tl.float32)
+        value = (_numbers(data, c, tl.float32, BITS, True) - shift) * scale
+        tl.store(to + c * E, value.to(out_ptr.dtype.element_ty), mask=row_ok)
