@@ -48,6 +48,7 @@ WEIGHTS: dict[str, QuantSpec | torch.dtype] = {
     "int2-g64": QuantSpec(2, 64),
 }
 EVERYTHING = [*WEIGHTS, "attention"]
+ISSUED_PER_S = 132 * 128 * 1.755e9  # instructions a thread: multiprocessors of an H100 or H200, lanes, clock under load
 SPILLED_BYTES = 64  # more than these to a thread cost time
 
 
@@ -186,6 +187,25 @@ def inspect(name: str, weights: int | None, kernel: Any, folder: Path) -> dict[s
     return row
 
 
+def in_short(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each weight the worst of its products, and the weight bytes a second that there is time to issue them for."""
+    products = []
+    for weight, kind in WEIGHTS.items():
+        worst = [row for row in rows if row["kernel"].split()[0] == weight and "copy_bits" in row]
+        if worst:
+            bits = 16 if isinstance(kind, torch.dtype) else kind.bits
+            most = max(row["instructions_a_weight"] for row in worst)
+            products.append({
+                "weight": weight,
+                "registers": max(row["registers"] for row in worst),
+                "spilled_bytes": max(row["spilled_bytes"] for row in worst),
+                "copy_bits": min(row["copy_bits"] for row in worst),
+                "instructions_a_weight": most,
+                "issue_tb_per_s": round(ISSUED_PER_S / most * bits / 8 / 1e12, 1),
+            })  # fmt: skip
+    return products
+
+
 def main() -> int:
     """The program; returns its exit code."""
     assert __doc__ is not None
@@ -206,7 +226,7 @@ def main() -> int:
         if "copy_bits" in row:
             line += f"  {row['copy_bits']:3} bit copies  {row['instructions_a_weight']:5.2f} instructions a weight"
         print(line)
-    body = {"capability": arguments.capability, "kernels": rows}
+    body = {"capability": arguments.capability, "products": in_short(rows), "kernels": rows}
     if arguments.out:
         write_record(arguments.out, new_record("gpu-compile", "Triton kernels", recipe=[], **body))
     print(json.dumps(body))

@@ -9,7 +9,8 @@ A table stands between two comments, of which the first says how it is made; pat
     <!-- end table -->
 
 `compare` is the table of `halve compare`, a row for each model; columns (optional) picks some by their CSV names.
-`figures` has one row for each record; columns="KEY: TITLE; ..." names the record's keys, with dots into nested ones.
+`figures` has one row for each record; columns="KEY: TITLE; ..." names the record's keys, with dots into nested ones;
+each="KEY" (optional): one row for each entry of that list instead.
 `reproduction` is a table of `halve reproduce`, columns="models" or "fractions".
 Several patterns are separated by spaces; files keep the order of the patterns, then of their names.
 """
@@ -57,9 +58,13 @@ def make_table(request: str, root: Path) -> str:
     """The Markdown of one request, such as `compare records="benchmarks/results/*.json"`."""
     kind, *words = shlex.split(request)
     options = {key: value for key, _, value in (word.partition("=") for word in words)}
-    if kind not in KINDS or "records" not in options or not options.keys() <= {"records", "columns"}:
+    if kind not in KINDS or "records" not in options or not options.keys() <= {"records", "columns", "each"}:
         raise DataError(f'"{request}" is no table: write {" or ".join(KINDS)}, records="PATTERN" and columns="..."')
     records = find_records(options["records"], root)
+    if "each" in options:
+        records = [record | entry for record in records for entry in look_up(record, options["each"]) or []]
+        if not records:
+            raise DataError(f"no record has a list {options['each']}: correct the key")
     return KINDS[kind](records, options.get("columns"))
 
 

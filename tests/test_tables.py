@@ -65,6 +65,16 @@ def test_tables_come_from_the_records_and_the_text_stays(root: Path) -> None:
     assert tables.update(root, check=False) == []
 
 
+def test_a_row_for_each_entry_of_a_list(root: Path) -> None:
+    entries = [{"kernel": "first", "registers": 64}, {"kernel": "second", "registers": 96}]
+    write_record(root / "results" / "c.json", new_record("gpu-compile", "kernels", command="halve", kernels=entries))
+    request = 'figures records="results/c.json" each="kernels" columns="kernel: kernel; registers: registers"'
+    table = tables.make_table(request, root)
+    assert table.startswith("| kernel | registers |\n| --- | ---: |\n| first | 64 |\n| second | 96 |\n")
+    with pytest.raises(DataError, match="no record has a list nothing"):
+        tables.make_table(request.replace('"kernels"', '"nothing"'), root)
+
+
 def test_check_finds_a_changed_record_and_changes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = root / "README.md"
     page.write_text(f"{COMPARE}\n{END}\n")

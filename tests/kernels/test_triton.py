@@ -58,7 +58,9 @@ def check(
         x = torch.randn(count, weight.shape[1]).to(dtype)
         y = multiply(x.to(DEVICE)).cpu()
         assert y.dtype == dtype and y.shape == (count, weight.shape[0])
-        assert relative_error(y, x.double() @ numbers.double().T) < FP32_ERROR + ROUNDED[dtype], (count, dtype)
+        roundings = 1 if count <= backend.MAX_ROWS else 2  # prefill rounds the weights too
+        error = relative_error(y, x.double() @ numbers.double().T)
+        assert error < FP32_ERROR + roundings * ROUNDED[dtype], (count, dtype)
 
 
 @pytest.mark.parametrize("columns", [19, 333])
@@ -84,7 +86,7 @@ def test_packed(bits: int, group_size: int, symmetric: bool) -> None:
 def test_packed_in_half_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight = quantize(torch.randn(OUT, 256), QuantSpec(4, 64, symmetric=False), dtype)
-    check(weight, weight.dequantize(), dtype, (1, 2))
+    check(weight, weight.dequantize(), dtype, (1, 2, 19))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

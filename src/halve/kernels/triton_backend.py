@@ -74,7 +74,7 @@ def tiling(operand: Operand) -> Tiling:
     rows = 128 if operand.bits < 8 else 64
     # about three programs to a multiprocessor (an H100 has 132), each with some segments to be underway
     parts = min(8, operand.segments // 4, 396 // -(-operand.rows // rows))
-    return Tiling(rows, max(1, parts))
+    return Tiling(rows, max(1, parts), stages=4 if operand.data.element_size() <= 2 else 2)
 
 
 def tiling_key(operand: Operand) -> str:
