@@ -60,15 +60,21 @@ def microseconds(calls: Sequence[Callable[[], object]], device: str, repeats: in
             call()
         return (time.perf_counter() - start) / len(calls) * 1e6
     torch.cuda.synchronize()
-    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.stream(aside):  # not torch.cuda.graph, which collects garbage each time
-        graph.capture_begin()
-        for call in calls:
-            call()
-        graph.capture_end()
+    graph, aside, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.stream(aside):  # not torch.cuda.graph, which collects garbage each time
+            graph.capture_begin()
+            try:
+                for call in calls:
+                    call()
+            finally:
+                graph.capture_end()
+    finally:
+        torch.cuda.set_stream(current)
     best = float("inf")
     for _ in range(repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        graph.replay()  # while it runs the host launches the next, so that launching the graph is not in the time
         begin.record()
         graph.replay()
         end.record()
@@ -146,17 +152,24 @@ def find_tilings(
             for _ in range(copies_of(operands[0].nbytes, device) - 1):
                 operands.append(TritonMatmul(make_weight(kind, columns, rows, device), torch.bfloat16).operand)
             rule = triton_backend.tiling(operands[0])
-            timed = {t: _time(operands, t, device, scratch) for t in [rule, *CANDIDATES[:limit]]}
+            x = torch.randn(1, operands[0].stored_columns, device=device).bfloat16()
+            wanted = torch.empty(1, rows, device=device, dtype=torch.bfloat16)
+            triton_backend.multiply(operands[0], x, wanted, Fusion(), scratch, rule)
+            timed = {t: _time(operands, x, wanted, t, device, scratch) for t in [rule, *CANDIDATES[:limit]]}
             best = min(timed, key=lambda t: timed[t])
             yield key, best, timed[best], timed[rule]
 
 
-def _time(operands: list[Operand], sizes: Tiling, device: str, scratch: Scratch) -> float:
-    """Microseconds of a product of one row with these tile sizes, infinity where they do not fit the GPU."""
-    x = torch.randn(1, operands[0].stored_columns, device=device).bfloat16()
-    out = torch.empty(1, operands[0].rows, device=device, dtype=torch.bfloat16)
+def _time(operands: list[Operand], x: Tensor, wanted: Tensor, sizes: Tiling, device: str, scratch: Scratch) -> float:
+    """Microseconds of a product of one row with these tile sizes, infinity where they do not fit the GPU or are not right
+    (`wanted`: the first operand's product with x)."""
+    out = torch.empty_like(wanted)
     try:
         calls = [lambda o=o: triton_backend.multiply(o, x, out, Fusion(), scratch, sizes) for o in operands]
+        calls[0]()
+        error = float((out.float() - wanted.float()).norm() / wanted.float().norm())
+        if not error < 0.01:
+            raise ValueError(f"its product differs by {error:.1g}")
         return microseconds(calls, device, repeats=5)
     except Exception as error:  # Triton raises its own for too much shared memory or registers
         print(f"{sizes} does not run: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
@@ -172,8 +185,8 @@ def bandwidths(device: str) -> dict[str, float]:
     return figures
 
 
-def product_errors(device: str) -> Iterator[tuple[str, int, float]]:
-    """Weight, rows of x and the relative error of the product against float64, for odd shapes."""
+def product_errors(device: str) -> Iterator[tuple[str, float]]:
+    """What was multiplied and the relative error against float64, for odd shapes."""
     backend = "auto" if device == "cpu" and not triton_backend.INTERPRETED else "triton"
     kinds = {
         **WEIGHTS, "int8-g128-asym": QuantSpec(8, 128, symmetric=False), "int4-g32-asym": QuantSpec(4, 32, symmetric=False),
@@ -189,4 +202,9 @@ def product_errors(device: str) -> Iterator[tuple[str, int, float]]:
         for count in (1, 2, 16, 40):
             x = torch.randn(count, weight.shape[1], device=device).bfloat16()
             wanted = x.double() @ exact.t()
-            yield name, count, float((multiply(x).double() - wanted).norm() / wanted.norm())
+            yield f"{name}, {count} rows", float((multiply(x).double() - wanted).norm() / wanted.norm())
+            if count <= triton_backend.MAX_ROWS and isinstance(multiply, TritonMatmul):
+                held, out = multiply.operand, torch.empty(count, weight.shape[0], device=device, dtype=x.dtype)
+                sizes, scratch = Tiling(64, held.segments), Scratch(torch.device(device))
+                triton_backend.multiply(held, held.arranged(x).contiguous(), out, Fusion(), scratch, sizes)
+                yield f"{name}, {count} rows, split", float((out.double() - wanted).norm() / wanted.norm())

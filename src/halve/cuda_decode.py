@@ -155,9 +155,10 @@ class CapturedStep:
             tensor.copy_(before)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
                 self._run(greedy)
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a failed capture leaves its own stream behind
             self.kind = f"fused kernels, launched one by one (no CUDA graph: {str(error).splitlines()[0]})"
             return None
         self.kind = "fused kernels in a CUDA graph"
@@ -177,6 +178,6 @@ class CapturedStep:
             plan.best_row[:, :1] = self.logits.argmax(1, keepdim=True)
         kernels.choose[(self.batch,)](
             plan.best, plan.best_row, self.token, self.history, self.position, self.turn, plan.best.shape[1],
-            self.history.stride(0), self.cache.capacity - 1, BLOCK=2048 if self.device.type == "cuda" else 64,
-            **launch_options(8),
+            self.history.stride(0), self.cache.capacity - 1, self.logits.shape[1] - 1,
+            BLOCK=2048 if self.device.type == "cuda" else 64, **launch_options(8),
         )  # fmt: skip

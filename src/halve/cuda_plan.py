@@ -122,7 +122,9 @@ class Plan:
         embed, sublayers = model.embed, list(_sublayers(model))
         makers = [None, *(sublayer.last for sublayer in sublayers)]
         normed = [self._normed(each, maker) for each, maker in zip(sublayers, makers, strict=False)]
-        self.launches: list[Launch] = [lambda: give(embed, token, self._x, normed[0].feed)]
+        # launches hold no reference to the plan, so that its memory goes when the plan does
+        x, first = self._x, normed[0].feed
+        self.launches: list[Launch] = [lambda: give(embed, token, x, first)]
         for sublayer, source, following in zip(sublayers, normed, normed[1:], strict=False):
             self.launches += self._sublayer(sublayer, source, following.feed)
         self.launches.append(self._head(sublayers[-1], normed[-1]))
@@ -179,7 +181,8 @@ class Plan:
         if linear.output_index is None:
             return [self._product(linear, x, self._x, epilogue=ADD, feed=feed)]
         # entries of the stream that get no output have to reach the readers too
-        return [self._product(linear, x, self._x, epilogue=ADD), lambda: give(self._x, None, self._x, feed)]
+        stream = self._x
+        return [self._product(linear, x, stream, epilogue=ADD), lambda: give(stream, None, stream, feed)]
 
     def _sublayer(self, sublayer: _Sublayer, source: _Normed, following: Feed) -> list[Launch]:
         block, last = sublayer.block, sublayer.last
@@ -198,7 +201,7 @@ class Plan:
         if all(linear.output_index is None for linear in linears):
             qkv = self._shared_buffer("qkv", sum(widths))
         else:  # where outputs were removed there is the bias, or 0
-            qkv = self._buffer(sum(widths)) + torch.cat([_bias(linear) for linear in linears])
+            qkv = self._buffer(sum(widths)) + torch.cat([_bias(linear) for linear in linears]).to(self.dtype)
         launches: list[Launch] = []
         for linear, x, out in zip(linears, source.views, qkv.split(widths, dim=1), strict=True):
             launches.append(self._product(linear, x, out, norm=source.feed))
@@ -270,15 +273,16 @@ class Plan:
             norms = [norm for n in ("q_norm", "k_norm") if isinstance(norm := block.norms[n], Norm)]
             gains, eps = [norm.weight for norm in norms], norms[0].eps
         rows, width = self._padded(layer)
-        kernels = triton_backend.load_kernels("triton_attention")
+        slots = _SLOTS if width * self.dtype.itemsize < 1024 else _SLOTS // 2  # as much as shared memory holds
+        batch, capacity, position, scratch = self.batch, self.cache.capacity, self.position, self._attention_scratch
+        qk_norm, kernels = self.config.qk_norm, triton_backend.load_kernels("triton_attention")
 
         def launch() -> None:
-            kernels.attend[(self.batch * layer.num_kv_heads, _SPLITS)](
-                qkv, *gains, cos, sin, keys, values, self.position, out, out if places is None else places,
-                *self._attention_scratch, layer.num_heads, layer.num_kv_heads, size, self.cache.capacity,
-                layer.sliding_window or 0, qkv.stride(0), out.stride(0), eps, size**-0.5,
-                QK_NORM=self.config.qk_norm, PLACED=places is not None,
-                HEADS_A_GROUP=layer.num_heads // layer.num_kv_heads, R=rows, D=width, S=_SLOTS, SPLITS=_SPLITS,
+            kernels.attend[(batch * layer.num_kv_heads, _SPLITS)](
+                qkv, *gains, cos, sin, keys, values, position, out, out if places is None else places, *scratch,
+                layer.num_heads, layer.num_kv_heads, size, capacity, layer.sliding_window or 0, qkv.stride(0),
+                out.stride(0), eps, size**-0.5, QK_NORM=qk_norm, PLACED=places is not None,
+                HEADS_A_GROUP=layer.num_heads // layer.num_kv_heads, R=rows, D=width, S=slots, SPLITS=_SPLITS,
                 SHORTEST=_SHORTEST, PLAIN=triton_backend.INTERPRETED, **launch_options(4),
             )  # fmt: skip
 

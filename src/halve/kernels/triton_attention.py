@@ -140,11 +140,11 @@ def attend(
 
 @triton.jit
 def choose(
-    best_ptr, best_row_ptr, token_ptr, history_ptr, position_ptr, turn_ptr, tiles, history_stride, last_slot,
+    best_ptr, best_row_ptr, token_ptr, history_ptr, position_ptr, turn_ptr, tiles, history_stride, last_slot, last_row,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The row of the largest logit among the tiles' best (the first of equal ones) becomes the next token; the position
-    and the number of tokens made so far go on by one."""
+    """The row of the largest logit among the tiles' best (the first of equal ones) becomes the next token, `last_row` where
+    all are NaN; the position and the number of tokens made so far go on by one."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -160,7 +160,7 @@ def choose(
         better = (seen > value) | ((seen == value) & (where < token))
         value, token = tl.where(better, seen, value), tl.where(better, where, token)
     top = tl.max(value, axis=0)
-    chosen = tl.min(tl.where(value == top, token, 2147483647), axis=0).to(tl.int64)
+    chosen = tl.minimum(tl.min(tl.where(value == top, token, 2147483647), axis=0), last_row).to(tl.int64)
     turn, position = tl.load(turn_ptr + batch), tl.load(position_ptr + batch)
     tl.store(token_ptr + batch, chosen)
     tl.store(history_ptr + batch * history_stride + turn, chosen)

@@ -182,8 +182,9 @@ def product(
     if PDL:
         # the launch after this one may begin; what of this one depends on nothing is fetched before that before it ends
         tl.extra.cuda.gdc_launch_dependents()
-        for stage in tl.static_range(STAGES):
-            _prefetch(data_row, tl.minimum(first + stage, segments - 1), BITS, E)
+        if not UNEVEN:
+            for stage in tl.static_range(STAGES):
+                _prefetch(data_row, tl.minimum(first + stage, segments - 1), BITS, E)
         tl.extra.cuda.gdc_wait()
     x_row = x_ptr + m[:, None] * x_stride
     if RUN == 0 and HAS_ZERO:
