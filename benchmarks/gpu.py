@@ -57,7 +57,7 @@ class Run:
 
     def __init__(self, out: Path, device: str, shape: str | None, quick: bool) -> None:
         self.out, self.device, self.shape, self.quick = out, device, shape, quick
-        backend = "triton" if triton_backend.INTERPRETED else "auto"
+        backend = "triton" if triton_backend.ON_CPU else "auto"
         self.placement = Placement(device, torch.bfloat16, backend, random_weights=True)
         out.mkdir(parents=True, exist_ok=True)
 
@@ -288,7 +288,12 @@ def main() -> None:
     arguments = parser.parse_args()
     quick = arguments.device == "cpu"
     if quick and os.environ.get("TRITON_INTERPRET") == "1":
-        triton_backend.INTERPRETED = True
+        triton_backend.ON_CPU = True
+    elif quick and os.environ.get("HALVE_GPU_EMULATE") == "1":
+        from gpu_emulate import emulate
+
+        triton_backend.ON_CPU = True
+        emulate()
     STEPS[arguments.step](Run(arguments.out, arguments.device, arguments.shape, quick))
 
 

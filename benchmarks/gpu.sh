@@ -17,7 +17,8 @@
 #   gptq       GPTQ of 2 layers of the 8B shape, 128 x 2,048 tokens, extrapolated
 #   check      pruned rows' peak memory is below that of the rows they were made from
 #   pack       all records in one file, RECORDS.tar.gz
-# HALVE_GPU_DEVICE=cpu HALVE_GPU_SHAPE=tiny tries a step without a GPU (TRITON_INTERPRET=1: with the kernels interpreted).
+# HALVE_GPU_DEVICE=cpu HALVE_GPU_SHAPE=tiny tries a step without a GPU (TRITON_INTERPRET=1: with the kernels interpreted,
+# HALVE_GPU_EMULATE=1: with the compiled kernels run on the CPU; verify needs no shape).
 set -euo pipefail
 step=${1:?which step? see the head of this file}
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -29,7 +29,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in (("_SLOTS", 16), ("_SHORTEST", 16), ("_SPLITS", 3)):
         monkeypatch.setattr(cuda_plan, name, value)
     if DEVICE == "cpu":
-        monkeypatch.setattr(triton_backend, "INTERPRETED", True)
+        monkeypatch.setattr(triton_backend, "ON_CPU", True)
         for module in (triton_backend, cuda_plan):
             monkeypatch.setattr(module, "tiling", lambda operand: Tiling(128))
     yield

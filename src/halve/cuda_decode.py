@@ -54,7 +54,7 @@ def describe(model: Model) -> str:
 
 def _unsupported(model: Model, batch: int) -> str | None:
     """Why the fused step cannot run this model, None when it can."""
-    if model.device.type != "cuda" and not triton_backend.INTERPRETED:
+    if model.device.type != "cuda" and not triton_backend.ON_CPU:
         return f"the model is on {model.device}"
     if triton_backend.missing():
         return triton_backend.missing()

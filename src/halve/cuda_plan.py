@@ -283,7 +283,7 @@ class Plan:
                 layer.num_heads, layer.num_kv_heads, size, capacity, layer.sliding_window or 0, qkv.stride(0),
                 out.stride(0), eps, size**-0.5, QK_NORM=qk_norm, PLACED=places is not None,
                 HEADS_A_GROUP=layer.num_heads // layer.num_kv_heads, R=rows, D=width, S=slots, SPLITS=_SPLITS,
-                SHORTEST=_SHORTEST, PLAIN=triton_backend.INTERPRETED, **launch_options(4),
+                SHORTEST=_SHORTEST, PLAIN=triton_backend.plain(), **launch_options(4),
             )  # fmt: skip
 
         return launch

@@ -105,7 +105,7 @@ class Decoder:
 
 def decode_kernel(model: Model) -> str:
     """What runs the decode steps of this model: one call into C, fused GPU kernels, or its own operations and why."""
-    on_gpu = model.device.type == "cuda" or triton_backend.INTERPRETED
+    on_gpu = model.device.type == "cuda" or triton_backend.ON_CPU
     return cuda_decode.describe(model) if on_gpu else step_kernel(model)
 
 

@@ -39,7 +39,7 @@ ROUNDED = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let tensors on the CPU through, and use tiles of a size the interpreter is quick with."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(backend, "INTERPRETED", True)
+        monkeypatch.setattr(backend, "ON_CPU", True)
         monkeypatch.setattr(backend, "tiling", lambda operand: SMALL)
     yield
 
@@ -224,10 +224,10 @@ def test_many_rows_of_a_packed_weight_go_by_tiles(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(backend, "ON_CPU", False)
     with pytest.raises(HalveError, match="triton: the weight is on cpu"):
         kernels.select("triton", torch.randn(4, 4), torch.float32)
-    monkeypatch.setattr(backend, "INTERPRETED", True)
+    monkeypatch.setattr(backend, "ON_CPU", True)
     with pytest.raises(HalveError, match=r"float16, not torch\.float64"):
         kernels.select("triton", torch.randn(4, 4), torch.float64)
 

@@ -26,7 +26,7 @@ from halve.kernels.triton_layout import PIECE, Operand, SegmentedWeight, dense_o
 from halve.quantization import QuantizedWeight
 
 MAX_ROWS = 16  # rows of x the fused kernels take; more go to torch's matmul
-INTERPRETED = False  # True: also serve tensors on the CPU, through Triton's interpreter (tests)
+ON_CPU = False  # True: also serve tensors on the CPU, where tests have something that runs the kernels
 _TILE_BYTES = 32 << 20  # expanded weights at a time in prefill: near the size of an H100's second-level cache
 _TUNED = "HALVE_TRITON_TUNED"  # names a JSON file of tilings, as benchmarks/gpu.sh tune writes it
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -48,6 +48,11 @@ def load_kernels(name: str) -> Any:
 def current(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current GPU: make that the one of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def plain() -> bool:
+    """Whether Triton interprets its kernels, which has no assembly and multiplies bfloat16 wrongly."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def pdl() -> bool:
@@ -189,8 +194,8 @@ def multiply(operand: Operand, x: Tensor, out: Tensor, fusion: Fusion, scratch: 
         0.0 if norm is None else norm.eps,
         UNEVEN=operand.bits == 16 and operand.stored_columns > operand.columns, NORM=norm is not None,
         EPILOGUE=fusion.epilogue, ACTIVATION=fusion.activation, HAS_BIAS=fusion.bias is not None,
-        PLACED=fusion.place is not None, BEST=fusion.best is not None, SPLIT=parts > 1, PLAIN=INTERPRETED, N=sizes.rows,
-        STAGES=sizes.stages, M=MAX_ROWS, **_feed_options(feed), **_layout_options(operand, INTERPRETED, x.dtype),
+        PLACED=fusion.place is not None, BEST=fusion.best is not None, SPLIT=parts > 1, PLAIN=plain(), N=sizes.rows,
+        STAGES=sizes.stages, M=MAX_ROWS, **_feed_options(feed), **_layout_options(operand, plain(), x.dtype),
         **launch_options(sizes.warps),
     )  # fmt: skip
 
@@ -267,7 +272,7 @@ class TritonMatmul:
 
     @classmethod
     def serves(cls, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> str | None:
-        if weight.device.type != "cuda" and not (INTERPRETED and weight.device.type == "cpu"):
+        if weight.device.type != "cuda" and not (ON_CPU and weight.device.type == "cpu"):
             return f"the weight is on {weight.device}"
         if missing():
             return missing()

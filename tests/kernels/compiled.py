@@ -1,0 +1,114 @@
+"""What Triton's compiler makes of the kernels, run on the CPU (`benchmarks/gpu_emulate.py`). Not collected by itself: Triton is
+to be imported with TRITON_INTERPRET=0, so `test_compiled.py` runs this file in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from gpu import ROWS_3B
+from gpu_emulate import emulate
+from gpu_models import step_error
+
+from halve.kernels import triton_backend as backend
+from halve.kernels.triton_backend import Feed, Fusion, Scratch, Tiling, TritonMatmul
+from halve.kernels.triton_layout import packed_operand
+from halve.quantization import QuantizedWeight, QuantSpec, quantize
+from halve.subject import Placement
+
+ROUNDED = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+WEIGHTS = {
+    "dense": None,
+    "int8": QuantSpec(8, -1),
+    "int8-asymmetric": QuantSpec(8, 64, symmetric=False),
+    "int4": QuantSpec(4, 128),
+    "int4-asymmetric": QuantSpec(4, 64, symmetric=False),
+    "int4-g32": QuantSpec(4, 32),
+    "int4-ragged": QuantSpec(4, 128),
+    "int3": QuantSpec(3, 64),
+    "int2": QuantSpec(2, 64),
+}
+emulate()
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(backend, "ON_CPU", True)
+    yield
+
+
+def make(name: str, dtype: torch.dtype) -> tuple[TritonMatmul, Tensor]:
+    """A weight of 70 rows as a kernel holds it, and its numbers."""
+    torch.manual_seed(0)
+    spec, numbers = WEIGHTS[name], torch.randn(70, 384)
+    weight: Tensor | QuantizedWeight = numbers.to(dtype) if spec is None else quantize(numbers, spec)
+    if name == "int4-ragged" and isinstance(weight, QuantizedWeight):
+        weight = weight.columns(torch.arange(0, 384, 2))
+    return TritonMatmul(weight, dtype), weight.double() if isinstance(weight, Tensor) else weight.dequantize().double()
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_products(name: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16) if name in ("dense", "int8", "int4") else (torch.bfloat16,):
+        multiply, exact = make(name, dtype)
+        held = multiply.operand
+        for count, sizes in ((1, Tiling(64)), (3, Tiling(32, 2, 4, 3)), (1, Tiling(128, 2, 8, 5))):
+            x, out = torch.randn(count, held.columns).to(dtype), torch.zeros(count, 70, dtype=dtype)
+            scratch = Scratch(torch.device("cpu"))
+            backend.multiply(held, held.arranged(x).contiguous(), out, Fusion(), scratch, sizes)
+            assert error(out, x.double() @ exact.T) < ROUNDED[dtype], (dtype, count, sizes)
+            assert not scratch.arrived.any()
+
+
+@pytest.mark.parametrize("name", ["int8-asymmetric", "int4", "int4-ragged"])
+def test_prefill_expands(name: str) -> None:
+    multiply, exact = make(name, torch.float32)
+    x = torch.randn(20, multiply.operand.columns)
+    assert error(multiply(x), x.double() @ exact.T) < 1e-5
+
+
+def test_a_product_feeds_the_next() -> None:
+    torch.manual_seed(0)
+    first, second = (torch.randn(rows, columns).bfloat16() for rows, columns in ((256, 128), (70, 256)))
+    maker, reader = (TritonMatmul(w, torch.bfloat16).operand for w in (first, second))
+    gain, stream, x = torch.rand(256).bfloat16(), torch.randn(1, 256).bfloat16(), torch.randn(1, 128).bfloat16()
+    made = stream.double() + x.double() @ first.double().T
+    scratch, sizes = Scratch(torch.device("cpu")), Tiling(64)
+    feed = Feed(torch.zeros(1, 256, dtype=torch.bfloat16), None, gain, torch.zeros(1, 4), 1e-5)
+    backend.multiply(maker, x, stream, Fusion(epilogue=1, feed=feed), scratch, sizes)
+    assert error(stream, made) < ROUNDED[torch.bfloat16]
+    out = torch.zeros(1, 70, dtype=torch.bfloat16)
+    backend.multiply(reader, feed.vectors, out, Fusion(norm=feed), scratch, sizes)
+    normed = made / (made.square().mean() + 1e-5).sqrt() * gain.double()
+    assert error(out, normed @ second.double().T) < 2 * ROUNDED[torch.bfloat16]
+
+
+@pytest.mark.parametrize("overlapped", ["0", "1"])
+def test_a_decode_step(overlapped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pruned 4-bit model after 200 tokens: norms, gathers, attention in stretches, head; also as launches that overlap."""
+    monkeypatch.setenv("HALVE_PDL", overlapped)
+    row = next(row for row in ROWS_3B if row.name == "3b-int4-head8-inputs-10")
+    with torch.inference_mode():
+        placement = Placement("cpu", torch.bfloat16, "triton", random_weights=True)
+        found, how = step_error(replace(row, shape="tiny", kept_inputs=0.5, head_kept=0.5), placement, steps=1)
+    assert found < 0.02 and how == "fused kernels"
+
+
+def test_reading_past_a_tensor_is_found() -> None:
+    held = packed_operand(quantize(torch.randn(70, 384), QuantSpec(4, 128)))
+    short = replace(held, data=held.data[:-1].clone())
+    x, out = torch.randn(1, 384).bfloat16(), torch.zeros(1, 70, dtype=torch.bfloat16)
+    with pytest.raises(IndexError, match="in no tensor of the launch"):
+        backend.multiply(short, x, out, Fusion(), Scratch(torch.device("cpu")), Tiling(64))
