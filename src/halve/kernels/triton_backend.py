@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,25 +73,35 @@ class Tiling:
 
 
 def tiling(operand: Operand) -> Tiling:
-    """The tile sizes for a weight: measured ones if there are any for its shape, else by rule of thumb."""
-    measured = _measured().get(tiling_key(operand))
-    if measured is not None:
-        return Tiling(*measured)
+    """The tile sizes for a weight: those measured for a shape like its own if there are any, else by rule of thumb."""
+    like = [key for key in _measured() if key[0] == operand.bits and _factor(key, operand) < 2]
+    if like:
+        return _measured()[min(like, key=lambda key: _factor(key, operand))]
     rows = 128 if operand.bits < 8 else 64
     # about three programs to a multiprocessor (an H100 has 132), each with some segments to be underway
     parts = min(8, operand.segments // 4, 396 // -(-operand.rows // rows))
     return Tiling(rows, max(1, parts), stages=4 if operand.data.element_size() <= 2 else 2)
 
 
+def _factor(key: tuple[int, int, int], operand: Operand) -> float:
+    """How far a measured shape is from a weight's: 1 where they are the same."""
+    ratios = (key[1] / operand.columns, key[2] / operand.rows)
+    return math.prod(max(ratio, 1 / ratio) for ratio in ratios)
+
+
 def tiling_key(operand: Operand) -> str:
-    """What tile sizes depend on, as a name."""
+    """The name of a weight's shape in a file of tilings."""
     return f"{operand.bits}bit-{operand.columns}x{operand.rows}"
 
 
 @functools.cache
-def _measured() -> dict[str, list[int]]:
+def _measured() -> dict[tuple[int, int, int], Tiling]:
+    """Tilings by bits, columns and rows."""
     path = os.environ.get(_TUNED)
-    return json.loads(Path(path).read_text(encoding="utf-8"))["tilings"] if path else {}
+    if not path:
+        return {}
+    found = json.loads(Path(path).read_text(encoding="utf-8"))["tilings"]
+    return {tuple(map(int, re.findall(r"\d+", key))): Tiling(*sizes) for key, sizes in found.items()}  # type: ignore[misc]
 
 
 @dataclass
