@@ -29,10 +29,10 @@ _ROWS_AT_A_TIME = 2048  # rows repacked at once: bounds the copies while a model
 class Operand:
     """One weight [O, I] as the kernels read it.
 
-    data: floating [O, I], int8 (8 bits) or int16 [blocks of 16 rows, segments, 16, E]; scale, and zero (int8) or None,
-    [G, O]; piece_map int32 [pieces] or None: the group of every 8 stored columns, where chunks do not have one each;
-    order int32 [C] or None: the column of the weight that stands at a stored place, -1 for padding (None: as they are,
-    padding at the end).
+    data: floating [O, I], int8 (8 bits) or int16 [blocks of 16 rows, segments, 16, E]; scale, and zero (int8, below 8 bits
+    int16) or None, [G, O]; piece_map int32 [pieces] or None: the group of every 8 stored columns, where chunks do not have
+    one each; order int32 [C] or None: the column of the weight that stands at a stored place, -1 for padding (None: as they
+    are, padding at the end).
     """
 
     data: Tensor
@@ -119,6 +119,10 @@ def packed_operand(weight: QuantizedWeight) -> Operand:
         piece_map = functional.pad(piece_map, (0, padding // PIECE))
     data = _lay_out(weight, bits, elements, segments, order)
     scale, zero = (None if t is None else t.t().contiguous() for t in (weight.scale, weight.zero))
+    if (
+        zero is not None and bits < 8
+    ):  # in the width of the elements: a byte would have Triton lay the product out for bytes
+        zero = zero.to(torch.int16)
     return Operand(
         data, bits, weight.out_features, columns, elements, segments, chunks_a_group, scale, zero, piece_map, order
     )
@@ -200,7 +204,7 @@ class SegmentedWeight(QuantizedWeight):
     @property
     def zero(self) -> Tensor | None:
         """[O, G] or None"""
-        return None if self.operand.zero is None else self.operand.zero.t()
+        return None if self.operand.zero is None else self.operand.zero.t().to(torch.int8)
 
     def codes(self) -> Tensor:
         held = self.operand
