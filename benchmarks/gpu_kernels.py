@@ -32,7 +32,7 @@ WEIGHTS: dict[str, QuantSpec | torch.dtype] = {
 }
 CANDIDATES = [
     Tiling(rows, parts, warps, stages)
-    for rows, warps in ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8))
+    for rows, warps in ((32, 4), (64, 2), (64, 4), (64, 8), (128, 2), (128, 4), (128, 8))
     for parts in (1, 2, 4, 8)
     for stages in (3, 5)
 ]

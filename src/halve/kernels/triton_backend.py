@@ -77,7 +77,7 @@ def tiling(operand: Operand) -> Tiling:
     like = [key for key in _measured() if key[0] == operand.bits and _factor(key, operand) < 2]
     if like:
         return _measured()[min(like, key=lambda key: _factor(key, operand))]
-    rows = 128 if operand.bits < 8 else 64
+    rows = 64 if operand.bits == 16 else 128
     # about three programs to a multiprocessor (an H100 has 132), each with some segments to be underway
     parts = min(8, operand.segments // 4, 396 // -(-operand.rows // rows))
     return Tiling(rows, max(1, parts), stages=4 if operand.data.element_size() <= 2 else 2)
