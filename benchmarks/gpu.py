@@ -139,7 +139,7 @@ def peers(run: Run) -> None:
         path = run.missing(f"3b-{way}")
         if path is None:
             continue
-        steps, runs = (3, 1) if run.quick else (64, 5)
+        steps, runs = (16, 3) if run.quick else (64, 5)
         shape = run.shape or "llama-3.2-3b"
         record = measure_peer(way, shape, run.settings().prompt_tokens, steps, runs, run.device, run.command("peers"))
         write_record(path, record)

@@ -28,6 +28,7 @@ U64 = np.uint64
 SHARED = 1 << 20  # where shared memory begins: any address that is no tensor's
 WARP = np.arange(32)
 QUAD, IN_QUAD = WARP >> 2, WARP & 3  # a lane's row and pair of columns in the tensor cores' tiles
+BACKWARDS = False  # True: the last block of a launch first
 NO_EFFECT = ("bar", "fence", "membar", "griddepcontrol", "prefetch")
 
 
@@ -408,7 +409,7 @@ def run_kernel(kernel: Any, arguments: list[Any], grid: tuple[int, ...]) -> None
     memory = Memory(each for each in arguments if isinstance(each, torch.Tensor))
     parameters = [_parameter(each) for each in arguments] + [0, 0]  # the last: scratch memory, which these have none of
     code, labels = parse(kernel.asm["ptx"])
-    for index in np.ndindex(*reversed(grid)):
+    for index in reversed(list(np.ndindex(*reversed(grid)))) if BACKWARDS else np.ndindex(*reversed(grid)):
         block = Block(
             32 * kernel.metadata.num_warps, kernel.metadata.shared, parameters, memory, tuple(reversed(index))
         )

@@ -59,6 +59,8 @@ def measure_peer(way: str, shape: str, prompt_tokens: int, steps: int, runs: int
     one, some, many = ([_seconds(model, prompt, options, length) for _ in range(runs)] for length in lengths)
     step_ms = [(m - s) / steps * 1e3 for m, s in zip(many, some, strict=True)]
     low, middle, high = spread(step_ms)
+    if middle <= 0:
+        raise SystemExit(f"{way}: {steps} steps took {middle:.3g} ms each, so timings are too noisy here: run it again")
     weights = sum(p.nbytes for p in model.parameters())
     figures = {
         "shape": shape,

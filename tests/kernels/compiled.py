@@ -14,8 +14,8 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import gpu_emulate
 from gpu import ROWS_3B
-from gpu_emulate import emulate
 from gpu_models import step_error
 
 from halve.kernels import triton_backend as backend
@@ -36,7 +36,7 @@ WEIGHTS = {
     "int3": QuantSpec(3, 64),
     "int2": QuantSpec(2, 64),
 }
-emulate()
+gpu_emulate.emulate()
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +104,28 @@ def test_a_decode_step(overlapped: str, monkeypatch: pytest.MonkeyPatch) -> None
         placement = Placement("cpu", torch.bfloat16, "triton", random_weights=True)
         found, how = step_error(replace(row, shape="tiny", kept_inputs=0.5, head_kept=0.5), placement, steps=1)
     assert found < 0.02 and how == "fused kernels"
+
+
+def test_the_order_of_blocks_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split columns and split attention are added up in their own order, whichever part arrives last."""
+    held = make("int4", torch.bfloat16)[0].operand
+    x, outs = torch.randn(2, 384).bfloat16(), []
+    qkv, keys, values = torch.randn(1, 5 * 64), torch.randn(1, 1, 256, 64), torch.randn(1, 1, 256, 64)
+    where, tables = torch.tensor([230], dtype=torch.int32), torch.ones(256, 64)
+    for backwards in (False, True):
+        monkeypatch.setattr(gpu_emulate, "BACKWARDS", backwards)
+        out, heads, scratch = torch.zeros(2, 70, dtype=x.dtype), torch.zeros(1, 3 * 64), Scratch(torch.device("cpu"))
+        backend.multiply(held, x, out, Fusion(), scratch, Tiling(32, 3))
+        partial, stats, arrived = torch.empty(16 * 16 * 64), torch.empty(16 * 32), torch.zeros(1, dtype=torch.int32)
+        attention = backend.load_kernels("triton_attention")
+        attention.attend[(1, 16)](
+            qkv, qkv, qkv, tables, tables, keys, values, where, heads, heads, partial, stats, arrived, 3, 1, 64, 256, 0, 320,
+            192, 0.0, 0.125, QK_NORM=False, PLACED=False, HEADS_A_GROUP=3, R=16, D=64, S=64, SPLITS=16, SHORTEST=64,
+            PLAIN=False, **backend.launch_options(4),
+        )  # fmt: skip
+        assert not arrived.any() and not scratch.arrived.any()
+        outs.append((out, heads))
+    assert all(torch.equal(first, second) for first, second in zip(*outs, strict=True))
 
 
 def test_reading_past_a_tensor_is_found() -> None:

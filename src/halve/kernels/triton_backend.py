@@ -222,7 +222,7 @@ def give(source: Tensor, token: Tensor | None, x: Tensor, to: Feed) -> None:
 
 def launch_options(warps: int) -> dict[str, Any]:
     """Options that every launch of a step takes."""
-    return {"PDL": pdl(), "num_warps": warps, **({"launch_pdl": True} if pdl() else {})}
+    return {"PDL": pdl(), "num_warps": warps, "enable_fp_fusion": True, **({"launch_pdl": True} if pdl() else {})}
 
 
 def _feed_options(feed: Feed | None) -> dict[str, Any]:
