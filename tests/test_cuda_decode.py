@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,6 +116,48 @@ def test_generation_uses_the_step_and_keeps_it(make_hf: Callable[..., Path]) -> 
     one = Decoder(model, PROMPTS, 40, Sampling())
     two = Decoder(model, PROMPTS, 40, Sampling())
     assert one.cache is not two.cache
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU captures in every other test")
+@pytest.mark.parametrize("fails", [False, True])
+def test_capturing_leaves_the_state_as_it_was(
+    make_hf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Without a GPU: a stand-in for CUDA graphs, whose capture does nothing or fails and whose replay runs the step."""
+    folder = make_hf("llama", num_hidden_layers=1)
+    wanted = generate(load_model(folder, backend="reference"), PROMPTS[:1], max_new_tokens=4)
+    model = load_model(folder, backend="triton")
+    decoder = Decoder(model, PROMPTS[:1], 40, Sampling())
+    step = decoder._captured
+    assert step is not None
+    tokens = decoder.prefill()
+
+    @contextmanager
+    def capture(graph: object, **options: object) -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(step, "_run", lambda greedy: None)
+            yield
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    cuda = SimpleNamespace(
+        Stream=lambda device: stream,
+        current_stream=lambda device: stream,
+        stream=lambda stream: nullcontext(),
+        set_stream=lambda stream: None,
+        CUDAGraph=lambda: SimpleNamespace(replay=lambda: step._run(True)),
+        graph=capture,
+    )
+    monkeypatch.setattr(cuda_decode, "torch", SimpleNamespace(**(vars(torch) | {"cuda": cuda})))
+    monkeypatch.setattr(triton_backend, "current", lambda device: nullcontext())
+    monkeypatch.setattr(step, "device", torch.device("cuda"))
+    made = [int(tokens)]
+    for _ in range(3):
+        tokens = decoder.step(tokens)
+        made.append(int(tokens))
+    assert made == wanted[0].tokens
+    assert ("no CUDA graph: operation not permitted" if fails else "in a CUDA graph") in step.kind
 
 
 def test_a_row_at_the_end_of_the_context_does_not_disturb_the_others(make_hf: Callable[..., Path]) -> None:
