@@ -157,6 +157,7 @@ def test_capturing_leaves_the_state_as_it_was(
         tokens = decoder.step(tokens)
         made.append(int(tokens))
     assert made == wanted[0].tokens
+    assert int(step.turn) == 3 and int(step.position) == len(PROMPTS[0]) + 3
     assert ("no CUDA graph: operation not permitted" if fails else "in a CUDA graph") in step.kind
 
 
