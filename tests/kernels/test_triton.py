@@ -243,6 +243,13 @@ def test_tilings_measured_elsewhere_are_used(tmp_path: Path, monkeypatch: pytest
         assert backend.tiling(operand) == Tiling(32, 2, 8, 3)
         assert backend.tiling(dense_operand(torch.empty(6, 60))) == Tiling(32, 2, 8, 3)  # a pruned one
         assert backend.tiling(dense_operand(torch.empty(17, 64))).rows == 64  # no figure: the rule
+        for bad in ("[]", "{", '{"tilings": {"16bit-64x8": 3}}'):
+            path.write_text(bad)
+            backend._measured.cache_clear()
+            with pytest.raises(
+                HalveError, match=r"HALVE_TRITON_TUNED=.* is no file of tilings .*: unset it, or make one"
+            ):
+                backend.tiling(operand)
     finally:
         backend._measured.cache_clear()
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from halve.errors import HalveError
 from halve.kernels.triton_layout import PIECE, Operand, SegmentedWeight, dense_operand
 from halve.quantization import QuantizedWeight
 
@@ -100,8 +101,14 @@ def _measured() -> dict[tuple[int, int, int], Tiling]:
     path = os.environ.get(_TUNED)
     if not path:
         return {}
-    found = json.loads(Path(path).read_text(encoding="utf-8"))["tilings"]
-    return {tuple(map(int, re.findall(r"\d+", key))): Tiling(*sizes) for key, sizes in found.items()}  # type: ignore[misc]
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))["tilings"]
+        return {tuple(map(int, re.findall(r"\d+", key))): Tiling(*sizes) for key, sizes in found.items()}  # type: ignore[misc]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HalveError(
+            f"{_TUNED}={path} is no file of tilings ({type(error).__name__}: {error}): unset it, or make one with "
+            "benchmarks/gpu.sh tune"
+        ) from error
 
 
 @dataclass
