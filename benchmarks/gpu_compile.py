@@ -140,19 +140,8 @@ def launch_attention() -> list[tuple[str, int | None]]:
         )  # fmt: skip
     tokens = torch.zeros(1 << 10, dtype=torch.int64)
     kernels.choose[(1,)](
-        numbers,
-        counts,
-        tokens,
-        tokens,
-        counts,
-        counts,
-        1002,
-        1024,
-        1023,
-        128255,
-        BLOCK=2048,
-        **backend.launch_options(8),
-    )
+        numbers, counts, tokens, tokens, counts, counts, 1002, 1024, 1023, 128255, BLOCK=2048, **backend.launch_options(8)
+    )  # fmt: skip
     return [("attention", None), ("attention with q/k norm", None), ("choose", None)]
 
 

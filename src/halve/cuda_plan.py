@@ -173,8 +173,9 @@ class Plan:
         if bias is not None and linear.output_index is not None:
             bias = bias[linear.output_index]
         operand = _operand(linear)
-        self._scratch.reserve(operand, self.batch, tiling(operand))
-        return _Product(operand, x, out, Fusion(bias=bias, **fusion), self._scratch, tiling(operand))
+        sizes = tiling(operand)
+        self._scratch.reserve(operand, self.batch, sizes)
+        return _Product(operand, x, out, Fusion(bias=bias, **fusion), self._scratch, sizes)
 
     def _into_stream(self, linear: Linear, x: Tensor, feed: Feed) -> list[Launch]:
         """Outputs added to the residual stream, which then goes to its next readers."""
@@ -315,8 +316,9 @@ def _tiles(linear: Linear) -> int:
 
 def _bias(linear: Linear) -> Tensor:
     """Of all outputs, 0 where there is none."""
-    assert isinstance(linear.bias, Tensor | None)
-    return torch.zeros(linear.out_features, device=_operand(linear).data.device) if linear.bias is None else linear.bias
+    if linear.bias is None:
+        return torch.zeros(linear.out_features, device=_operand(linear).data.device)
+    return linear.bias
 
 
 def _of_kept(places: Tensor | None, linear: Linear) -> Tensor | None:

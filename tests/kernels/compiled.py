@@ -14,6 +14,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import gpu_compile
 import gpu_emulate
 from gpu import ROWS_3B
 from gpu_models import step_error
@@ -25,17 +26,7 @@ from halve.quantization import QuantizedWeight, QuantSpec, quantize
 from halve.subject import Placement
 
 ROUNDED = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
-WEIGHTS = {
-    "dense": None,
-    "int8": QuantSpec(8, -1),
-    "int8-asymmetric": QuantSpec(8, 64, symmetric=False),
-    "int4": QuantSpec(4, 128),
-    "int4-asymmetric": QuantSpec(4, 64, symmetric=False),
-    "int4-g32": QuantSpec(4, 32),
-    "int4-ragged": QuantSpec(4, 128),
-    "int3": QuantSpec(3, 64),
-    "int2": QuantSpec(2, 64),
-}
+WEIGHTS = {**gpu_compile.WEIGHTS, "int3-g64": QuantSpec(3, 64)}
 gpu_emulate.emulate()
 
 
@@ -49,8 +40,9 @@ def make(name: str, dtype: torch.dtype) -> tuple[TritonMatmul, Tensor]:
     """A weight of 70 rows as a kernel holds it, and its numbers."""
     torch.manual_seed(0)
     spec, numbers = WEIGHTS[name], torch.randn(70, 384)
-    weight: Tensor | QuantizedWeight = numbers.to(dtype) if spec is None else quantize(numbers, spec)
-    if name == "int4-ragged" and isinstance(weight, QuantizedWeight):
+    weight: Tensor | QuantizedWeight
+    weight = quantize(numbers, spec) if isinstance(spec, QuantSpec) else numbers.to(dtype)
+    if name.endswith("ragged") and isinstance(weight, QuantizedWeight):
         weight = weight.columns(torch.arange(0, 384, 2))
     return TritonMatmul(weight, dtype), weight.double() if isinstance(weight, Tensor) else weight.dequantize().double()
 
@@ -61,7 +53,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_products(name: str) -> None:
-    for dtype in (torch.bfloat16, torch.float16) if name in ("dense", "int8", "int4") else (torch.bfloat16,):
+    for dtype in (torch.bfloat16, torch.float16) if name in ("bf16", "int8", "int4-g128") else (torch.bfloat16,):
         multiply, exact = make(name, dtype)
         held = multiply.operand
         for count, sizes in ((1, Tiling(64)), (3, Tiling(32, 2, 4, 3)), (1, Tiling(128, 2, 8, 5))):
@@ -72,7 +64,7 @@ def test_products(name: str) -> None:
             assert not scratch.arrived.any()
 
 
-@pytest.mark.parametrize("name", ["int8-asymmetric", "int4", "int4-ragged"])
+@pytest.mark.parametrize("name", ["int8-g128-asym", "int4-g128", "int4-g128-ragged"])
 def test_prefill_expands(name: str) -> None:
     multiply, exact = make(name, torch.float32)
     x = torch.randn(20, multiply.operand.columns)
@@ -108,7 +100,7 @@ def test_a_decode_step(overlapped: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_order_of_blocks_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Split columns and split attention are added up in their own order, whichever part arrives last."""
-    held = make("int4", torch.bfloat16)[0].operand
+    held = make("int4-g128", torch.bfloat16)[0].operand
     x, outs = torch.randn(2, 384).bfloat16(), []
     qkv, keys, values = torch.randn(1, 5 * 64), torch.randn(1, 1, 256, 64), torch.randn(1, 1, 256, 64)
     where, tables = torch.tensor([230], dtype=torch.int32), torch.ones(256, 64)

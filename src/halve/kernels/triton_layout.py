@@ -110,18 +110,14 @@ def packed_operand(weight: QuantizedWeight) -> Operand:
         elements = 32 if per == 1 else _LEAST
         sizes = torch.bincount(weight.column_groups(), minlength=groups)
         pieces = -(-sizes // PIECE)
+        pieces[-1] += -pieces.sum() % (per * elements // PIECE)  # the last one up to a whole segment
         order, stored = _order(weight.column_groups(), sizes, pieces * PIECE), int(pieces.sum()) * PIECE
         piece_map = torch.repeat_interleave(torch.arange(groups, device=weight.device), pieces).to(torch.int32)
     segments = -(-stored // (per * elements))
-    padding = segments * per * elements - stored
-    if order is not None and piece_map is not None:
-        order = functional.pad(order, (0, padding), value=-1)
-        piece_map = functional.pad(piece_map, (0, padding // PIECE))
     data = _lay_out(weight, bits, elements, segments, order)
     scale, zero = (None if t is None else t.t().contiguous() for t in (weight.scale, weight.zero))
-    if (
-        zero is not None and bits < 8
-    ):  # in the width of the elements: a byte would have Triton lay the product out for bytes
+    if zero is not None and bits < 8:
+        # as wide as the elements: Triton would lay the product out for bytes where a byte goes into it
         zero = zero.to(torch.int16)
     return Operand(
         data, bits, weight.out_features, columns, elements, segments, chunks_a_group, scale, zero, piece_map, order
