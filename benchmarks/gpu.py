@@ -286,6 +286,10 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(p.name for p in SHAPES.iterdir()), help="instead of the steps' own")
     arguments = parser.parse_args()
     quick = arguments.device == "cpu"
+    if not quick and not torch.cuda.is_available():
+        parser.error(
+            f"PyTorch finds no {arguments.device} here: --device cpu (HALVE_GPU_DEVICE=cpu for gpu.sh) tries a step"
+        )
     if quick and os.environ.get("TRITON_INTERPRET") == "1":
         triton_backend.ON_CPU = True
     elif quick and os.environ.get("HALVE_GPU_EMULATE") == "1":

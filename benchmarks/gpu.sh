@@ -26,6 +26,7 @@ records=${2:-$root/benchmarks/results/gpu}
 device=${HALVE_GPU_DEVICE:-cuda}
 python=${PYTHON:-python3}
 export PYTHONPATH="$root/src:$root/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
+"$python" -c "import torch" 2>/dev/null || { echo "$python has no PyTorch: name one that has, as in PYTHON=.venv/bin/python" >&2; exit 1; }
 mkdir -p "$records"
 [ -f "$records/tilings.json" ] && export HALVE_TRITON_TUNED=${HALVE_TRITON_TUNED:-$records/tilings.json}
 echo "tile sizes: ${HALVE_TRITON_TUNED:-by rule of thumb}"
