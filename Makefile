@@ -13,13 +13,13 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: $(READY)
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks tools
+	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python benchmarks/tables.py --check
+	$(BIN)/python -m tools.docs.tables --check
 
 docs: $(READY)
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python -m tools.docs.tables
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11 ...")'

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from kernels_cpu import make_weight
 
-from halve.linear import Linear
-from halve.model import Block, LayerConfig, Model
+from halve.compression.methods.allocation import rounded_width
+from halve.model.decoder import Block, LayerConfig, Model
+from halve.model.linear import Linear
+from halve.model.merge import merge_siblings
 from halve.quantization import QuantSpec
-from halve.siblings import merge_siblings
-from halve.widths import rounded_width
 
 INT8, INT4 = QuantSpec(8, -1), QuantSpec(4, 128)
 

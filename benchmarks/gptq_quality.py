@@ -22,10 +22,11 @@ import torch
 from safetensors.torch import save_file
 
 from halve import compress, load_model, load_tokenizer
-from halve.calibrate import make_windows, read_documents
-from halve.checkpoint import open_checkpoint
-from halve.model import Model
-from halve.records import new_record, write_record
+from halve.checkpoint.reader import open_checkpoint
+from halve.compression.windows import make_windows
+from halve.measure.records import new_record, write_record
+from halve.model.decoder import Model
+from halve.texts import read_documents
 
 PEER = Path(__file__).resolve().parent / "peers" / "llm_compressor.py"
 BATCH = 16  # documents judged at once

@@ -25,9 +25,10 @@ import torch
 from safetensors.torch import save_file
 
 from halve import compress, load_tokenizer
-from halve.calibrate import make_windows, read_documents
-from halve.machine import ask_for_huge_pages, resident_bytes
-from halve.records import new_record, write_record
+from halve.compression.windows import make_windows
+from halve.measure.machine import ask_for_huge_pages, resident_bytes
+from halve.measure.records import new_record, write_record
+from halve.texts import read_documents
 
 PEER = Path(__file__).resolve().parent / "peers" / "llm_compressor.py"
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -25,20 +25,20 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 records=${2:-$root/benchmarks/results/gpu}
 device=${HALVE_GPU_DEVICE:-cuda}
 python=${PYTHON:-python3}
-export PYTHONPATH="$root/src:$root/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$root/src:$root${PYTHONPATH:+:$PYTHONPATH}"
 "$python" -c "import torch" 2>/dev/null || { echo "$python has no PyTorch: name one that has, as in PYTHON=.venv/bin/python" >&2; exit 1; }
 mkdir -p "$records"
 [ -f "$records/tilings.json" ] && export HALVE_TRITON_TUNED=${HALVE_TRITON_TUNED:-$records/tilings.json}
 echo "tile sizes: ${HALVE_TRITON_TUNED:-by rule of thumb}"
 
-run() { timeout 470 "$python" "$root/benchmarks/gpu.py" "$1" --out "$2" --device "$device" ${HALVE_GPU_SHAPE:+--shape "$HALVE_GPU_SHAPE"}; }
+run() { timeout 470 "$python" -m tools.gpu.steps "$1" --out "$2" --device "$device" ${HALVE_GPU_SHAPE:+--shape "$HALVE_GPU_SHAPE"}; }
 
 case $step in
-    compile) [ -f "$records/compile.json" ] || "$python" "$root/benchmarks/gpu_compile.py" --out "$records/compile.json" ;;
+    compile) [ -f "$records/compile.json" ] || "$python" -m tools.ptx.compile --out "$records/compile.json" ;;
     tests)
         at_once=$("$python" -c "import os, xdist; print('-n', min(8, os.cpu_count() or 1))" 2>/dev/null) || at_once=
         # shellcheck disable=SC2086
-        cd "$root" && timeout 470 "$python" -m pytest -p no:cacheprovider $at_once tests/kernels/test_triton.py tests/test_cuda_decode.py
+        cd "$root" && timeout 470 "$python" -m pytest -p no:cacheprovider $at_once tests/kernels/test_triton.py tests/decode/test_gpu_step.py
         ;;
     pdl) HALVE_PDL=1 run verify "$records/pdl" && HALVE_PDL=1 run 3b "$records/pdl" ;;
     all)

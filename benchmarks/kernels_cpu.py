@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from halve.kernels import select
-from halve.machine import bandwidth_gb_per_s, last_level_cache_bytes
+from halve.measure.machine import bandwidth_gb_per_s, last_level_cache_bytes
+from halve.measure.records import new_record, write_record
 from halve.quantization import QuantizedWeight, QuantSpec
-from halve.records import new_record, write_record
 
 SHAPES = ((2048, 8192), (2048, 2048), (8192, 2048), (2048, 128256))
 WEIGHTS: dict[str, QuantSpec | torch.dtype] = {

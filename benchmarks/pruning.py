@@ -25,8 +25,8 @@ import torch
 
 from halve import compress, load_model, load_tokenizer
 from halve.demo.run import EXAMS, READER
-from halve.evaluation import evaluate
-from halve.records import new_record, read_record, write_record
+from halve.measure.quality.evaluate import evaluate
+from halve.measure.records import new_record, read_record, write_record
 
 SCORES = ("l1", "activation", "obs")
 SEPARATOR = "<|endoftext|>"

@@ -29,16 +29,16 @@ from typing import Any
 
 import torch
 from cpu_variants import VARIANTS, build
-from tables import ROOT, update
 
-from halve.benchmarking import make_record
-from halve.checkpoint import load_model, open_checkpoint
+from halve.checkpoint.reader import load_model, open_checkpoint
 from halve.errors import HalveError
-from halve.machine import bandwidth_gb_per_s, cpu_model
-from halve.model import Model
-from halve.records import Record, new_record, write_record
-from halve.subject import Placement, Settings, Subject
-from halve.timing import PassTimes, kv_bytes_per_step, random_prompt, spread, time_pass
+from halve.measure.machine import bandwidth_gb_per_s, cpu_model
+from halve.measure.records import Record, new_record, write_record
+from halve.measure.speed.benchmark import make_record
+from halve.measure.speed.timed_model import Placement, Settings, Subject
+from halve.measure.speed.timing import PassTimes, kv_bytes_per_step, random_prompt, spread, time_pass
+from halve.model.decoder import Model
+from tools.docs.tables import ROOT, update
 
 PEERS = Path(__file__).resolve().parent / "peers"
 SHAPE = ROOT / "benchmarks/shapes/llama-3.2-1b"

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from halve import search
-from halve.calibrate import read_documents
-from halve.checkpoint import DTYPES, open_checkpoint
+from halve.checkpoint.reader import DTYPES, open_checkpoint
 from halve.demo.run import READER
 from halve.errors import HalveError
-from halve.evaluation.race import read_questions
-from halve.evaluation.splits import shared_articles
+from halve.measure.quality.race import read_questions
+from halve.measure.quality.splits import shared_articles
+from halve.texts import read_documents
 
 RESULTS = Path(__file__).parent / "results" / "search"
 HALF = "0..0.5"

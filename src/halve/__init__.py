@@ -3,45 +3,44 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from halve._version import __version__
 
 if TYPE_CHECKING:
-    from halve.benchmarking import benchmark
-    from halve.checkpoint import load_model
-    from halve.comparison import compare
-    from halve.compression import compress
-    from halve.conversion import convert
-    from halve.dropin import quantize_linear
-    from halve.dropin_prune import prune_linear
+    from halve.checkpoint.convert import convert
+    from halve.checkpoint.hub import fetch
+    from halve.checkpoint.reader import load_model
+    from halve.checkpoint.tokenizer import load_tokenizer
+    from halve.compression.compress import compress
+    from halve.compression.torch_layers import prune_linear, quantize_linear
+    from halve.decode.generate import generate, generate_text
     from halve.errors import HalveError
-    from halve.evaluation import evaluate
-    from halve.generation import generate, generate_text
-    from halve.hub import fetch
-    from halve.layer_analysis import analyse_layers
-    from halve.page import write_page
-    from halve.reproduction import reproduce_system1
-    from halve.searching import search
-    from halve.tokenizer import load_tokenizer
+    from halve.measure.quality.evaluate import evaluate
+    from halve.measure.speed.benchmark import benchmark
+    from halve.measure.table import compare
+    from halve.report.page import write_page
+    from halve.studies.layers import analyse_layers
+    from halve.studies.search.search import search
+    from halve.studies.system1.reproduce import reproduce_system1
 
 # where each public name lives; imported on first use, so that `import halve` stays instant
 _PUBLIC = {
     "HalveError": "errors",
-    "analyse_layers": "layer_analysis",
-    "benchmark": "benchmarking",
-    "compare": "comparison",
-    "compress": "compression",
-    "convert": "conversion",
-    "evaluate": "evaluation",
-    "fetch": "hub",
-    "generate": "generation",
-    "generate_text": "generation",
-    "load_model": "checkpoint",
-    "load_tokenizer": "tokenizer",
-    "prune_linear": "dropin_prune",
-    "quantize_linear": "dropin",
-    "reproduce_system1": "reproduction",
-    "search": "searching",
-    "write_page": "page",
+    "analyse_layers": "studies.layers",
+    "benchmark": "measure.speed.benchmark",
+    "compare": "measure.table",
+    "compress": "compression.compress",
+    "convert": "checkpoint.convert",
+    "evaluate": "measure.quality.evaluate",
+    "fetch": "checkpoint.hub",
+    "generate": "decode.generate",
+    "generate_text": "decode.generate",
+    "load_model": "checkpoint.reader",
+    "load_tokenizer": "checkpoint.tokenizer",
+    "prune_linear": "compression.torch_layers",
+    "quantize_linear": "compression.torch_layers",
+    "reproduce_system1": "studies.system1.reproduce",
+    "search": "studies.search.search",
+    "write_page": "report.page",
 }
 __all__ = [
     "HalveError",

@@ -1,3 +1,3 @@
-from halve.cli import main
+from halve.cli.app import main
 
 main()

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from halve.checkpoint import open_checkpoint
-from halve.compression import Request, plan_recipe
+from halve.checkpoint.reader import open_checkpoint
+from halve.compression.compress import Request, plan_recipe
+from halve.compression.recipe import as_steps
 from halve.demo.run import EXAMS, READER, VARIANTS, demo
 from halve.errors import OutputError
-from halve.recipe import as_steps
 
 
 def test_every_variant_can_be_applied_to_the_bundled_model(tmp_path: Path) -> None:

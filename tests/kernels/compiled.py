@@ -1,33 +1,28 @@
-"""What Triton's compiler makes of the kernels, run on the CPU (`benchmarks/gpu_emulate.py`). Not collected by itself: Triton is
+"""What Triton's compiler makes of the kernels, run on the CPU (`benchmarks/ptx_emulate.py`). Not collected by itself: Triton is
 to be imported with TRITON_INTERPRET=0, so `test_compiled.py` runs this file in a process of its own."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import gpu_compile
-import gpu_emulate
-from gpu import ROWS_3B
-from gpu_models import step_error
-
 from halve.kernels import triton_backend as backend
 from halve.kernels.triton_backend import Feed, Fusion, Scratch, Tiling, TritonMatmul
 from halve.kernels.triton_layout import packed_operand
+from halve.measure.speed.timed_model import Placement
 from halve.quantization import QuantizedWeight, QuantSpec, quantize
-from halve.subject import Placement
+from tools.gpu.models import step_error
+from tools.gpu.steps import ROWS_3B
+from tools.ptx import compile as ptx_compile
+from tools.ptx import emulate as ptx_emulate
 
 ROUNDED = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
-WEIGHTS = {**gpu_compile.WEIGHTS, "int3-g64": QuantSpec(3, 64)}
-gpu_emulate.emulate()
+WEIGHTS = {**ptx_compile.WEIGHTS, "int3-g64": QuantSpec(3, 64)}
+ptx_emulate.emulate()
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +100,7 @@ def test_the_order_of_blocks_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> 
     qkv, keys, values = torch.randn(1, 5 * 64), torch.randn(1, 1, 256, 64), torch.randn(1, 1, 256, 64)
     where, tables = torch.tensor([230], dtype=torch.int32), torch.ones(256, 64)
     for backwards in (False, True):
-        monkeypatch.setattr(gpu_emulate, "BACKWARDS", backwards)
+        monkeypatch.setattr(ptx_emulate, "BACKWARDS", backwards)
         out, heads, scratch = torch.zeros(2, 70, dtype=x.dtype), torch.zeros(1, 3 * 64), Scratch(torch.device("cpu"))
         backend.multiply(held, x, out, Fusion(), scratch, Tiling(32, 3))
         partial, stats, arrived = torch.empty(16 * 16 * 64), torch.empty(16 * 32), torch.zeros(1, dtype=torch.int32)

@@ -13,7 +13,7 @@ from halve.errors import HalveError
 from halve.kernels import cpu
 from halve.kernels.cpu import BlockedWeight, CpuMatmul
 from halve.kernels.reference import ReferenceMatmul
-from halve.linear import Linear
+from halve.model.linear import Linear
 from halve.quantization import QuantizedWeight, QuantSpec, from_codes, quantize
 
 ROWS_OF_X = (1, 2, 3, 8, 67)  # the last is more than the kernels take at a time

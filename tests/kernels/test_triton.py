@@ -24,7 +24,7 @@ from halve.errors import HalveError
 from halve.kernels import triton_backend as backend
 from halve.kernels.triton_backend import Feed, Fusion, Scratch, Tiling, TritonMatmul
 from halve.kernels.triton_layout import SegmentedWeight, dense_operand
-from halve.linear import Linear
+from halve.model.linear import Linear
 from halve.quantization import QuantizedWeight, QuantSpec, quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -194,8 +194,8 @@ def test_a_product_feeds_the_next_ones(ragged: bool, count: int) -> None:
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "gelu", "relu"])
 def test_gates(count: int, activation: str) -> None:
-    from halve.cuda_plan import ACTIVATIONS as NUMBERS
-    from halve.model import ACTIVATIONS
+    from halve.decode.gpu_launches import ACTIVATIONS as NUMBERS
+    from halve.model.decoder import ACTIVATIONS
 
     torch.manual_seed(0)
     weight, x = torch.randn(2 * 21, 48), torch.randn(count, 48)
@@ -256,10 +256,9 @@ def test_tilings_measured_elsewhere_are_used(tmp_path: Path, monkeypatch: pytest
 
 def test_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     """The interpreter takes what the compiler may refuse; ptxas comes with Triton."""
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_compile.py"
     pytest.importorskip("triton.backends.nvidia", reason="this Triton has no compiler for NVIDIA GPUs")
     done = subprocess.run(
-        [sys.executable, str(script), "--only", "int4-g128,attention"],
+        [sys.executable, "-m", "tools.ptx.compile", "--only", "int4-g128,attention"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from halve.benchmarking import Placement, Settings, benchmark_side_by_side
-from halve.checkpoint import load_model
-from halve.comparison import Comparison, compare
-from halve.compression import compress
+from halve.checkpoint.reader import load_model
+from halve.checkpoint.tokenizer import load_tokenizer
+from halve.compression.compress import compress
 from halve.errors import OutputError
-from halve.evaluation import evaluate
-from halve.machine import usable_cores
-from halve.page import write_page
+from halve.measure.machine import usable_cores
+from halve.measure.quality.evaluate import evaluate
+from halve.measure.records import Record, checkpoint_recipe, new_record, read_records, write_record
+from halve.measure.speed.benchmark import Placement, Settings, benchmark_side_by_side
+from halve.measure.table import Comparison, compare
 from halve.progress import progress
-from halve.records import Record, checkpoint_recipe, new_record, read_records, write_record
-from halve.tokenizer import load_tokenizer
+from halve.report.page import write_page
 
 COLUMNS = ["model", "weight_bytes", "perplexity", "accuracy 1", "accuracy 2", "peak_memory_bytes", "decode_ms_median"]
 READER = Path(__file__).parent / "reader"

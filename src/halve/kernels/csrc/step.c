@@ -1,7 +1,7 @@
 /* One decode step of a whole model: from token ids to logits in one call, one team of threads.
 
    Activations are float32 throughout; keys and values are stored in the model's dtype. What a layer is made of comes
-   from halve/step.py; the structures here and there have to agree. */
+   from halve/decode/cpu_step.py; the structures here and there have to agree. */
 
 #include "cpu.h"
 #include "threads.h"

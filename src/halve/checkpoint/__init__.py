@@ -1,0 +1,1 @@
+"""Model folders: what is stored, read, checked and written."""

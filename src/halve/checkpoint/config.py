@@ -1,0 +1,42 @@
+"""config.json of a compressed model."""
+
+from __future__ import annotations
+
+import torch
+
+from halve.model.decoder import LayerConfig, ModelConfig
+from halve.model.families import Family
+
+
+def config_json(
+    raw: dict, family: Family, config: ModelConfig, plain: bool, schemes_json: dict | None, dtype: torch.dtype | None
+) -> dict:
+    """config.json of the compressed model; `model_type` stays only if the stock architecture can hold it (`plain`)."""
+    out = {k: v for k, v in raw.items() if k not in ("halve_layers", "halve_model_type", "quantization_config")}
+    base = raw.get("halve_model_type") or raw["model_type"]
+    layers = config.layers
+    out["model_type"] = base
+    out["tie_word_embeddings"] = config.tied
+    out["num_hidden_layers"] = len(layers)
+    if "layer_types" in raw or raw.get("use_sliding_window"):
+        # also where the rule of `max_window_layers` held: it counts layers that may be gone
+        out["layer_types"] = ["sliding_attention" if layer.sliding_window else "full_attention" for layer in layers]
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        out["dtype" if "dtype" in raw else "torch_dtype"] = name
+    if schemes_json:
+        out["quantization_config"] = schemes_json
+    if not plain:
+        out |= {"model_type": "halve", "halve_model_type": base, "halve_layers": [_layer_json(x) for x in layers]}
+        out["architectures"] = ["HalveForCausalLM"]
+        return out
+    for ours, theirs in family.width_fields.items():
+        value = config.head_dim if ours == "head_dim" else getattr(layers[0], ours)
+        if ours != "head_dim" or raw.get("head_dim") is not None or value * layers[0].num_heads != config.hidden_size:
+            out[theirs] = value
+    return out
+
+
+def _layer_json(layer: LayerConfig) -> dict:
+    fields = ("num_heads", "num_kv_heads", "intermediate_size", "sliding_window")
+    return {name: getattr(layer, name) for name in fields}

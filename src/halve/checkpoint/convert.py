@@ -1,0 +1,91 @@
+"""A folder of pickled .bin weights -> safetensors. The only place that unpickles, and only tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halve.checkpoint.reader import find_model, open_checkpoint, read_json
+from halve.checkpoint.writer import COPIED, save_shard
+from halve.errors import CheckpointError, OutputError
+from halve.files import write_json
+from halve.progress import track
+
+
+def convert(model: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the weights of a `.bin` model folder as safetensors into the new folder `out`.
+
+    One file at a time is in memory. Tensors that share storage (tied weights) are stored once each under the name
+    that the architecture reads. Raises CheckpointError for files that are not plain tensors.
+    """
+    folder, out = find_model(model), Path(out)
+    files = _listing(folder)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise OutputError(f"{out}: exists and is not empty: choose another folder, or replace it with --overwrite")
+    config = read_json(folder / "config.json")
+    work = out.with_name(out.name + ".partial")
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    weight_map, total = {}, 0
+    for number, path in enumerate(track(files, description="convert"), 1):
+        shard = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensors = _load(path)
+        if config.get("tie_word_embeddings", config.get("model_type") == "opt"):
+            tensors.pop("lm_head.weight", None)
+        # clones: tensors that are views of one storage cannot be saved as they are
+        save_shard({k: v.clone().contiguous() for k, v in tensors.items()}, work / shard)
+        weight_map |= dict.fromkeys(tensors, shard)
+        total += sum(t.nbytes for t in tensors.values())
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name.startswith(("config.json", *COPIED)):
+            shutil.copyfile(path, work / path.name)
+    write_json(
+        work / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+    )
+    try:
+        open_checkpoint(work)  # whatever is wrong with the weights is found before the folder has its name
+    except CheckpointError:
+        shutil.rmtree(work)
+        raise
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(work, out)
+    return out
+
+
+def _listing(folder: Path) -> list[Path]:
+    index = folder / "pytorch_model.bin.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not a readable index ({error})") from error
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "pytorch_model.bin"]
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file: convert needs a folder with pytorch_model.bin weights")
+    return files
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path}: not a plain file of tensors ({reason}): it is not opened any other way"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path}: holds something other than named tensors")
+    return state

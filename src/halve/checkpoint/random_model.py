@@ -1,0 +1,28 @@
+"""A whole model folder from a config alone: speed and memory do not depend on what the weights are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from halve.checkpoint.reader import Checkpoint
+from halve.checkpoint.writer import CheckpointWriter
+
+
+def write_random_model(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Write `checkpoint`, opened with random weights, to `folder`, a shard a block; finished shards and folders stay."""
+    if folder.exists():
+        return folder
+    layers = len(checkpoint.config.layers)
+    work = folder.with_name(folder.name + ".partial")
+    writer = CheckpointWriter(work, layers + 1)
+    prefixes = [checkpoint.family.names["block"].format(layer) + "." for layer in range(layers)]
+    left = set(checkpoint.tensors.shapes)
+    for part, prefix in enumerate([*prefixes, ""]):
+        names = sorted(name for name in left if name.startswith(prefix))
+        left -= set(names)
+        if not writer.done(part):
+            writer.write(part, {name: checkpoint.tensor(name) for name in names}, [])
+    writer.finish(checkpoint.raw, {}, checkpoint.folder)
+    os.replace(work, folder)
+    return folder

@@ -1,0 +1,344 @@
+"""A model folder opened lazily: config, tokenizer files and, one at a time, the tensors of a block."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halve.checkpoint.gptq_format import GptqTensors
+from halve.checkpoint.hub import fetch
+from halve.checkpoint.schemes import read_schemes
+from halve.checkpoint.tensors import RandomTensors, SafetensorsFolder, TensorSource
+from halve.errors import CheckpointError, HalveError, UnsupportedModelError
+from halve.model import families
+from halve.model.decoder import Block, Model, ModelConfig, Norm
+from halve.model.families import Family, LinearShape
+from halve.model.linear import Linear
+from halve.model.merge import merge_siblings
+from halve.quantization import QuantizedWeight, QuantSpec, unpack_zero
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+_HARMLESS_TENSORS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+_LINEAR_PARTS = (
+    "weight",
+    "bias",
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "group_index",
+    "kept_inputs",
+    "kept_outputs",
+)
+
+
+def find_model(model: str | Path, *, weights: bool = True) -> Path:
+    """The local folder of `model`: a folder, a config.json, or a hub id (downloaded once into the hub's cache)."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".json":
+            raise CheckpointError(f"{path}: is a file: give the model's folder, or its config.json with random weights")
+        return path.parent
+    return path if path.is_dir() else fetch(str(model), weights=weights)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when it is missing or malformed."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: no {path.name}: is it a model folder?")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not an object")
+    return value
+
+
+@dataclass
+class Checkpoint:
+    """An opened model: everything is checked against the config, no weight is in memory yet."""
+
+    folder: Path
+    raw: dict[str, Any]
+    family: Family
+    config: ModelConfig
+    tensors: TensorSource
+    schemes: dict[str, QuantSpec]
+    prefix: str = ""  # what a file saved without the language-model head leaves out of its names
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of the embedding, taken as that of the model."""
+        return self.tensors.dtypes[self._stored(f"{self.family.names['embed']}.weight")]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """halve.json, empty for a model this project did not write."""
+        path = self.folder / "halve.json"
+        return read_json(path) if path.exists() else {}
+
+    def linear_shapes(self) -> Iterator[LinearShape]:
+        """Every linear that methods may touch: block by block, then the head."""
+        for index in range(len(self.config.layers)):
+            yield from families.block_linears(self.family, self.config, index)
+        yield families.head_linear(self.family, self.config)
+
+    def _stored(self, name: str) -> str:
+        return name.removeprefix(self.prefix) if self.prefix else name
+
+    def has(self, name: str) -> bool:
+        return self._stored(name) in self.tensors.shapes
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors.shapes[self._stored(name)]
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor; floating ones are cast to `dtype` when it is given."""
+        value = self.tensors.get(self._stored(name))
+        if dtype is not None and value.is_floating_point():
+            value = value.to(dtype)
+        return value.to(device)
+
+    def linear(self, shape: LinearShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> Linear:
+        """One linear in whatever form it is stored; dense weights and biases in `dtype`, scales as stored."""
+        name = shape.name
+
+        def index(part: str) -> Tensor | None:
+            return self.tensor(f"{name}.{part}", device=device).long() if self.has(f"{name}.{part}") else None
+
+        kept_in, kept_out = index("kept_inputs"), index("kept_outputs")
+        if self.has(f"{name}.weight"):
+            weight: Tensor | QuantizedWeight = self.tensor(f"{name}.weight", dtype, device)
+        else:
+            columns = shape.in_features if kept_in is None else kept_in.numel()
+            weight = self._quantized(name, columns).to(device)
+        bias = self.tensor(f"{name}.bias", dtype, device) if shape.bias else None
+        return Linear(weight, bias, kept_in, kept_out, shape.in_features, shape.out_features)
+
+    def _quantized(self, name: str, columns: int) -> QuantizedWeight:
+        spec = self.schemes[name]
+        packed, scale = self.tensor(f"{name}.weight_packed"), self.tensor(f"{name}.weight_scale")
+        zero = None
+        if not spec.symmetric:
+            zero = unpack_zero(self.tensor(f"{name}.weight_zero_point"), spec.bits, packed.shape[0])
+        groups = self.tensor(f"{name}.group_index") if self.has(f"{name}.group_index") else None
+        return QuantizedWeight(packed, scale, zero, spec, columns, groups)
+
+    def head(self, dtype: torch.dtype, device: torch.device | str, embed: Tensor | None = None) -> Linear:
+        """The output head; shares `embed` when tied."""
+        shape = families.head_linear(self.family, self.config)
+        if self.config.tied:
+            return Linear(self.embedding(dtype, device) if embed is None else embed)
+        return self.linear(shape, dtype, device)
+
+    def embedding(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        return self.tensor(f"{self.family.names['embed']}.weight", dtype, device)
+
+    def positions(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor | None:
+        """The table of learned positions, or None."""
+        if self.config.rope is not None:
+            return None
+        return self.tensor(f"{self.family.names['positions']}.weight", dtype, device)
+
+    def projections(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Linear]:
+        """OPT-350m's project_in and project_out, empty for others."""
+        shapes = families.projection_linears(self.family, self.config)
+        return {s.role: self.linear(s, dtype, device) for s in shapes}
+
+    def norm(self, name: str, size: int, kind: str, dtype: torch.dtype, device: torch.device | str) -> Norm:
+        parts = [
+            self.tensor(f"{name}.{part}", dtype, device) if self.has(f"{name}.{part}") else None
+            for part in ("weight", "bias")
+        ]
+        return Norm(parts[0], parts[1], self.config.norm_eps, kind, size)
+
+    def final_norm(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Norm | None:
+        if not self.config.final_norm:
+            return None
+        return self.norm(self.family.names["final_norm"], self.config.hidden_size, self.config.norm, dtype, device)
+
+    def block(self, index: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Block:
+        """One layer, its linears unmerged."""
+        config, layer = self.config, self.config.layers[index]
+        shapes = families.block_linears(self.family, config, index)
+        linears = {s.role: self.linear(s, dtype, device) for s in shapes}
+        roles = (["attn_norm"] if layer.has_attention else []) + (["mlp_norm"] if layer.has_mlp else [])
+        norms = {
+            role: self.norm(self.family.block_name(index, role), config.hidden_size, config.norm, dtype, device)
+            for role in roles
+        }
+        if config.qk_norm and layer.has_attention:
+            for role in ("q_norm", "k_norm"):
+                norms[role] = self.norm(self.family.block_name(index, role), config.head_dim, "rms", dtype, device)
+        return Block(config, layer, index, linears, norms)
+
+    def check(self) -> None:
+        """Every tensor present, none unexpected, all of the right shape; from the headers alone."""
+        expected = families.vector_shapes(self.family, self.config)
+        for name, shape in expected.items():
+            self._expect(name, shape)
+        linears = list(self.linear_shapes()) + families.projection_linears(self.family, self.config)
+        known = set(expected)
+        for linear in linears:
+            known |= {f"{linear.name}.{part}" for part in _LINEAR_PARTS if part != "bias" or linear.bias}
+            if linear.role == "head" and self.config.tied:
+                self._check_tied(linear)
+            else:
+                self._check_linear(linear)
+        stored = {self._stored(name) for name in known}
+        for name in self.tensors.shapes:
+            if name not in stored and not name.endswith(_HARMLESS_TENSORS):
+                raise CheckpointError(
+                    f"{self.folder}: unexpected tensor {name!r}: the config does not describe this model"
+                )
+
+    def _expect(self, name: str, shape: tuple[int, ...]) -> None:
+        if not self.has(name):
+            raise CheckpointError(f"{self.folder}: tensor {name!r} is missing: download the model again")
+        found = self.stored_shape(name)
+        if found != shape:
+            raise CheckpointError(
+                f"{self.folder}: {name!r} has shape {list(found)}, the config asks for {list(shape)}: not the same model"
+            )
+
+    def _check_tied(self, linear: LinearShape) -> None:
+        name, embed = f"{linear.name}.weight", f"{self.family.names['embed']}.weight"
+        if self.has(f"{linear.name}.weight_packed"):
+            raise CheckpointError(f"{self.folder}: a quantized head needs tie_word_embeddings=false in config.json")
+        if self.has(name) and not torch.equal(self.tensor(name), self.tensor(embed)):
+            raise CheckpointError(
+                f"{self.folder}: tie_word_embeddings is true but {name!r} differs from the embedding: "
+                "set tie_word_embeddings to false in config.json if the head is to be used"
+            )
+
+    def _check_linear(self, linear: LinearShape) -> None:
+        name = linear.name
+        rows, columns = linear.out_features, linear.in_features
+        if self.has(f"{name}.kept_outputs"):
+            (rows,) = self.stored_shape(f"{name}.kept_outputs")
+        if self.has(f"{name}.kept_inputs"):
+            (columns,) = self.stored_shape(f"{name}.kept_inputs")
+        if linear.bias:
+            self._expect(f"{name}.bias", (linear.out_features,))
+        if not self.has(f"{name}.weight_packed"):
+            self._expect(f"{name}.weight", (rows, columns))
+            return
+        if name not in self.schemes:
+            raise CheckpointError(f"{self.folder}: {name!r} is packed but quantization_config does not describe it")
+        spec = self.schemes[name]
+        self._expect(f"{name}.weight_packed", (rows, -(-columns * spec.bits // 32)))
+        self._expect(f"{name}.weight_shape", (2,))
+        scale = f"{name}.weight_scale"
+        if not self.has(scale):
+            raise CheckpointError(f"{self.folder}: tensor {scale!r} is missing: download the model again")
+        if self.has(f"{name}.group_index"):
+            groups = self.stored_shape(scale)[1]
+            self._expect(f"{name}.group_index", (columns,))
+        elif not spec.divides(columns):
+            raise CheckpointError(f"{self.folder}: {name!r} has {columns} inputs, not a multiple of {spec.group_size}")
+        else:
+            groups = columns // spec.columns_per_group(columns)
+        self._expect(scale, (rows, groups))
+        if not spec.symmetric:
+            self._expect(f"{name}.weight_zero_point", (-(-rows * spec.bits // 32), groups))
+
+
+def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torch.dtype | None = None) -> Checkpoint:
+    """Open and check a model folder or hub id; reads the headers only.
+
+    With `random_weights` only config.json is read and tensors are made up (in `dtype`, default bfloat16).
+    Raises CheckpointError or UnsupportedModelError.
+    """
+    folder = find_model(model, weights=not random_weights)
+    raw = read_json(folder / "config.json")
+    family, config = families.parse_config(raw, str(folder / "config.json"))
+    if random_weights:
+        checkpoint = Checkpoint(folder, raw, family, config, RandomTensors({}, torch.float32), {})
+        shapes = dict(families.vector_shapes(family, config))
+        for linear in list(checkpoint.linear_shapes()) + families.projection_linears(family, config):
+            if linear.role == "head" and config.tied:
+                continue
+            shapes[f"{linear.name}.weight"] = (linear.out_features, linear.in_features)
+            if linear.bias:
+                shapes[f"{linear.name}.bias"] = (linear.out_features,)
+        checkpoint.tensors = RandomTensors(shapes, dtype or torch.bfloat16)
+        return checkpoint
+    tensors = SafetensorsFolder(folder)
+    prefix = "" if any(name.startswith("model.") for name in tensors.shapes) else "model."
+    checkpoint = Checkpoint(folder, raw, family, config, tensors, {}, prefix)
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method")
+        linears, origin = list(checkpoint.linear_shapes()), str(folder / "config.json")
+        if method == "compressed-tensors":
+            checkpoint.schemes = read_schemes(quantization, [shape.name for shape in linears], origin)
+        elif method == "gptq":
+            checkpoint.tensors = shown = GptqTensors(tensors, quantization, linears, origin)
+            checkpoint.schemes = shown.schemes
+        else:
+            raise UnsupportedModelError(
+                f"{folder}: quant_method {method!r} is not handled: compressed-tensors and gptq are"
+            )
+    checkpoint.check()
+    return checkpoint
+
+
+def compute_dtype(checkpoint: Checkpoint, dtype: torch.dtype | None) -> torch.dtype:
+    """`dtype`, or the checkpoint's own; float16 checkpoints compute in bfloat16, whose range cannot overflow."""
+    chosen = dtype or checkpoint.dtype
+    return torch.bfloat16 if chosen == torch.float16 and dtype is None else chosen
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    random_weights: bool = False,
+) -> Model:
+    """Load a model for running: siblings merged, one kernel chosen per linear.
+
+    `model`: folder, hub id, or config.json with `random_weights`; `dtype` float32 or bfloat16 (default: the
+    checkpoint's). Raises HalveError subclasses for anything wrong with the folder.
+    """
+    check_device(device)
+    checkpoint = open_checkpoint(model, random_weights, dtype)
+    dtype = compute_dtype(checkpoint, dtype)
+    embed = checkpoint.embedding(dtype, device)
+    projections = checkpoint.projections(dtype, device)
+    blocks = []
+    for index in range(len(checkpoint.config.layers)):
+        block = checkpoint.block(index, dtype, device)
+        merge_siblings(block)
+        blocks.append(block)
+    loaded = Model(
+        checkpoint.config,
+        embed,
+        blocks,
+        checkpoint.final_norm(dtype, device),
+        checkpoint.head(dtype, device, embed),
+        checkpoint.positions(dtype, device),
+        projections.get("project_in"),
+        projections.get("project_out"),
+    )
+    for _, linear in loaded.linears():
+        linear.select_backend(backend, dtype)
+    return loaded
+
+
+def check_device(device: torch.device | str) -> None:
+    """HalveError when `device` is not there."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise HalveError(f"device {device!r} is not known: use cpu or cuda") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise HalveError("device 'cuda' was asked for and this machine has none that PyTorch can use: use --device cpu")

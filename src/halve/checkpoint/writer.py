@@ -1,0 +1,111 @@
+"""A model folder written one part at a time: each shard under a temporary name until whole, the index last."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from halve.errors import OutputError
+from halve.files import write_json, write_text
+from halve.model.linear import Linear
+from halve.quantization import QuantizedWeight, pack_zero
+
+COPIED = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "generation_config", "chat_template")
+_ROWS = "rows"  # report rows of finished parts, kept beside the shards until the folder is complete
+
+
+def linear_tensors(name: str, linear: Linear, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The stored tensors of a linear (docs/formats.md); dense weights and biases in `dtype`."""
+    tensors: dict[str, Tensor] = {}
+    weight = linear.weight
+    if isinstance(weight, QuantizedWeight):
+        tensors["weight_packed"] = weight.packed
+        tensors["weight_scale"] = weight.scale
+        tensors["weight_shape"] = torch.tensor(weight.shape)
+        if weight.zero is not None:
+            tensors["weight_zero_point"] = pack_zero(weight.zero, weight.spec.bits)
+        if weight.group_index is not None:
+            tensors["group_index"] = weight.group_index.to(torch.int32)
+    else:
+        tensors["weight"] = weight.to(dtype)
+    if linear.bias is not None:
+        tensors["bias"] = linear.bias.to(dtype)
+    for part, index in (("kept_inputs", linear.input_index), ("kept_outputs", linear.output_index)):
+        if index is not None:
+            tensors[part] = index.to(torch.int32)
+    return {f"{name}.{part}": tensor.contiguous().cpu() for part, tensor in tensors.items()}
+
+
+class CheckpointWriter:
+    """Writes `parts` shards into `folder` in any order, then config, manifest and index. Resumable: finished parts stay."""
+
+    def __init__(self, folder: Path, parts: int) -> None:
+        self.folder, self.parts = folder, parts
+        (folder / _ROWS).mkdir(parents=True, exist_ok=True)
+
+    def shard(self, part: int) -> Path:
+        return self.folder / f"model-{part + 1:05d}-of-{self.parts:05d}.safetensors"
+
+    def _rows_path(self, part: int) -> Path:
+        return self.folder / _ROWS / f"{part:05d}.json"
+
+    def done(self, part: int) -> bool:
+        """Whether a part is complete on disk."""
+        return self._rows_path(part).exists()
+
+    def rows(self, part: int) -> list[dict[str, Any]]:
+        return json.loads(self._rows_path(part).read_text())
+
+    def write(self, part: int, tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:
+        """One shard and its report rows. Raises OutputError when the disk is full; finished parts are kept."""
+        shard = self.shard(part)
+        temporary = shard.with_suffix(".tmp")
+        try:
+            save_shard(tensors, temporary)
+            os.replace(temporary, shard)
+            write_text(self._rows_path(part), json.dumps(rows))
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+                size = sum(t.nbytes for t in tensors.values())
+                raise OutputError(
+                    f"{self.folder.parent}: the disk is full ({size:,} bytes were to be written): free some space and "
+                    "run the same command again, finished blocks are kept there"
+                ) from error
+            raise OutputError(f"{shard}: could not be written ({error})") from error
+
+    def finish(self, config: dict[str, Any], manifest: dict[str, Any], source: Path) -> None:
+        """Complete the folder: tokenizer files, config, manifest, and the index last."""
+        from safetensors import safe_open
+
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.name.startswith(COPIED) and not path.name.endswith(".safetensors"):
+                shutil.copyfile(path, self.folder / path.name)
+        weight_map, total = {}, 0
+        for part in range(self.parts):
+            with safe_open(self.shard(part), framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - not a dict
+                    weight_map[name] = self.shard(part).name
+                    total += handle.get_tensor(name).nbytes
+        write_json(self.folder / "config.json", config)
+        write_json(self.folder / "halve.json", manifest)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        shutil.rmtree(self.folder / _ROWS)
+        write_json(self.folder / "model.safetensors.index.json", index)
+
+
+def save_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    """One safetensors file, readable as far as the user's umask allows (the library makes it private)."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)

@@ -1,0 +1,1 @@
+"""The `halve` command: parse, call one function, print. START HERE: `app.py`."""

@@ -1,0 +1,220 @@
+"""Commands that measure many models, or many layers, at once; cli.py puts them in the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halve.cli.options import Calibration, Device, Dtype, Model, Overwrite, Samples, Seed, dtype_of
+from halve.errors import HalveError
+
+
+def layers(
+    model: Model,
+    data: Annotated[str, typer.Option(help=".txt, .jsonl, a RACE folder, or c4 | wikitext2 from the hub.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tables (CSV, JSON) and the plot.")],
+    samples: Annotated[int, typer.Option(help="Windows of text.")] = 32,
+    window: Annotated[int, typer.Option(help="Tokens a window (at most the model's context).")] = 2048,
+    mark: Annotated[
+        int | None, typer.Option(help="Point out the best run of this many layers in the plot.", show_default=False)
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Measure how far every run of layers and every sublayer of MODEL turns the hidden state: what can go first."""
+    from halve.studies.layers import analyse_layers
+
+    analyse_layers(model, data, out, samples=samples, window=window, mark=mark, seed=seed, device=device)
+    print(f"tables and plot are in {out}")
+
+
+def reproduce(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="system1: GPTQ and L1 pruning of Llama-3.2-3B.")],
+    model: Annotated[str, typer.Option(help="Folder or hub id; a config.json with --random-weights.")],
+    out: Annotated[Path, typer.Option(help="Folder for models, records and tables; a rerun goes on there.")] = Path(
+        "halve-reproduce"
+    ),
+    data: Annotated[
+        str | None,
+        typer.Option(help="Questions in RACE's layout (default: RACE-H's test set from the hub).", show_default=False),
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="How the right way asks: letter, continuation, pmi, generate.")] = (
+        "letter"
+    ),
+    template: Annotated[
+        str | None, typer.Option(help="race (default) or plain, for continuation and pmi.", show_default=False)
+    ] = None,
+    own_protocol: Annotated[
+        str, typer.Option(help="The same of its own way; another one for a model that cannot answer in letters.")
+    ] = "system1",
+    limit: Annotated[int | None, typer.Option(help="The first N questions only.", show_default=False)] = None,
+    calibration: Calibration = "c4",
+    samples: Samples = 128,
+    floor: Annotated[float, typer.Option(help="The accuracy that the largest fractions keep.")] = 0.5,
+    fractions: Annotated[bool, typer.Option(help="Look for the largest fractions as well.")] = True,
+    runs: Annotated[int, typer.Option(help="Runs the median speeds are taken over.")] = 5,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="MODEL is a config alone: speed and memory, no accuracy.")
+    ] = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it needs and stop.")] = False,
+) -> None:
+    """Make the tables of a published study again: its own way and the right way, beside what it published.
+
+    Says first how much memory, disk and time it takes, and refuses what cannot do. An interrupted run is continued by
+    the same command.
+    """
+    from halve.cli import terminal as show
+    from halve.studies.system1.reproduce import Study, check, reproduce_system1
+    from halve.studies.system1.tables import tables
+
+    if study != "system1":
+        raise HalveError(f"study {study!r} is not known: use system1")
+    options = {
+        "data": data,
+        "protocol": protocol,
+        "template": template,
+        "own_protocol": own_protocol,
+        "limit": limit,
+        "calibration": calibration,
+        "samples": samples,
+        "floor": floor,
+        "fractions": fractions,
+        "runs": runs,
+        "random_weights": random_weights,
+        "device": device,
+        "dtype": dtype_of(dtype),
+    }
+    if dry_run:
+        needs = check(Study(model, out, **options))[1]
+        show.needs(needs)
+        needs.check(out, device)
+        return
+    record = reproduce_system1(model, out, on_needs=show.needs, overwrite=overwrite, **options)
+    for title, table in tables(record):
+        print(f"\n{title}")
+        table.print()
+    print(f"models, records and reproduce.json are in {out}")
+
+
+def search(
+    model: Model,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder of the search: new, empty, or of the same search.")
+    ],
+    step: Annotated[list[str], typer.Option(help="NAME:key=value,... One step of the recipe; repeat for several.")],
+    vary: Annotated[
+        list[str],
+        typer.Option(
+            help="STEP.key=LOW..HIGH or STEP.key=A|B|C; STEP is a step's name, or its position where it is twice."
+        ),
+    ],
+    floor: Annotated[str, typer.Option(help="Accuracy to keep: 0.5, or 95% of the dense model's.")],
+    minimise: Annotated[str, typer.Option(help="bytes, decode_ms or peak_memory.")] = "bytes",
+    floor_lower_bound: Annotated[
+        bool, typer.Option("--floor-lower-bound", help="The lower end of the 95 % interval has to clear the floor.")
+    ] = False,
+    task: Annotated[str, typer.Option(help="race-h or multiple-choice.")] = "race-h",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Questions to search on; without --held-out-data divided by article. race-h without it searches on the "
+            "validation set and confirms on the test.",
+            show_default=False,
+        ),
+    ] = None,
+    held_out_data: Annotated[
+        str | None, typer.Option(help="Questions the winner is confirmed on.", show_default=False)
+    ] = None,
+    search_share: Annotated[float, typer.Option(help="Share of --data to search on, where it is divided.")] = 0.5,
+    leave_out_shared: Annotated[
+        bool, typer.Option("--leave-out-shared", help="Leave out search questions whose article is in the final test.")
+    ] = False,
+    protocol: Annotated[str | None, typer.Option(help="As for evaluate.", show_default=False)] = None,
+    template: Annotated[str | None, typer.Option(help="As for evaluate.", show_default=False)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The first N questions to search on only.", show_default=False)
+    ] = None,
+    resolution: Annotated[
+        float | None,
+        typer.Option(help="Distance of the values tried (default: 0.01; whole numbers are exact).", show_default=False),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="Points to try where several options vary (default: 40).", show_default=False)
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="SQL URL of the study, to share it between machines (default: OUT/study.db).", show_default=False
+        ),
+    ] = None,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep every trial's model; else the winner's alone.")
+    ] = False,
+    calibration: Calibration = "c4",
+    samples: Samples = 128,
+    window: Annotated[int, typer.Option(help="Tokens a window (at most the model's context).")] = 2048,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find how far a recipe can go with the accuracy of MODEL above a floor: the smallest, or fastest, such model.
+
+    One varied option is bisected, several are searched by Optuna. The winner, in OUT/winner, is confirmed on questions
+    no trial has seen. The same command goes on with an interrupted search, and run twice at once shares the work.
+    """
+    from halve.cli import terminal as show
+    from halve.studies.search.search import search as run
+
+    record = run(
+        model,
+        out,
+        step,
+        vary,
+        floor=floor,
+        minimise=minimise,
+        task=task,
+        data=data,
+        held_out_data=held_out_data,
+        search_share=search_share,
+        leave_out_shared=leave_out_shared,
+        protocol=protocol,
+        template=template,
+        limit=limit,
+        floor_lower_bound=floor_lower_bound,
+        resolution=resolution,
+        trials=trials,
+        storage=storage,
+        keep_checkpoints=keep_checkpoints,
+        calibration=calibration,
+        samples=samples,
+        window=window,
+        seed=seed,
+        device=device,
+        dtype=dtype_of(dtype),
+        overwrite=overwrite,
+        on_trial=show.trial,
+    )
+    show.search(record, out)
+
+
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Records, compressed models, a study, or all of them.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write (default: FOLDER/report.html).", show_default=False)
+    ] = None,
+    title: Annotated[
+        str | None, typer.Option(help="Its title (default: the folder's name).", show_default=False)
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about everything in FOLDER: tables, plots, recipes, machine."""
+    from halve.report.page import write_page
+
+    print(f"wrote {write_page(folder, out, title=title)}")

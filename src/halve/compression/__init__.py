@@ -1,0 +1,1 @@
+"""A recipe applied to a model folder. START HERE: `compress.py`."""

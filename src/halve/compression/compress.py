@@ -1,0 +1,326 @@
+"""START HERE. A model folder and a recipe in, a smaller model folder out: plan, calibrate, transform, save, check.
+
+Each step of the recipe is a pass over the blocks from one folder to the next, so memory stays at one block and the
+calibration states, a crash loses one block, and each step calibrates on the model as compressed so far.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halve._version import __version__
+from halve.checkpoint.config import config_json
+from halve.checkpoint.reader import Checkpoint, check_device, compute_dtype, find_model, open_checkpoint
+from halve.checkpoint.schemes import write_schemes
+from halve.checkpoint.tokenizer import load_tokenizer
+from halve.checkpoint.writer import CheckpointWriter
+from halve.compression.estimate import Estimate, estimate
+from halve.compression.methods import Method, Resolvable
+from halve.compression.plan import StepPlan, state_of
+from halve.compression.recipe import as_steps, make_step, step_json
+from halve.compression.step_run import Request, run_step, working_dtype
+from halve.compression.walk import Walk
+from halve.compression.windows import HELD_OUT_SHARE, Calibration, make_windows
+from halve.errors import CheckpointError, OutputError
+from halve.files import write_json, write_text
+from halve.model.families import projection_linears, vector_shapes
+from halve.texts import read_documents
+
+
+@dataclass(frozen=True)
+class RecipePlan:
+    """The plan of every step, with the sizes before and after."""
+
+    checkpoint: Checkpoint
+    steps: list[StepPlan]
+    other_bytes: int  # embeddings, positions, norms: never compressed
+    window: int
+    estimate: Estimate
+
+    @property
+    def bytes_before(self) -> int:
+        return self.other_bytes + self.steps[0].before.linear_bytes
+
+    @property
+    def bytes_after(self) -> int:
+        return self.other_bytes + self.steps[-1].after.linear_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """The two largest folders that exist at once while the recipe runs."""
+        sizes = [self.other_bytes + step.after.linear_bytes for step in self.steps]
+        return max(a + b for a, b in zip([0, *sizes], sizes, strict=False))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` did: the folder, its manifest, and the plan it followed."""
+
+    out: Path
+    manifest: dict[str, Any]
+    plan: RecipePlan
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_recipe(request: Request) -> RecipePlan:
+    """Check the model, the recipe and every shape; reads headers only, takes seconds."""
+    check_device(request.device)
+    checkpoint = open_checkpoint(request.model)
+    store = request.dtype or checkpoint.dtype
+    states, plans = state_of(checkpoint, store.itemsize), []
+    for method in request.steps:
+        plans.append(method.plan(states))
+        states = plans[-1].after
+    config = checkpoint.config
+    other = sum(math.prod(s) for s in vector_shapes(checkpoint.family, config).values()) * store.itemsize
+    other += sum(s.out_features * s.in_features for s in projection_linears(checkpoint.family, config)) * store.itemsize
+    window = min(request.window, config.max_positions)
+    passes = [(plan.before, method.calibrates) for plan, method in zip(plans, request.steps, strict=True)]
+    tokens = (request.samples + max(1, request.samples // HELD_OUT_SHARE)) * window
+    cost = estimate(passes, tokens, working_dtype(request, checkpoint).itemsize, request.device)
+    return RecipePlan(checkpoint, plans, other, window, cost)
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    steps: Sequence[str | Method],
+    *,
+    calibration: str | Path = "c4",
+    samples: int = 128,
+    window: int = 2048,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    on_plan: Callable[[RecipePlan], None] | None = None,
+) -> Result:
+    """Apply `steps` to `model` and write the result to the new folder `out`.
+
+    `dtype` is that of computation and of the tensors written (default: the checkpoint's). An interrupted run is
+    continued by the same call. Raises HalveError before any work when the request cannot succeed.
+    """
+    request = Request(str(model), Path(out), as_steps(steps), str(calibration), samples, window, seed, device, dtype)
+    plan = plan_recipe(request)
+    work = _prepare_output(request, plan, overwrite)
+    windows = _calibration(request, plan)
+    if on_plan is not None:
+        on_plan(plan)
+    _claim(work, request, plan, overwrite)
+    source, reports, seconds = plan.checkpoint, [], []
+    manifest: dict[str, Any] = {}
+    for number, asked in enumerate(request.steps, 1):
+        started, folder = time.monotonic(), work / f"step-{number}"
+        if not (folder / "model.safetensors.index.json").exists():
+            method, step = _resolve(request, source, windows, work, number)
+            rows = run_step(request, source, method, step, windows if method.calibrates else None, folder, number)
+            reports.append(_report(asked, method, step, rows))
+            timed = [row for row in rows if "seconds" in row]
+            seconds += [{"linear": row["name"], "seconds": round(row["seconds"], 3)} for row in timed]
+            manifest = _manifest(request, plan.checkpoint, reports, windows)
+            _complete(folder, request, source, step, manifest)
+        else:  # an interrupted run got this far
+            manifest = json.loads((folder / "halve.json").read_text())
+            reports = manifest["steps"][len(plan.checkpoint.manifest.get("steps", [])) :]
+        seconds.append({"step": asked.name, "seconds": round(time.monotonic() - started, 3)})
+        if number > 1:
+            shutil.rmtree(work / f"step-{number - 1}")
+        source = open_checkpoint(folder)
+    _verify(source, request)
+    write_text(source.folder / "halve-log.jsonl", "".join(json.dumps(s) + "\n" for s in seconds))
+    _publish(work, source.folder, request.out)
+    notes = _notes(windows, reports)
+    return Result(request.out, manifest, plan, notes)
+
+
+def _calibration(request: Request, plan: RecipePlan) -> Calibration | None:
+    """The windows, when a step needs them; missing or empty text is found here, before any weight is read."""
+    if not any(method.calibrates for method in request.steps):
+        return None
+    documents = read_documents(request.calibration)
+    tokenizer = load_tokenizer(request.model)
+    return make_windows(documents, tokenizer, request.samples, plan.window, request.seed, request.calibration)
+
+
+def _notes(windows: Calibration | None, reports: list[dict[str, Any]]) -> list[str]:
+    """What the user should know besides the result: choices made from data, and text that did not suffice."""
+    notes = []
+    for report in reports:
+        changed = {k: v for k, v in report.get("resolved", {}).items() if v != report.get(k)}
+        chosen = ", ".join(f"{k}={'|'.join(v)}" for k, v in changed.items() if isinstance(v, list))
+        if chosen:
+            notes.append(f"{report['step']}: chose {chosen}")
+    if windows is not None and windows.origin["windows"] != windows.origin["windows_asked"]:
+        origin = windows.origin
+        notes.append(
+            f"the calibration text gave {origin['windows']} of the {origin['windows_asked']} windows asked for"
+        )
+    return notes
+
+
+def _prepare_output(request: Request, plan: RecipePlan, overwrite: bool) -> Path:
+    """Check that the result can be written; returns the folder to work in."""
+    out = request.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise OutputError(f"{out}: exists and is not empty: choose another folder, or replace it with --overwrite")
+    if out.resolve() == plan.checkpoint.folder.resolve():
+        raise OutputError(f"{out}: is the model's own folder: choose another one")
+    parent = out.resolve().parent
+    existing = next(p for p in (parent, *parent.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OutputError(f"{existing}: cannot be written to: choose another place for OUT")
+    free = shutil.disk_usage(existing).free
+    if free < plan.disk_bytes * 1.01:
+        raise OutputError(
+            f"{existing}: the disk has {free:,} bytes free and this needs {int(plan.disk_bytes * 1.01):,}: "
+            "free some space or choose another disk for OUT"
+        )
+    return out.with_name(out.name + ".partial")
+
+
+def _claim(work: Path, request: Request, plan: RecipePlan, overwrite: bool) -> None:
+    """Make the work folder ours: empty, or left by an interrupted run of the very same request."""
+    files = sorted(plan.checkpoint.folder.glob("*.safetensors"))
+    identity = {
+        "halve": __version__,
+        "steps": [step_json(m) for m in request.steps],
+        "settings": [request.samples, plan.window, request.seed, request.device, str(request.dtype)],
+        "calibration": _fingerprint(request.calibration) if any(m.calibrates for m in request.steps) else None,
+        "source": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        "config": plan.checkpoint.raw,
+    }
+    path = work / "request.json"
+    if path.exists() and json.loads(path.read_text()) == json.loads(json.dumps(identity)):
+        return
+    if work.exists():
+        if not overwrite:
+            raise OutputError(
+                f"{work}: holds an unfinished run of another request: delete it, repeat that request to finish it, "
+                "or give --overwrite"
+            )
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    write_json(path, identity)
+
+
+def _fingerprint(source: str) -> str:
+    path = Path(source).expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else source
+
+
+def _resolve(
+    request: Request, source: Checkpoint, windows: Calibration | None, work: Path, number: int
+) -> tuple[Method, StepPlan]:
+    """The method of a step with its choice made, and its plan for `source`; kept on disk so that a resumed run agrees.
+
+    A choice that a later step cannot work on is found here, before the pass begins.
+    """
+    method, store = request.steps[number - 1], request.dtype or source.dtype
+    state = state_of(source, store.itemsize)
+    if not isinstance(method, Resolvable) or method.resolved:
+        return method, method.plan(state)
+    path = work / f"step-{number}.json"
+    if path.exists():
+        options = json.loads(path.read_text())
+        chosen = make_step(options.pop("step"), options)
+    else:
+        needed = windows if method.calibrates else None
+        chosen = method.resolve(Walk(source, needed, working_dtype(request, source), store, request.device))
+        write_json(path, step_json(chosen))
+    plan = chosen.plan(state)
+    after = plan.after
+    for later in request.steps[number:]:
+        after = later.plan(after).after
+    return chosen, plan
+
+
+def _complete(folder: Path, request: Request, source: Checkpoint, step: StepPlan, manifest: dict[str, Any]) -> None:
+    """Write config, manifest and index of a step's folder."""
+    state = step.after
+    names = [s.name for s in state.linears.values()]
+    schemes = write_schemes(state.schemes, names) if state.schemes else None
+    config = config_json(source.raw, source.family, state.config, state.plain, schemes, request.dtype)
+    CheckpointWriter(folder, len(step.sources) + 1).finish(config, manifest, source.folder)
+
+
+def _report(asked: Method, method: Method, step: StepPlan, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    measured = {row["name"]: row for row in rows}
+    linears = []
+    for row in step.rows:
+        line = {
+            "name": row.name,
+            "action": row.action,
+            "bytes_before": row.bytes_before,
+            "bytes_after": row.bytes_after,
+            "parameters_before": row.parameters_before,
+            "parameters_after": row.parameters_after,
+        }
+        if row.reason:
+            line["reason"] = row.reason
+        linears.append(line | {k: v for k, v in measured.get(row.name, {}).items() if k not in ("name", "seconds")})
+    return {
+        **step_json(asked),
+        **({} if asked == method else {"resolved": step_json(method)}),
+        "parameters_before": step.before.parameters,
+        "parameters_after": step.after.parameters,
+        "linear_bytes_before": step.before.linear_bytes,
+        "linear_bytes_after": sum(line["bytes_after"] for line in linears),
+        "linears": linears,
+    }
+
+
+def _manifest(
+    request: Request, checkpoint: Checkpoint, reports: list[dict[str, Any]], windows: Calibration | None
+) -> dict[str, Any]:
+    """halve.json: what was done, with what. The same request gives the same bytes, so no times and no machine."""
+    earlier = checkpoint.manifest
+    name = request.model if not Path(request.model).expanduser().exists() else find_model(request.model).resolve().name
+    return {
+        "halve_version": __version__,
+        "torch_version": torch.__version__,
+        "base_model": earlier.get("base_model", name),
+        "recipe": earlier.get("recipe", []) + [step_json(m) for m in request.steps[: len(reports)]],
+        "calibration": None if windows is None else windows.origin,
+        "steps": earlier.get("steps", []) + reports,
+    }
+
+
+def _verify(checkpoint: Checkpoint, request: Request) -> None:
+    """Run 16 tokens through the reloaded result, block by block: its logits must be finite."""
+    tokens = torch.arange(16).remainder(checkpoint.config.vocab_size).unsqueeze(0)
+    tokens = tokens[:, : checkpoint.config.max_positions]
+    dtype = compute_dtype(checkpoint, request.dtype)
+    walk = Walk(checkpoint, Calibration(tokens, tokens[:, :1], {}), dtype, dtype, request.device)
+    for index in range(len(checkpoint.config.layers)):
+        walk.advance(checkpoint.block(index, dtype, request.device))
+    walk.finish_states()
+    with torch.inference_mode():
+        logits = checkpoint.head(dtype, request.device)(walk.states[0][0])
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(f"{checkpoint.folder}: the compressed model gives NaN or infinite logits: not published")
+
+
+def _publish(work: Path, folder: Path, out: Path) -> None:
+    """Give the finished folder its name; what was there before goes only then."""
+    old = out.with_name(out.name + ".old")
+    try:
+        if out.exists():
+            if old.exists():
+                shutil.rmtree(old)
+            os.replace(out, old)
+        os.replace(folder, out)
+    except OSError as error:
+        raise OutputError(f"{out}: could not be put in place ({error}): the result is in {folder}") from error
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)

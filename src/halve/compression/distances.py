@@ -1,0 +1,234 @@
+"""How much every layer, and every run of layers, turns the residual stream: the distances depth pruning goes by.
+
+Source: Gromov et al. 2024 (arXiv 2403.17887), equation 7: d(x, y) = arccos(x . y / (|x| |y|)) / pi between the stream
+before layer l and before layer l + n; a run with a small distance does little. The stream is taken before the final
+norm. Shape legend: B windows, T tokens, D hidden size, P points of the stream (layers + 1).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halve.compression.walk import Walk
+from halve.model.decoder import Block, Norm, Span
+from halve.model.linear import Linear
+from halve.progress import track
+
+SUBLAYERS = ("attention", "mlp")
+
+
+def angular_distances(x_TPD: Tensor) -> Tensor:
+    """arccos(cosine)/pi between any two of P vectors, float32 [T, P, P], for each of T tokens.
+
+    Computed as 2 asin(|a - b| / 2) of the unit vectors, in float32: a cosine near 1 keeps none of the digits that
+    tell a small angle (in bfloat16 every angle below 3.6 degrees is 0), the difference keeps them all.
+    """
+    unit = functional.normalize(x_TPD.float(), dim=-1)
+    chord = torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist")
+    return (chord / 2).clamp(max=1).asin() * (2 / math.pi)
+
+
+def angular_distance(a: Tensor, b: Tensor) -> Tensor:
+    """The same between a and b [..., D]: float32 [...]."""
+    chord = (functional.normalize(a.float(), dim=-1) - functional.normalize(b.float(), dim=-1)).norm(dim=-1)
+    return (chord / 2).clamp(max=1).asin() * (2 / math.pi)
+
+
+def influence(distance: Tensor) -> Tensor:
+    """1 - cosine for angular distances: the block influence of Men et al. 2024 (arXiv 2403.03853), equation 1."""
+    return 2 * (distance * (math.pi / 2)).sin().square()
+
+
+def sublayer(block: Block, kind: str) -> Block | None:
+    """The block with only its attention or only its MLP, sharing the weights; None where it has none.
+
+    The two in this order are the block.
+    """
+    layer = block.layer
+    if kind == "attention":
+        part = replace(layer, intermediate_size=0) if layer.has_attention else None
+    else:
+        part = replace(layer, num_heads=0, num_kv_heads=0) if layer.has_mlp else None
+    if part is None:
+        return None
+    linears = {role: linear for role, linear in block.linears.items() if isinstance(linear, Linear)}
+    norms = {role: norm for role, norm in block.norms.items() if isinstance(norm, Norm)}
+    return Block(block.config, part, block.index, linears, norms)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Mean over windows of what a layer or sublayer does: angular distance of the last token and of all tokens, and
+    influence (1 - cosine) of all tokens."""
+
+    last_token: float
+    all_tokens: float
+    influence: float
+
+
+@dataclass(frozen=True)
+class LayerTurns:
+    """What one pass measures: `pairs` float64 [P, P], d(start, end) of the last token, mean over windows; the turns of
+    every layer; those of every sublayer, by kind and layer."""
+
+    pairs: Tensor
+    layers: list[Turns]
+    sublayers: dict[str, dict[int, Turns]]
+
+
+class _Mean:
+    """Running Turns of one layer or sublayer."""
+
+    def __init__(self) -> None:
+        self.last, self.all, self.turned, self.windows, self.tokens = 0.0, 0.0, 0.0, 0, 0
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        distance = angular_distance(before, after)  # [B, T]
+        self.last += float(distance[:, -1].sum(dtype=torch.float64))
+        self.all += float(distance.sum(dtype=torch.float64))
+        self.turned += float(influence(distance).sum(dtype=torch.float64))
+        self.windows += distance.shape[0]
+        self.tokens += distance.numel()
+
+    def value(self) -> Turns:
+        return Turns(self.last / self.windows, self.all / self.tokens, self.turned / self.tokens)
+
+
+class _Gauge:
+    """Runs one block, sublayer by sublayer, and keeps what it and each of them do to the stream."""
+
+    def __init__(self) -> None:
+        self.whole = _Mean()
+        self.parts = {kind: _Mean() for kind in SUBLAYERS}
+
+    def run(self, block: Block, state: Tensor, span: Span) -> Tensor:
+        x = state
+        for kind, mean in self.parts.items():
+            part = sublayer(block, kind)
+            if part is not None:
+                y = part(x, span)
+                mean.add(x, y)
+                x = y
+        self.whole.add(state, x)
+        return x
+
+
+def _turns(pairs: Tensor, gauges: list[_Gauge]) -> LayerTurns:
+    parts: dict[str, dict[int, Turns]] = {
+        kind: {i: gauge.parts[kind].value() for i, gauge in enumerate(gauges) if gauge.parts[kind].tokens}
+        for kind in SUBLAYERS
+    }
+    return LayerTurns(pairs, [gauge.whole.value() for gauge in gauges], parts)
+
+
+@torch.inference_mode()
+def measure_layers(walk: Walk) -> LayerTurns:
+    """Walk through a model block by block: one block in memory, and the last tokens [windows, P, D] at every point."""
+    gauges = [_Gauge() for _ in walk.checkpoint.config.layers]
+    last = [torch.cat([state[:, -1].float() for state in walk.states[0]])]
+    for index, gauge in enumerate(gauges):
+        block = walk.block(index).block
+        assert block is not None
+        for i, state in enumerate(walk.states[0]):
+            walk.states[0][i] = gauge.run(block, state, walk.span(state.shape[1]))
+        last.append(torch.cat([state[:, -1].float() for state in walk.states[0]]))
+    pairs = angular_distances(torch.stack(last, 1)).mean(0, dtype=torch.float64)
+    return _turns(pairs.cpu(), gauges)
+
+
+@torch.inference_mode()
+def measure_every_run(walk: Walk) -> tuple[LayerTurns, Tensor]:
+    """The same and d(start, end) float64 [P, P] as the mean over all tokens, in one pass, a batch of windows at a time.
+
+    The whole model is in memory, and the stream at every point for one batch.
+    """
+    blocks = [walk.block(index).block for index in range(len(walk.checkpoint.config.layers))]
+    gauges, points = [_Gauge() for _ in blocks], len(blocks) + 1
+    last, everything = (torch.zeros(points, points, dtype=torch.float64) for _ in range(2))
+    windows, tokens = 0, 0
+    for state in walk.states[0]:
+        span, stream = walk.span(state.shape[1]), [state.float()]
+        for block, gauge in zip(blocks, gauges, strict=True):
+            assert block is not None
+            state = gauge.run(block, state, span)
+            stream.append(state.float())
+        for window in zip(*stream, strict=True):  # the points of one window, each [T, D]
+            pairs = angular_distances(torch.stack(window, 1))
+            last += pairs[-1].double().cpu()
+            everything += pairs.sum(0, dtype=torch.float64).cpu()
+            windows, tokens = windows + 1, tokens + pairs.shape[0]
+    return _turns(last / windows, gauges), everything / tokens
+
+
+def best_start(pairs: Tensor, count: int) -> int:
+    """First layer of the run of `count` layers with the least distance (equation 8 of the source)."""
+    starts = pairs.shape[0] - count
+    return int(torch.stack([pairs[start, start + count] for start in range(starts)]).argmin())
+
+
+Unit = tuple[int, str | None]  # (layer, kind of sublayer; None for the whole layer)
+
+
+@torch.inference_mode()
+def drop_by_perplexity(walk: Walk, candidates: list[Unit], count: int) -> list[Unit]:
+    """The `count` units whose going costs least, chosen one after another.
+
+    In each round every unit left is tried and the one without which the negative log-likelihood of the calibration
+    windows is least goes (the greedy search of Song et al. 2024, arXiv 2402.09025). The whole model is in memory.
+    """
+    scorer, gone = _Scorer(walk), set[Unit]()
+    left = list(candidates)
+    for _ in track(range(count), description="layers by perplexity"):
+        losses = scorer.losses(gone, left)
+        gone.add(left.pop(losses.index(min(losses))))
+    return sorted(gone, key=candidates.index)
+
+
+class _Scorer:
+    """The negative log-likelihood of the calibration windows by the model without some of its units."""
+
+    def __init__(self, walk: Walk) -> None:
+        assert walk.calibration is not None
+        checkpoint = walk.checkpoint
+        self.walk = walk
+        self.tokens = walk.calibration.windows.split([state.shape[0] for state in walk.states[0]])
+        blocks = [walk.block(index).block for index in range(len(checkpoint.config.layers))]
+        self.parts = [{kind: sublayer(block, kind) for kind in SUBLAYERS} for block in blocks if block is not None]
+        self.norm = checkpoint.final_norm(walk.dtype, walk.device)
+        self.project_out = checkpoint.projections(walk.dtype, walk.device).get("project_out")
+        self.head = checkpoint.head(walk.dtype, walk.device)
+
+    def losses(self, gone: set[Unit], candidates: list[Unit]) -> list[float]:
+        """For each candidate the summed loss without it and without `gone`; what comes before it is computed once."""
+        total = [0.0] * len(candidates)
+        for state, tokens in zip(self.walk.states[0], self.tokens, strict=True):
+            span, x = self.walk.span(state.shape[1]), state
+            for index in range(len(self.parts)):
+                for number, unit in enumerate(candidates):
+                    if unit[0] == index:
+                        total[number] += self._loss(x, index, gone | {unit}, tokens, span)
+                x = self._layer(x, index, gone, span)
+        return total
+
+    def _layer(self, x: Tensor, index: int, gone: set[Unit], span: Span) -> Tensor:
+        if (index, None) in gone:
+            return x
+        for kind, part in self.parts[index].items():
+            if part is not None and (index, kind) not in gone:
+                x = part(x, span)
+        return x
+
+    def _loss(self, x: Tensor, first: int, gone: set[Unit], tokens: Tensor, span: Span) -> float:
+        for index in range(first, len(self.parts)):
+            x = self._layer(x, index, gone, span)
+        x = x if self.norm is None else self.norm(x)
+        x = x if self.project_out is None else self.project_out(x)
+        total = 0.0
+        for row, target in zip(x, tokens.to(x.device), strict=True):  # the logits of one window at a time
+            total += float(functional.cross_entropy(self.head(row[:-1]).float(), target[1:], reduction="sum"))
+        return total

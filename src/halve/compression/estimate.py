@@ -1,0 +1,69 @@
+"""How much memory a recipe will take and roughly how long: from shapes and one short measurement, before any work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from halve.compression.plan import ModelState
+from halve.compression.walk import HELD_BYTES
+from halve.model.decoder import ModelConfig
+
+_PASSES = 2.5  # forward, Hessian and solution of a calibrated step, in units of one forward pass (measured on GPTQ)
+_READ_BYTES_PER_S = 0.5e9  # reading, transforming and writing weights, on a slow disk
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory above the interpreter's own, in bytes, and seconds. Both are estimates, the memory an upper one."""
+
+    memory_bytes: int
+    seconds: float
+
+
+def estimate(
+    states: Sequence[tuple[ModelState, bool]], tokens: int, itemsize: int, device: torch.device | str
+) -> Estimate:
+    """What the steps take that start from `states`, each with whether it is calibrated on `tokens` tokens.
+
+    `itemsize`: bytes of the type computed in. Measures the machine's matrix products for a tenth of a second.
+    """
+    memory = max(_memory(state, tokens if calibrated else 0, itemsize) for state, calibrated in states)
+    flops = sum(2.0 * state.parameters * tokens * _PASSES for state, calibrated in states if calibrated)
+    moved = sum(state.parameters * state.itemsize for state, _ in states)
+    seconds = (flops / _flops_per_s(device) if flops else 0.0) + moved / _READ_BYTES_PER_S
+    return Estimate(memory, seconds)
+
+
+def forward_seconds(parameters: int, tokens: int, device: torch.device | str) -> float:
+    """Roughly how long `tokens` tokens take through `parameters` weights, many at once. Measures for a tenth of a second."""
+    return 2.0 * parameters * tokens / _flops_per_s(device)
+
+
+def _memory(state: ModelState, tokens: int, itemsize: int) -> int:
+    """One block or the embedding in the type computed in, the states of all tokens, what waits inside a block, H."""
+    config: ModelConfig = state.config
+    blocks: dict[int | None, int] = {}
+    for (layer, _), linear in state.linears.items():
+        blocks[layer] = blocks.get(layer, 0) + linear.parameters
+    widest = max(linear.shape.in_features for linear in state.linears.values() if linear.shape.layer is not None)
+    total = max(*blocks.values(), config.vocab_size * config.hidden_size) * itemsize
+    if tokens:
+        held = min(HELD_BYTES, tokens * widest * itemsize)
+        total += tokens * config.hidden_size * itemsize + held + 3 * 4 * widest**2
+        total += max(blocks.values()) * 4  # the weights being solved, in float32
+    return total
+
+
+def _flops_per_s(device: torch.device | str) -> float:
+    """Floating-point operations a second of a float32 product of the size calibration uses."""
+    a = torch.randn(1024, 1024, device=device)
+    torch.mm(a, a)
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.1:
+        float((a @ a)[0, 0])
+        count += 1
+    return count * 2 * 1024**3 / (time.perf_counter() - started)

@@ -1,0 +1,132 @@
+"""One step of a recipe: a pass over the blocks, from one folder to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halve.checkpoint.reader import Checkpoint, compute_dtype
+from halve.checkpoint.tensors import SafetensorsFolder
+from halve.checkpoint.writer import CheckpointWriter, linear_tensors
+from halve.compression.methods import Method
+from halve.compression.plan import StepPlan
+from halve.compression.walk import BlockView, Walk
+from halve.compression.windows import Calibration
+from halve.model.families import block_linears, projection_linears, vector_shapes
+from halve.progress import track
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that decides the bytes of the result."""
+
+    model: str
+    out: Path
+    steps: list[Method]
+    calibration: str = "c4"
+    samples: int = 128
+    window: int = 2048
+    seed: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+
+
+def working_dtype(request: Request, source: Checkpoint) -> torch.dtype:
+    """What a step computes in: float16 weights in float32, anything else as the model runs."""
+    store = request.dtype or source.dtype
+    return torch.float32 if store == torch.float16 else compute_dtype(source, request.dtype)
+
+
+def run_step(
+    request: Request,
+    source: Checkpoint,
+    method: Method,
+    plan: StepPlan,
+    windows: Calibration | None,
+    folder: Path,
+    number: int,
+) -> list[dict[str, Any]]:
+    """One pass over the blocks that stay; every finished block is a shard in `folder`."""
+    store, dtype = request.dtype or source.dtype, working_dtype(request, source)
+    walk = Walk(source, windows, dtype, store, request.device)
+    layers = len(plan.sources)
+    writer = CheckpointWriter(folder, layers + 1)
+    rows: list[dict[str, Any]] = []
+    for index in track(range(layers), total=layers, description=f"step {number}: {method.name}"):
+        if writer.done(index):
+            rows += writer.rows(index)
+            if walk.calibrated:
+                walk.advance(_finished(folder, request, source, plan, writer, index).block(index, dtype, walk.device))
+            continue
+        view = walk.block(plan.sources[index])
+        with torch.inference_mode():
+            edited = method.edit(view, plan)
+        tensors = _block_tensors(source, view, plan, index, store)
+        edited = _with_bytes(edited, view, plan, tensors)
+        writer.write(index, tensors, edited)
+        rows += edited
+        head_reads = (None, "head") in plan.touched
+        if walk.calibrated and (index + 1 < layers or head_reads):
+            walk.advance(view.finished(plan, index))
+    if writer.done(layers):
+        return rows + writer.rows(layers)
+    tensors = _other_tensors(source, store)
+    edited = []
+    if (None, "head") in plan.touched:
+        walk.finish_states()
+        view = walk.head()
+        with torch.inference_mode():
+            edited = method.edit(view, plan)
+        tensors |= linear_tensors(view.name("head"), view.linears["head"], store)
+        edited = _with_bytes(edited, view, plan, tensors)
+    elif not source.config.tied:
+        tensors |= linear_tensors(source.family.names["head"], source.head(store, "cpu"), store)
+    writer.write(layers, tensors, edited)
+    return rows + edited
+
+
+def _finished(
+    folder: Path, request: Request, source: Checkpoint, plan: StepPlan, writer: CheckpointWriter, index: int
+) -> Checkpoint:
+    """A view of the folder being written, good for reading one finished block."""
+    tensors = SafetensorsFolder(folder, [writer.shard(index)])
+    return Checkpoint(folder, source.raw, source.family, plan.after.config, tensors, plan.after.schemes)
+
+
+def _block_tensors(
+    source: Checkpoint, view: BlockView, plan: StepPlan, layer: int, store: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Everything a finished block stores at its place `layer`: its linears, and its norms as they were."""
+    family, config = source.family, plan.after.config
+    tensors: dict[str, torch.Tensor] = {}
+    for shape in block_linears(family, config, layer):
+        tensors |= linear_tensors(shape.name, view.linears[shape.role], store)
+    there, here = (family.names["block"].format(i) + "." for i in (plan.sources[layer], layer))
+    for name in vector_shapes(family, config):
+        if name.startswith(here):
+            tensors[name] = source.tensor(there + name.removeprefix(here), store).contiguous()
+    return tensors
+
+
+def _with_bytes(
+    edited: list[dict[str, Any]], view: BlockView, plan: StepPlan, tensors: dict[str, torch.Tensor]
+) -> list[dict[str, Any]]:
+    """The report rows of a block or head, one for each linear touched, with the bytes that are really stored."""
+    rows = {row["name"]: row for row in edited}
+    for role in view.touched(plan):
+        left = plan.left(view.key(role))
+        assert left is not None
+        size = sum(t.nbytes for name, t in tensors.items() if name.rpartition(".")[0] == left.name)
+        rows.setdefault(view.name(role), {"name": view.name(role)})["bytes_after"] = size
+    return list(rows.values())
+
+
+def _other_tensors(source: Checkpoint, store: torch.dtype) -> dict[str, torch.Tensor]:
+    """Embeddings, positions, final norm and projections, as they were."""
+    block = source.family.names["block"].split("{")[0]
+    names = [n for n in vector_shapes(source.family, source.config) if not n.startswith(block)]
+    names += [f"{s.name}.weight" for s in projection_linears(source.family, source.config)]
+    return {name: source.tensor(name, store).contiguous() for name in names}

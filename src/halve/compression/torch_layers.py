@@ -1,0 +1,203 @@
+"""Compressed layers for any PyTorch model: what replaces an `nn.Linear` where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from halve.compression.edits import (
+    check_fraction,
+    column_norms,
+    keep_inputs,
+    keep_outputs,
+    kept_count,
+    largest,
+    row_norms,
+)
+from halve.compression.methods import obs
+from halve.compression.methods.gptq import gptq
+from halve.compression.second_moment import Hessian
+from halve.errors import RecipeError
+from halve.model.linear import Linear
+from halve.quantization import QuantizedWeight, QuantSpec, quantize
+
+_TENSORS = ("weight", "packed", "scale", "zero", "group_index", "bias", "input_index", "output_index")
+
+
+class DropIn(nn.Module):
+    """A compressed layer with the interface of the `nn.Linear` it replaces: x [..., I] -> y [..., O].
+
+    Its tensors are buffers, so they move with `.to(device)` and are in `state_dict()`; a change of the module's dtype
+    leaves scales and codes alone, the computation follows the dtype of x.
+    """
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight
+        packed = weight if isinstance(weight, QuantizedWeight) else None
+        self.spec = None if packed is None else packed.spec
+        self._kept_in = weight.shape[1]
+        held = {
+            "weight": weight if isinstance(weight, Tensor) else None,
+            "packed": None if packed is None else packed.packed,
+            "scale": None if packed is None else packed.scale,
+            "zero": None if packed is None else packed.zero,
+            "group_index": None if packed is None else packed.group_index,
+            "bias": linear.bias,
+            "input_index": linear.input_index,
+            "output_index": linear.output_index,
+        }
+        for name in _TENSORS:
+            value = held[name]
+            self.register_buffer(name, None if value is None else value.detach())
+        self._built: dict[torch.dtype, Linear] = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DropIn:
+        scale = self._buffers["scale"]
+        super()._apply(fn, recurse)
+        moved = self._buffers["scale"]
+        if scale is not None and moved is not None and moved.dtype != scale.dtype:
+            self._buffers["scale"] = scale.to(moved.device)  # rounding it again would change every weight
+        self._built.clear()
+        return self
+
+    def linear(self, dtype: torch.dtype) -> Linear:
+        """The layer for inputs of `dtype`, its kernel chosen."""
+        if dtype not in self._built:
+            held = {name: self._buffers[name] for name in _TENSORS}
+            weight: Tensor | QuantizedWeight | None = held["weight"]
+            if weight is None:
+                packed, scale = held["packed"], held["scale"]
+                assert packed is not None and scale is not None and self.spec is not None
+                weight = QuantizedWeight(packed, scale, held["zero"], self.spec, self._kept_in, held["group_index"])
+            else:
+                weight = weight.to(dtype)
+            bias = None if held["bias"] is None else held["bias"].to(dtype)
+            linear = Linear(
+                weight, bias, held["input_index"], held["output_index"], self.in_features, self.out_features
+            )
+            linear.select_backend("auto", dtype)
+            self._built[dtype] = linear
+        return self._built[dtype]
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        self._built.clear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.dtype)(x)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything the layer keeps."""
+        return sum(t.nbytes for t in self._buffers.values() if t is not None)
+
+    def extra_repr(self) -> str:
+        kind = "" if self.spec is None else f", int{self.spec.bits}, group_size={self.spec.group_size}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{kind}"
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def quantize_linear(
+    layer: nn.Linear,
+    inputs: Tensor | Iterable[Tensor] | None = None,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = True,
+    act_order: bool = True,
+    damping: float = 0.01,
+    scale: str = "mse",
+) -> DropIn:
+    """A quantized drop-in for `layer`, which is left as it is.
+
+    inputs: what the layer reads in use, floating [..., I], or an iterable of such; the layer is then quantized by GPTQ
+    (`halve.methods.gptq`). None: round to nearest. group_size -1 is one scale per output. Raises RecipeError for a
+    group size that does not divide I or inputs of another width, DataError for inputs that are not finite.
+    """
+    spec = QuantSpec(bits, group_size, symmetric)
+    weight = layer.weight.detach()
+    if inputs is None:
+        quantized = quantize(weight, spec)
+    else:
+        hessian = Hessian(layer.in_features, weight.device)
+        for x in [inputs] if isinstance(inputs, Tensor) else inputs:
+            if x.shape[-1] != layer.in_features:
+                raise RecipeError(
+                    f"inputs of width {x.shape[-1]} do not fit a layer of {layer.in_features} inputs: give [..., "
+                    f"{layer.in_features}]"
+                )
+            hessian.add(x.detach())
+        quantized, _ = gptq(
+            weight, hessian.value(), spec, damping=damping, act_order=act_order, scale=scale, name="the layer"
+        )
+    bias = None if layer.bias is None else layer.bias.detach().clone()
+    return DropIn(Linear(quantized, bias))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def prune_linear(
+    layer: nn.Linear | DropIn,
+    inputs: Tensor | Iterable[Tensor] | None = None,
+    *,
+    input_fraction: float = 0.0,
+    output_fraction: float = 0.0,
+    refit: bool = True,
+    damping: float = 0.01,
+) -> DropIn:
+    """A drop-in for `layer` (left as it is) without a share of its input channels, of its output channels, or both.
+
+    inputs: what the layer reads in use, floating [..., I], or an iterable of such; the input channels that matter least
+    to the output then go (`halve.methods.obs`) and the others are refitted unless refit=False. None: the columns of
+    least L1 norm go. Of the outputs the rows of least L1 norm go; they become 0, or their bias. A quantized drop-in
+    loses codes and cannot be refitted. Fractions lie in [0, 1) and are rounded down to channels. Raises RecipeError.
+    """
+    check_fraction("prune_linear input_fraction", input_fraction)
+    check_fraction("prune_linear output_fraction", output_fraction)
+    if isinstance(layer, DropIn):
+        linear = layer.linear(layer.weight.dtype if isinstance(layer.weight, Tensor) else torch.float32)
+    else:
+        linear = Linear(layer.weight.detach(), None if layer.bias is None else layer.bias.detach().clone())
+    columns = kept_count(linear.weight.shape[1], input_fraction)
+    if inputs is None:
+        linear = keep_inputs(linear, largest(column_norms(linear), columns))
+    else:
+        linear = _keep_fitted(linear, inputs, columns, refit, damping)
+    rows = kept_count(linear.weight.shape[0], output_fraction)
+    return DropIn(keep_outputs(linear, largest(row_norms(linear), rows)))
+
+
+def _keep_fitted(
+    linear: Linear, inputs: Tensor | Iterable[Tensor], columns: int, refit: bool, damping: float
+) -> Linear:
+    if refit and not isinstance(linear.weight, Tensor):
+        raise RecipeError("a quantized layer cannot be refitted: prune it before quantizing, or use refit=False")
+    accumulator = Hessian(linear.in_features, linear.weight.device)
+    for x in [inputs] if isinstance(inputs, Tensor) else inputs:
+        if x.shape[-1] != linear.in_features:
+            raise RecipeError(
+                f"inputs of width {x.shape[-1]} do not fit a layer of {linear.in_features} inputs: give [..., "
+                f"{linear.in_features}]"
+            )
+        accumulator.add(x.detach())
+    hessian = accumulator.value()
+    if linear.input_index is not None:
+        hessian = hessian[linear.input_index][:, linear.input_index]
+    weight, gone = linear.dense_weight(torch.float64), linear.weight.shape[1] - columns
+    if gone == 0:
+        return linear
+    raised, factor, _ = obs.damped(hessian, damping, "the layer")
+    removal = obs.remove_adapting(weight, factor, 1, gone) if refit else obs.remove_fixed(weight, hessian, 1, gone)
+    stays = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    stays[removal.order] = False
+    kept = stays.nonzero().flatten()
+    pruned = keep_inputs(linear, kept)
+    if refit:
+        assert isinstance(pruned.weight, Tensor)
+        pruned.weight = obs.refit(weight, raised, kept).to(pruned.weight.dtype)
+    return pruned

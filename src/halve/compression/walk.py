@@ -1,0 +1,238 @@
+"""Token windows of real text, walked through the model block by block. The only walker there is.
+
+Shape legend: N windows, T tokens a window, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from halve.checkpoint.reader import Checkpoint
+from halve.compression.plan import Key, StepPlan
+from halve.compression.windows import Calibration
+from halve.model.decoder import Block, Norm, Span, embed_tokens, make_rotary
+from halve.model.linear import Linear
+from halve.quantization import QuantizedWeight, QuantSpec
+
+BATCH_TOKENS = 4096  # tokens sent through a block at once
+HELD_BYTES = 1 << 30  # activations kept between two stages of a block; windows beyond that are sent anew
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linears of a block that read one input; `inputs(held_out)` yields it in batches [rows, in], as often as asked."""
+
+    roles: tuple[str, ...]
+    inputs: Callable[[bool], Iterator[Tensor]]
+
+
+class _Passage:
+    """One batch of windows on its way through a block, halted before a stage."""
+
+    def __init__(self, block: Block, state: Tensor, span: Span) -> None:
+        self.block, self._start = block, (state, span)
+        self.forget()
+
+    def forget(self) -> None:
+        """Give the activations back; the next call starts from the beginning of the block."""
+        self._at, self._x = -1, torch.empty(0)
+        self._run = self.block.stages(*self._start)
+
+    def input(self, stage: int) -> Tensor:
+        while self._at < stage:
+            self._x, self._at = next(self._run), self._at + 1
+        return self._x
+
+    def finish(self) -> Tensor:
+        """The output of the block."""
+        while True:
+            try:
+                next(self._run)
+            except StopIteration as stop:
+                return stop.value
+
+
+class BlockView:
+    """One block (or the head) in the hands of a method: its linears, and the inputs that reach them."""
+
+    def __init__(self, walk: Walk, block: Block | None, linears: dict[str, Linear], index: int | None) -> None:
+        self._walk, self.block, self.linears, self.index = walk, block, linears, index
+        self.store_dtype = walk.store_dtype
+
+    def key(self, role: str) -> Key:
+        return self.index, role
+
+    def touched(self, plan: StepPlan) -> list[str]:
+        """Roles of this block that the step changes, in the order they run."""
+        return [role for role in self.linears if self.key(role) in plan.touched]
+
+    def name(self, role: str) -> str:
+        family = self._walk.checkpoint.family
+        return family.names["head"] if self.index is None else family.block_name(self.index, role)
+
+    def spec(self, plan: StepPlan, role: str) -> QuantSpec:
+        """The scheme the plan gives this linear."""
+        left = plan.left(self.key(role))
+        assert left is not None and left.spec is not None
+        return left.spec
+
+    def replace_weight(self, role: str, weight: Tensor | QuantizedWeight) -> None:
+        """Put another weight of the same shape into a linear."""
+        old = self.linears[role]
+        self.replace(
+            role, Linear(weight, old.bias, old.input_index, old.output_index, old.in_features, old.out_features)
+        )
+
+    def replace(self, role: str, linear: Linear) -> None:
+        self.linears[role] = linear
+        if self.block is not None:
+            self.block.linears[role] = self._walk.expanded(linear)
+
+    def finished(self, plan: StepPlan, layer: int) -> Block:
+        """The block as the step leaves it, at its place `layer` in the model after; sublayers that go are left out."""
+        config, block = plan.after.config, self.block
+        assert block is not None
+        if layer == self.index and config.layers[layer] == block.layer:
+            return block  # the very one: states that wait inside it go on from there
+        roles = [role for role in self.linears if (layer, role) in plan.after.linears]
+        norms = {role: norm for role, norm in block.norms.items() if isinstance(norm, Norm)}
+        return Block(config, config.layers[layer], layer, {role: self.linears[role] for role in roles}, norms)
+
+    def collect(self, roles: list[str], visit: Callable[[str, Tensor], None], held_out: bool = False) -> None:
+        """Run the block on the windows; `visit(role, x)` sees the input [rows, in] of each linear in `roles`."""
+        states = self._walk.states[held_out]
+        if self.block is None:
+            for state in states:
+                visit("head", state.flatten(0, -2))
+            return
+
+        def hook(role: str) -> Callable[..., None]:
+            return lambda _module, inputs: visit(role, inputs[0].flatten(0, -2))
+
+        handles = [self.block.linears[role].register_forward_pre_hook(hook(role)) for role in roles]
+        try:
+            for state in states:
+                self.block(state, self._walk.span(state.shape[1]))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def stages(self) -> Iterator[Stage]:
+        """The groups of linears that read one input, in the order they run, each seeing what was replaced before it.
+
+        Activations wait between stages (up to HELD_BYTES), also for `Walk.advance`, so all of it is one pass.
+        """
+        if self.block is None:
+            yield Stage(("head",), lambda held_out: (s.flatten(0, -2) for s in self._walk.states[held_out]))
+            return
+        passages = self._walk.depart(self.block)
+
+        def inputs(number: int, held_out: bool) -> Iterator[Tensor]:
+            held = 0
+            for passage in passages[held_out]:
+                x = passage.input(number)
+                held += x.nbytes
+                yield x.flatten(0, -2)
+                if held > HELD_BYTES:
+                    passage.forget()
+
+        for number, roles in enumerate(self.block.stage_roles()):
+            yield Stage(roles, partial(inputs, number))
+
+
+class Walk:
+    """The hidden states of all windows, taken through a model one block at a time.
+
+    Memory: the states [N, T, D] of calibration and held-out windows and one block. Without windows only blocks are read.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        calibration: Calibration | None,
+        dtype: torch.dtype,
+        store_dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.checkpoint, self.dtype, self.store_dtype, self.device = checkpoint, dtype, store_dtype, device
+        self.rotary = make_rotary(checkpoint.config, device)
+        self.calibration = calibration
+        # indexed by held_out: False (0) calibration, True (1) held out
+        self.states: list[list[Tensor]] = [[], []]
+        self._passages: tuple[Block, list[list[_Passage]]] | None = None
+        if calibration is not None:
+            self._embed(calibration)
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.states[0])
+
+    def span(self, tokens: int) -> Span:
+        return Span(self.rotary, tokens, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def _embed(self, calibration: Calibration) -> None:
+        checkpoint = self.checkpoint
+        embed = checkpoint.embedding(self.dtype, self.device)
+        positions = checkpoint.positions(self.dtype, self.device)
+        project_in = checkpoint.projections(self.dtype, self.device).get("project_in")
+        for states, windows in zip(self.states, (calibration.windows, calibration.held_out), strict=True):
+            rows = max(1, BATCH_TOKENS // windows.shape[1])
+            for batch in windows.split(rows):
+                span = self.span(batch.shape[1])
+                tokens = batch.to(self.device)
+                states.append(embed_tokens(checkpoint.config, tokens, span, embed, positions, project_in))
+
+    def block(self, index: int) -> BlockView:
+        """Layer `index` of the model being compressed."""
+        block = self.checkpoint.block(index, self.dtype, self.device)
+        linears = {role: linear for role, linear in block.linears.items() if isinstance(linear, Linear)}
+        for role, linear in linears.items():
+            block.linears[role] = self.expanded(linear)
+        return BlockView(self, block, linears, index)
+
+    def expanded(self, linear: Linear) -> Linear:
+        """The linear for running many windows: a packed weight is expanded once, not at every batch."""
+        if not self.calibrated or not linear.quantized:
+            return linear
+        weight = linear.dense_weight(self.dtype)
+        return Linear(
+            weight, linear.bias, linear.input_index, linear.output_index, linear.in_features, linear.out_features
+        )
+
+    def head(self) -> BlockView:
+        """The output head; its inputs are the states after the final norm."""
+        return BlockView(self, None, {"head": self.checkpoint.head(self.dtype, self.device)}, None)
+
+    def depart(self, block: Block) -> list[list[_Passage]]:
+        """Send all states into a block to halt at its stages; `advance` brings them out. Indexed like `states`."""
+        passages = [[_Passage(block, s, self.span(s.shape[1])) for s in states] for states in self.states]
+        self._passages = block, passages
+        return passages
+
+    @torch.inference_mode()
+    def advance(self, block: Block) -> None:
+        """Send all states through a finished block, from where they halted if they are inside it."""
+        inside = self._passages is not None and self._passages[0] is block
+        passages = self._passages[1] if self._passages is not None and inside else self.depart(block)
+        self._passages = None
+        for states, underway in zip(self.states, passages, strict=True):
+            for i in range(len(states)):
+                states[i] = underway.pop(0).finish()
+
+    @torch.inference_mode()
+    def finish_states(self) -> None:
+        """Send all states through the final norm and projection, to the input of the head."""
+        if not self.calibrated:
+            return
+        norm: Norm | None = self.checkpoint.final_norm(self.dtype, self.device)
+        project_out = self.checkpoint.projections(self.dtype, self.device).get("project_out")
+        for states in self.states:
+            for i, state in enumerate(states):
+                state = state if norm is None else norm(state)
+                states[i] = state if project_out is None else project_out(state)

@@ -1,0 +1,67 @@
+"""Calibration text: documents and the token windows cut from them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halve.checkpoint.tokenizer import Tokenizer
+from halve.errors import DataError
+
+HELD_OUT_SHARE = 32  # calibration windows to one that is held out
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows of tokens int64 [N, T] to calibrate on, others [M, T] to judge by, and where they came from."""
+
+    windows: Tensor
+    held_out: Tensor
+    origin: dict[str, object]
+
+
+def make_windows(
+    documents: list[str], tokenizer: Tokenizer, samples: int, window: int, seed: int, source: str
+) -> Calibration:
+    """Documents shuffled by `seed`, packed end to end, cut into windows that each begin with BOS.
+
+    One window more for every HELD_OUT_SHARE (at least one) is held out for judging. Too little text gives fewer windows, and
+    `origin` says so. Raises DataError when there is not enough for one window and one held out.
+    """
+    if samples < 1 or window < 2:
+        raise DataError(f"samples={samples}, window={window}: need at least 1 sample and 2 tokens a window")
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    held = max(1, samples // HELD_OUT_SHARE)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    body, stream, used = window - len(bos), [], 0
+    for index in order:
+        if len(stream) >= (samples + held) * body:
+            break
+        stream += bos * (used > 0) + tokenizer.encode(documents[index], bos=False)
+        used += 1
+    rows = [bos + stream[i : i + body] for i in range(0, len(stream) - body + 1, body)][: samples + held]
+    if len(rows) < 2:
+        raise DataError(
+            f"calibration text {source!r} has {len(stream)} tokens: two windows of {window} need {2 * body}; "
+            "use more text or a smaller --window"
+        )
+    held = min(held, max(1, len(rows) // HELD_OUT_SHARE)) if len(rows) < samples + held else held
+    tokens = torch.tensor(rows)
+    taken = tokens[: len(rows) - held], tokens[len(rows) - held :]
+    origin = {
+        "source": Path(source).name,
+        "documents_available": len(documents),
+        "documents_used": used,
+        "windows_asked": samples,
+        "windows": taken[0].shape[0],
+        "window_tokens": window,
+        "tokens": taken[0].numel(),
+        "held_out_tokens": taken[1].numel(),
+        "seed": seed,
+    }
+    return Calibration(taken[0], taken[1], origin)

@@ -1,0 +1,1 @@
+"""How good a model is: perplexity and multiple choice. START HERE: `evaluate.py`."""

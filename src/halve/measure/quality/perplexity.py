@@ -1,0 +1,176 @@
+"""Perplexity of a text: non-overlapping windows of the running text, or documents one by one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halve.errors import DataError, HalveError
+from halve.measure.quality.prompts import Tokenizer
+from halve.measure.quality.resume import Progress, fingerprint
+from halve.measure.quality.scoring import BATCH_TOKENS, check_ids, score, sequence_node
+from halve.model.decoder import Model
+from halve.progress import track
+
+PROTOCOLS = ("windows", "documents")
+SEPARATOR = "<|endoftext|>"  # between the documents of a text file
+DEFAULT_WINDOW = 2048
+
+
+@dataclass(frozen=True)
+class Text:
+    """Pieces to be tokenized one by one, and where they come from."""
+
+    pieces: list[str]
+    protocol: str
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """None: the default. window: tokens; limit: the first windows or documents only; batch_tokens: slots per batch."""
+
+    window: int | None = None
+    limit: int | None = None
+    batch_tokens: int | None = None
+
+
+def read_text(path: Path, protocol: str) -> Text:
+    """The text of a file as the protocol takes it.
+
+    windows: one piece, the whole file (the documents of a .jsonl joined by an empty line). documents: every line of a
+    .jsonl, or what stands between the separators of a .txt or .raw, without surrounding white space. Raises DataError.
+    """
+    assert protocol in PROTOCOLS
+    if path.suffix not in (".txt", ".raw", ".jsonl"):
+        raise DataError(f"{path}: unknown kind of text '{path.suffix}'; want .txt, .raw or .jsonl with a 'text' field")
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: not UTF-8 text; convert the file to UTF-8") from None
+    if path.suffix == ".jsonl":
+        documents = _jsonl_texts(path, text)
+        pieces = documents if protocol == "documents" else ["\n\n".join(documents)]
+    else:
+        pieces = [part.strip() for part in text.split(SEPARATOR)] if protocol == "documents" else [text]
+    pieces = [piece for piece in pieces if piece.strip()]
+    if not pieces:
+        raise DataError(f"{path}: holds no text; give a file with at least a few words")
+    return Text(pieces, protocol, path.name, hashlib.sha256(content).hexdigest())
+
+
+def _jsonl_texts(path: Path, text: str) -> list[str]:
+    texts = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error.msg}); want one object per line") from None
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise DataError(f"{path}, line {number}: no 'text' field with text; want {{\"text\": ...}} on every line")
+        texts.append(value["text"])
+    return texts
+
+
+def split(tokenizer: Tokenizer, text: Text, window: int) -> tuple[list[list[int]], int]:
+    """Token sequences to be predicted from their second token on, and how many documents were cut to the window.
+
+    windows: BOS (where there is one) and the text, in stretches of `window` tokens; documents: BOS + document, cut.
+    """
+    if text.protocol == "windows":
+        tokens = tokenizer.encode(text.pieces[0], bos=True)
+        sequences = [tokens[i : i + window] for i in range(0, len(tokens), window)]
+        return [s for s in sequences if len(s) >= 2], 0
+    sequences = [tokenizer.encode(piece, bos=True) for piece in text.pieces]
+    return [s[:window] for s in sequences if len(s) >= 2], sum(len(s) > window for s in sequences)
+
+
+def run(
+    model: Model, tokenizer: Tokenizer, text: Text, how: Settings, progress_file: Path | None = None
+) -> dict[str, Any]:
+    """Mean negative log-likelihood (nats) over all predicted tokens and its exponential, as a record.
+
+    An interrupted run goes on from `progress_file`. Raises HalveError on a bad window, DataError on too short a text.
+    """
+    context = model.config.max_positions
+    window, batch_tokens = how.window, how.batch_tokens or BATCH_TOKENS
+    if window is None:
+        window = min(DEFAULT_WINDOW, context) if text.protocol == "windows" else context
+    if not 2 <= window <= context:
+        raise HalveError(f"window {window}: must be 2 to {context}, the context of this model")
+    sequences, cut = split(tokenizer, text, window)
+    sequences = sequences[: how.limit]
+    if not sequences:
+        raise DataError(f"{text.name}: fewer than 2 tokens, nothing can be predicted; give a longer text")
+    check_ids(model, sequences)
+    identity: dict[str, Any] = {}
+    if progress_file is not None:
+        identity = {"task": "perplexity", "protocol": text.protocol, "window": window, "limit": how.limit}
+        identity |= {"batch_tokens": batch_tokens, "data": text.sha256, "model": fingerprint(model)}
+    with Progress(progress_file, identity) as progress:
+        batches = _batches(sequences, batch_tokens)
+        for batch in track(batches, len(batches), f"perplexity {text.protocol}"):
+            if all(str(index) in progress.results for index in batch):
+                continue
+            nodes = [sequence_node(sequences[index], slot) for slot, index in enumerate(batch)]
+            sums = score(model, nodes, len(batch), batch_tokens).tolist()
+            progress.add({str(index): -value for index, value in zip(batch, sums, strict=True)})
+        nll = math.fsum(progress.results[str(index)] for index in range(len(sequences)))
+        progress.finish()
+    record = _record(tokenizer, sequences, nll, text.protocol, window)
+    record |= {"limit": how.limit, "data": text.name, "data_sha256": text.sha256}
+    if text.protocol == "documents":
+        record["cut"] = cut
+    return record
+
+
+def _batches(sequences: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
+    """Indices of sequences of similar length together, longest first."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
+        if not batches or (len(batches[-1]) + 1) * len(sequences[batches[-1][0]]) > batch_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def _record(
+    tokenizer: Tokenizer, sequences: Sequence[Sequence[int]], nll_nats: float, protocol: str, window: int
+) -> dict[str, Any]:
+    tokens = sum(len(s) - 1 for s in sequences)
+    # bytes of the text that the predicted tokens spell: what was cut off or only conditioned on does not count
+    spelled = sum(len(tokenizer.decode(list(s[1:])).encode()) for s in sequences)
+    mean = nll_nats / tokens
+    absent = ("accuracy", "accuracy_ci95", "questions", "answered")
+    not_measured = {name: "the task is perplexity" for name in absent}
+    try:
+        perplexity = math.exp(mean)
+    except OverflowError:  # a model broken beyond measure
+        perplexity = math.inf
+    return {
+        "task": "perplexity",
+        "protocol": protocol,
+        "window": window,
+        protocol: len(sequences),
+        "tokens": tokens,
+        "nll_nats_per_token": mean,
+        "perplexity": perplexity,
+        "bits_per_byte": nll_nats / math.log(2) / spelled if spelled else None,
+        "accuracy": None,
+        "accuracy_ci95": None,
+        "questions": None,
+        "answered": None,
+        "not_measured": not_measured,
+    }

@@ -1,0 +1,95 @@
+"""Results of a long run kept line by line, so that a run that was cut off goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from halve.errors import OutputError
+from halve.model.decoder import Model
+
+
+def fingerprint(model: Model) -> str:
+    """SHA-256 over the config and the logits of a fixed probe of up to 64 tokens: equal weights, kernels and dtype."""
+    config = model.config
+    count = min(64, config.max_positions)
+    tokens = (torch.arange(count, device=model.device) * 7919 + 1) % config.vocab_size
+    with torch.inference_mode():
+        logits = model(tokens.unsqueeze(0)).float().cpu().contiguous()
+    return hashlib.sha256(repr(config).encode() + logits.numpy().tobytes()).hexdigest()
+
+
+class Progress:
+    """Results by key, read back from `path` when its first line names the same run, appended to as they come.
+
+    The file is JSON lines: {"run": identity}, then {"key": ..., "result": ...}. A line cut off in the middle is dropped;
+    the file of another run is replaced. With path None nothing is kept on disk. Raises OutputError.
+    """
+
+    def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.results: dict[str, Any] = {}
+        self._file: TextIO | None = None
+        if path is None:
+            return
+        lines = [json.dumps({"run": identity}, sort_keys=True)]
+        try:
+            kept = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+            if kept and kept[0] == lines[0]:
+                lines += self._restore(kept[1:-1])
+            # the file is replaced in one step: a kill at this moment loses nothing either
+            fresh = path.with_name(path.name + ".new")
+            fresh.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            os.replace(fresh, path)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OutputError(
+                f"{path}: cannot keep the progress of this run: {reason}; choose another place"
+            ) from error
+
+    def _restore(self, lines: list[str]) -> list[str]:
+        good = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            self.results[entry["key"]] = entry["result"]
+            good.append(line)
+        return good
+
+    def add(self, results: dict[str, Any]) -> None:
+        """Keep finished results; they survive the end of this process."""
+        self.results.update(results)
+        if self._file is None:
+            return
+        try:
+            for key, result in results.items():
+                self._file.write(json.dumps({"key": key, "result": result}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror}; free some space and rerun") from error
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop writing and leave the file for a later run."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def finish(self) -> None:
+        """The run is complete: remove the file."""
+        self.close()
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

@@ -1,0 +1,184 @@
+"""Log-likelihoods of many token sequences that share prefixes: every shared prefix goes through the model once.
+
+Shape legend: R rows of a batch, T tokens of a pass, N scored positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halve.errors import HalveError
+from halve.measure.quality.prompts import common_prefix
+from halve.model.decoder import KVCache, Model
+
+LOGIT_ELEMENTS = 2**24  # float32 logits held at a time: 64 MB, 130 rows of a 128k vocabulary
+BATCH_TOKENS = 4096  # live cache slots of one batch, padding included
+
+
+@dataclass
+class Node:
+    """A stretch of tokens that continues its parent's.
+
+    targets: (offset within `tokens` of the position that predicts, predicted token, slot of the sum it belongs to).
+    """
+
+    tokens: Sequence[int]
+    targets: list[tuple[int, int, int]] = field(default_factory=list)
+    children: list[Node] = field(default_factory=list)
+
+
+def check_ids(model: Model, sequences: Iterable[Sequence[int]]) -> None:
+    """Raise HalveError when a token id lies outside the model's vocabulary."""
+    highest = max((max(tokens) for tokens in sequences), default=0)
+    if highest >= model.config.vocab_size:
+        raise HalveError(
+            f"token id {highest}: outside the model's vocabulary of {model.config.vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+def sequence_node(tokens: Sequence[int], slot: int, first: int = 1) -> Node:
+    """One sequence on its own, its tokens from position `first` on summed into `slot`; the last is only predicted."""
+    return Node(tokens[:-1], [(t - 1, tokens[t], slot) for t in range(first, len(tokens))])
+
+
+def question_nodes(questions: Sequence[tuple[Sequence[Sequence[int]], Sequence[int], int]]) -> list[Node]:
+    """The prefix tree of one article: article, then its questions, then each question's options.
+
+    A question is (token sequences of its options, where each option starts, slot of its first option). Where a cut to
+    the context left options or questions with different beginnings, the tree branches there.
+    """
+    first_option = [sequences[0] for sequences, _, _ in questions]
+    # nothing is predicted from the article's own node, so it ends before the token that predicts any option
+    shared = min(min(starts) - 1 for _, starts, _ in questions)
+    shared = min(shared, *(_shared_by_options(sequences) for sequences, _, _ in questions))
+    shared = min(shared, *(common_prefix(first_option[0], tokens) for tokens in first_option))
+    longest = max(len(tokens) for sequences, _, _ in questions for tokens in sequences)
+    if len(questions) == 1 or not _worth_sharing(shared, longest):
+        shared = 0
+    children = [node for question in questions for node in _option_nodes(*question, shared)]
+    return [Node(first_option[0][:shared], [], children)] if shared > 0 else children
+
+
+def _option_nodes(sequences: Sequence[Sequence[int]], starts: Sequence[int], slot: int, begin: int) -> list[Node]:
+    """A question's tokens from `begin` on with its options as children; the options alone when they share too little."""
+    stem = _shared_by_options(sequences)
+    if not _worth_sharing(stem - begin, max(len(tokens) for tokens in sequences) - begin):
+        stem = begin
+    node = Node(sequences[0][begin:stem])
+    branches: dict[tuple[int, ...], Node] = {}  # letters of two tokens differ in the last only, and are one branch
+    for index, (tokens, start) in enumerate(zip(sequences, starts, strict=True)):
+        targets = [(t - 1, tokens[t], slot + index) for t in range(start, len(tokens))]
+        node.targets += [(at - begin, token, own) for at, token, own in targets if at < stem]
+        rest = [(at - stem, token, own) for at, token, own in targets if at >= stem]
+        if rest:
+            branch = branches.setdefault(tuple(tokens[stem:-1]), Node(tokens[stem:-1]))
+            branch.targets += rest
+    node.children = list(branches.values())
+    return [node] if node.tokens else node.children
+
+
+def _shared_by_options(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the tokens all options share and that feed the model; each keeps its last token to be predicted."""
+    return min(min(common_prefix(sequences[0], s), len(s) - 1) for s in sequences)
+
+
+def _worth_sharing(shared: int, length: int) -> bool:
+    """A continued prefix needs masked attention, which costs more than the few tokens of a short one."""
+    return 5 * shared >= length
+
+
+def score(model: Model, roots: Sequence[Node], slots: int, batch_tokens: int = BATCH_TOKENS) -> Tensor:
+    """Sum of log-probabilities (nats) per slot, float64 [slots] on the CPU. Raises HalveError when one is not finite."""
+    sums = torch.zeros(slots, dtype=torch.float64)
+    with torch.inference_mode():
+        _descend(model, model.new_cache(1, 0), [(0, root) for root in roots], sums, batch_tokens)
+    if not bool(torch.isfinite(sums).all()):
+        raise HalveError("the model's logits are not finite (NaN or Inf); use --dtype fp32, or check the checkpoint")
+    return sums
+
+
+def _descend(model: Model, cache: KVCache, nodes: list[tuple[int, Node]], sums: Tensor, batch_tokens: int) -> None:
+    """Run nodes, each given with the cache row it continues, then their children."""
+    for chunk in _chunks(model, cache, nodes, batch_tokens):
+        lengths = [len(node.tokens) for _, node in chunk]
+        width, parents = max(lengths), [row for row, _ in chunk]
+        tokens = torch.zeros(len(chunk), width, dtype=torch.int64)
+        for row, (_, node) in enumerate(chunk):
+            tokens[row, : lengths[row]] = torch.tensor(node.tokens)
+        leaf = isinstance(cache.lengths, int) and cache.lengths == 0 and not any(node.children for _, node in chunk)
+        grown = None if leaf else fork(cache, parents, width)
+        starts = None if grown is None else grown.lengths
+        hidden = model.hidden(tokens.to(model.device), grown)
+        _add_targets(model, hidden, [node for _, node in chunk], sums)
+        children = [(row, child) for row, (_, node) in enumerate(chunk) for child in node.children]
+        if grown is not None and children:
+            assert starts is not None
+            grown.lengths = starts + torch.tensor(lengths, device=model.device)
+            _descend(model, grown, children, sums, batch_tokens)
+
+
+def _chunks(
+    model: Model, cache: KVCache, nodes: list[tuple[int, Node]], batch_tokens: int
+) -> Iterator[list[tuple[int, Node]]]:
+    """Nodes of similar length together, at most `batch_tokens` slots a chunk (a single node may need more)."""
+    live = [cache.lengths] if isinstance(cache.lengths, int) else cache.lengths.tolist()
+    # learned positions have no row for the padding of a long prefix, so lengths must fit together there
+    limit = None if model.positions is None else model.config.max_positions
+    chunk: list[tuple[int, Node]] = []
+    width = prefix = 0
+    for row, node in sorted(nodes, key=lambda entry: -len(entry[1].tokens)):
+        width_new, prefix_new = max(width, len(node.tokens)), max(prefix, live[row])
+        full = (len(chunk) + 1) * (width_new + prefix_new) > batch_tokens
+        if chunk and (full or (limit is not None and width_new + prefix_new > limit)):
+            yield chunk
+            chunk, width_new, prefix_new = [], len(node.tokens), live[row]
+        chunk.append((row, node))
+        width, prefix = width_new, prefix_new
+    if chunk:
+        yield chunk
+
+
+def fork(cache: KVCache, rows: list[int], extra: int) -> KVCache:
+    """Copies of the given rows of a cache, each with room for `extra` more tokens; a row may occur several times."""
+    index = torch.tensor(rows, device=cache.lengths.device if isinstance(cache.lengths, Tensor) else None)
+    grown = copy.copy(cache)
+    grown.lengths = cache.lengths if isinstance(cache.lengths, int) else cache.lengths[index]
+    live = grown.lengths if isinstance(grown.lengths, int) else int(grown.lengths.max())
+    grown.capacity, grown.layers = live + extra, []
+    for pair in cache.layers:
+        if pair is None:
+            grown.layers.append(None)
+            continue
+        keys, values = (t[:, :, :live].index_select(0, index.to(t.device)) for t in pair)
+        grown.layers.append((functional.pad(keys, (0, 0, 0, extra)), functional.pad(values, (0, 0, 0, extra))))
+    return grown
+
+
+def _add_targets(model: Model, hidden_RTD: Tensor, nodes: list[Node], sums: Tensor) -> None:
+    entries = [(row, *target) for row, node in enumerate(nodes) for target in node.targets]
+    if not entries:
+        return
+    rows, offsets, tokens, slots = torch.tensor(entries).T
+    picked = hidden_RTD[rows.to(hidden_RTD.device), offsets.to(hidden_RTD.device)]
+    sums.index_add_(0, slots, token_log_probs(model, picked, tokens))
+
+
+def token_log_probs(model: Model, hidden_ND: Tensor, tokens_N: Tensor) -> Tensor:
+    """log p(token) in nats after each hidden state, float64 [N] on the CPU.
+
+    Logits are taken to float32 a stretch of positions at a time, so that a large vocabulary needs little memory.
+    """
+    step = max(1, LOGIT_ELEMENTS // model.config.vocab_size)
+    parts = []
+    for begin in range(0, len(tokens_N), step):
+        logits = model.head(hidden_ND[begin : begin + step]).float()
+        targets = tokens_N[begin : begin + step].to(logits.device).unsqueeze(1)
+        parts.append((logits.gather(1, targets).squeeze(1) - logits.logsumexp(dim=1)).double().cpu())
+    return torch.cat(parts)

@@ -1,0 +1,215 @@
+"""Records: one JSON file per run, saying on what, with what and how a figure was obtained.
+
+Every record has the keys of `REQUIRED`; evaluations and benchmarks add their figures, whose names carry their units.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halve._version import __version__
+from halve.errors import DataError, OutputError
+from halve.measure.machine import describe_machine
+
+Record = dict[str, Any]
+
+REQUIRED: dict[str, type] = {
+    "kind": str,
+    "halve_version": str,
+    "torch_version": str,
+    "machine": dict,
+    "command": str,
+    "model": str,
+    "recipe": list,
+}
+_PACKAGES = ("transformers", "safetensors", "triton", "compressed-tensors")
+
+
+def new_record(
+    kind: str,
+    model: str | os.PathLike[str],
+    *,
+    command: str | Sequence[str] | None = None,
+    recipe: list[Any] | None = None,
+    **figures: Any,
+) -> Record:
+    """A record of `kind` ("benchmark", "evaluation", ...) about `model`, its circumstances filled in.
+
+    `command` defaults to this process's own, `recipe` to the one in the model folder's halve.json ([] without one);
+    `figures` are added as they are.
+    """
+    if command is None:
+        program = Path(sys.argv[0]).name
+        command = ["halve" if program == "__main__.py" else program, *sys.argv[1:]]
+    return {
+        "kind": kind,
+        "model": os.fspath(model),
+        "command": command if isinstance(command, str) else shlex.join(command),
+        "recipe": checkpoint_recipe(model) if recipe is None else recipe,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "halve_version": __version__,
+        "torch_version": str(torch.__version__),
+        "versions": {"python": platform.python_version(), **_installed(_PACKAGES)},
+        "commit": source_commit(),
+        "machine": describe_machine(),
+        **figures,
+    }
+
+
+def source_commit() -> str | None:
+    """The git commit this package runs from, with "-dirty" when files differ from it; None outside a checkout."""
+    folder = Path(__file__).resolve().parents[1]
+    if _git(folder, "ls-files", "--error-unmatch", "errors.py") is None:
+        return None  # installed inside somebody else's repository
+    commit = _git(folder, "rev-parse", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".")
+    return f"{commit}-dirty" if commit and changed else commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _installed(packages: Iterable[str]) -> dict[str, str]:
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def checkpoint_recipe(model: str | os.PathLike[str]) -> list[Any]:
+    """The steps a model folder was made with, from its halve.json; [] for a folder or hub id without one."""
+    path = Path(model) / "halve.json"
+    if not path.is_file():
+        return []
+    held = _parse(path)
+    recipe = held.get("recipe", []) if isinstance(held, dict) else None
+    if not isinstance(recipe, list):
+        raise DataError(f'{path} is malformed, its "recipe" is not a list of steps: compress the model again')
+    return recipe
+
+
+def check_output_path(path: str | os.PathLike[str]) -> Path:
+    """Find out before any work whether a file can be written at `path`; raises OutputError."""
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder: name a file inside it")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path} cannot be written, there is no folder {path.parent}: create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path} cannot be written, {path.parent} is not writable: choose another folder")
+    return path
+
+
+def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
+    """Write one record as JSON, complete or not at all.
+
+    JSON has no infinity: a figure that is not finite becomes null, and its value is kept under "not_finite".
+    Raises OutputError when the place cannot be written, DataError when the record lacks a required key.
+    """
+    path = check_output_path(path)
+    check_record(record, str(path))
+    lost: dict[str, str] = {}
+    finite = _finite(dict(record), "", lost)
+    if lost:
+        finite["not_finite"] = lost
+    text = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path} cannot be written ({reason}): free space or choose another place") from error
+    return path
+
+
+def _finite(value: Any, where: str, lost: dict[str, str]) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        lost[where] = str(value)
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v, f"{where}.{k}" if where else str(k), lost) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v, f"{where}.{i}", lost) for i, v in enumerate(value)]
+    return value
+
+
+def read_record(path: str | os.PathLike[str]) -> Record:
+    """Read one record; raises DataError when the file is missing, is not JSON, or is no record."""
+    record = _parse(Path(path))
+    if not isinstance(record, dict):
+        raise DataError(f"{path} is no record of halve, it holds a JSON {type(record).__name__}: name a record file")
+    check_record(record, str(path))
+    return record
+
+
+def read_records(paths: Iterable[str | os.PathLike[str]]) -> list[Record]:
+    """All records in files and folders, in the order given; inside a folder, by path.
+
+    Other JSON files in a folder (a model's config, say) are passed over; a file named itself has to be a record.
+    Raises DataError for one that is malformed, or when there is none at all.
+    """
+    records, places = [], [Path(p) for p in paths]
+    for place in places:
+        if not place.is_dir():
+            records.append(read_record(place))
+            continue
+        for path in sorted(place.rglob("*.json")):
+            held = _parse(path)
+            if isinstance(held, dict) and "halve_version" in held and "kind" in held:
+                check_record(held, str(path))
+                records.append(held)
+    if not records:
+        named = ", ".join(map(str, places)) or "nothing"
+        raise DataError(f"no record found in {named}: make one with halve evaluate or halve benchmark and --json FILE")
+    return records
+
+
+def check_record(record: Mapping[str, Any], source: str) -> None:
+    """Raise DataError unless `record` has every required key with its type."""
+    for key, kind in REQUIRED.items():
+        if key not in record:
+            raise DataError(f'{source} is no record of halve, it lacks "{key}": write it again with --json')
+        if not isinstance(record[key], kind):
+            found = type(record[key]).__name__
+            raise DataError(
+                f'{source} is malformed, "{key}" is a {found}, expected {kind.__name__}: write it again with --json'
+            )
+
+
+def _parse(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: name a record file or a folder with records") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}): name a record file") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}): write it again") from error

@@ -1,0 +1,248 @@
+"""Speed and memory of models at batch 1: prefill and decode apart, against the bandwidth of the machine.
+
+At batch 1 a decode step has to read every weight once, so bytes / bandwidth is the least time it can take; the share
+of that floor a run reaches says how much is left to win on this machine. The protocol is in docs/benchmark.md.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halve.checkpoint.reader import DTYPES, check_device, compute_dtype
+from halve.decode.generate import decode_kernel
+from halve.errors import HalveError
+from halve.kernels.cpu import load_library
+from halve.measure.machine import bandwidth_gb_per_s, describe_device, last_level_cache_bytes
+from halve.measure.records import Record, check_output_path, new_record
+from halve.measure.speed.profiling import profile_run
+from halve.measure.speed.timed_model import SYSTEM1_TOKENS, Placement, Settings, Subject, dtype_name
+from halve.measure.speed.timing import PassTimes, spread, step_floor_ms
+from halve.model.decoder import Model
+from halve.progress import progress
+
+
+def benchmark(
+    model: str | os.PathLike[str],
+    *,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    runs: int = 5,
+    long_prompt_tokens: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    random_weights: bool = False,
+    seed: int = 0,
+    profile_plot: str | os.PathLike[str] | None = None,
+    command: str | None = None,
+) -> Record:
+    """Measure one model, loaded from `model` (a folder or hub id; with `random_weights` a config is enough).
+
+    Returns a record; docs/benchmark.md explains its keys. `dtype` None is the checkpoint's own; `long_prompt_tokens`
+    None is 2,048 unless that would take over five minutes, 0 leaves the long prompt out. `profile_plot` names a PNG for
+    the memory timeline and adds time and memory by operation to the record. Raises HalveError when the tokens do not
+    fit the context, the device is not there, or the backend cannot run a layer.
+    """
+    settings = Settings(prompt_tokens, new_tokens, runs, long_prompt_tokens, seed)
+    placement = Placement(device, dtype, backend, random_weights)
+    plot = None if profile_plot is None else check_output_path(profile_plot)
+    (record,) = benchmark_side_by_side([model], settings, placement, command=command, profile_plot=plot)
+    return record
+
+
+def benchmark_side_by_side(
+    models: Sequence[str | os.PathLike[str]],
+    settings: Settings | None = None,
+    placement: Placement | None = None,
+    *,
+    command: str | None = None,
+    profile_plot: Path | None = None,
+) -> list[Record]:
+    """Measure several models with all of them in memory and their runs taking turns, so that ratios between them hold.
+
+    Returns one record per model; with several, each has its decode speed relative to the first. `profile_plot` needs a
+    single model. Raises HalveError as `benchmark` does.
+    """
+    settings, placement = settings or Settings(), placement or Placement()
+    if profile_plot is not None and len(models) != 1:
+        raise HalveError(f"profiling takes a single model, {len(models)} were given: profile them one by one")
+    check_device(placement.device)
+    subjects = [Subject.open(model, settings, placement) for model in models]
+    command = command or _command([subject.name for subject in subjects], settings, placement)
+    return measure_subjects(subjects, settings, placement, command, profile_plot)
+
+
+def measure_subjects(
+    subjects: Sequence[Subject],
+    settings: Settings,
+    placement: Placement,
+    command: str,
+    profile_plot: Path | None = None,
+) -> list[Record]:
+    """Load, warm up and time subjects in turn; one record each. For `benchmark_side_by_side`, and scripts that make models."""
+    with progress("benchmark", len(subjects) * (2 + settings.runs) + 2) as advance:
+        for subject in subjects:
+            subject.load(settings, placement)
+            advance(1)
+        bandwidth = bandwidth_gb_per_s(placement.device)
+        advance(1)
+        for subject in subjects:
+            subject.warm_up(settings)
+            advance(1)
+        for _ in range(settings.runs):
+            for subject in subjects:
+                subject.measure(settings)
+                advance(1)
+        # measured before and after, best taken: another program may have been at the memory bus for one of them
+        bandwidth = max(bandwidth, bandwidth_gb_per_s(placement.device))
+        advance(1)
+    records = [make_record(subject, settings, placement, bandwidth, command) for subject in subjects]
+    if profile_plot is not None:
+        records[0]["profile"] = profile_run(
+            subjects[0].model, settings.prompt_tokens, settings.new_tokens, settings.seed, profile_plot
+        )
+    if len(records) > 1:
+        _add_ratios(records)
+    return records
+
+
+def make_record(subject: Subject, settings: Settings, placement: Placement, bandwidth: float, command: str) -> Record:
+    """The record of a measured subject; `bandwidth` in GB/s, measured in the same run."""
+    model, checkpoint = subject.model, subject.checkpoint
+    figures = {
+        prompt_tokens: _speed(model, prompt_tokens, settings.new_tokens, times, bandwidth)
+        for prompt_tokens, times in subject.passes.items()
+    }
+    return new_record(
+        "benchmark",
+        subject.name,
+        command=command,
+        recipe=[] if placement.random_weights else checkpoint.manifest.get("recipe", []),
+        device=placement.device,
+        device_name=describe_device(placement.device),
+        dtype=dtype_name(compute_dtype(checkpoint, placement.dtype)),
+        backend=placement.backend,
+        kernels=dict(Counter(str(linear.kernel) for _, linear in model.linears())),
+        decode_kernel=decode_kernel(model),
+        random_weights=placement.random_weights,
+        batch=1,
+        **(asdict(settings) | {"long_prompt_tokens": settings.long} | figures[settings.prompt_tokens]),
+        long_prompt=None if settings.long == settings.prompt_tokens else figures.get(settings.long),
+        system1=_system1(subject),
+        weight_bytes=model.weight_bytes(),
+        step_weight_bytes=model.step_bytes(),
+        **_memory_figures(subject),
+        bandwidth_gb_per_s=bandwidth,
+        bandwidth_kind="copy, reads and writes counted" if placement.device.startswith("cuda") else "read",
+        notes=_notes(subject, placement),
+        not_measured=subject.not_measured,
+    )
+
+
+def _speed(
+    model: Model, prompt_tokens: int, new_tokens: int, times: list[PassTimes], bandwidth: float
+) -> dict[str, Any]:
+    """Figures of one prompt length: medians over the runs, decode percentiles over the steps of all runs."""
+    ttft_p10, ttft, ttft_p90 = spread([t.ttft_ms for t in times])
+    step_p10, step, step_p90 = spread([ms for t in times for ms in t.steps_ms])
+    _, decode_rate, _ = spread([1e3 * len(t.steps_ms) / sum(t.steps_ms) for t in times])
+    floor = step_floor_ms(model, prompt_tokens, new_tokens, bandwidth)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "ttft_ms": ttft,
+        "ttft_ms_p10": ttft_p10,
+        "ttft_ms_p90": ttft_p90,
+        "prefill_tokens_per_s": 1e3 * prompt_tokens / ttft,
+        "decode_ms_median": step,
+        "decode_ms_p10": step_p10,
+        "decode_ms_p90": step_p90,
+        "decode_tokens_per_s": decode_rate,
+        "floor_ms": floor,
+        "floor_share": floor / step,
+    }
+
+
+def _system1(subject: Subject) -> dict[str, float] | None:
+    """System 1's two figures: the latency of one token, and tokens/s = 100 / (t(101) - t(1))."""
+    if not subject.first_token_ms:
+        return None
+    low, first, high = spread(subject.first_token_ms)
+    rates = [
+        1e3 * (SYSTEM1_TOKENS - 1) / (many - one)
+        for one, many in zip(subject.first_token_ms, subject.many_tokens_ms, strict=True)
+    ]
+    return {
+        "latency_ms": first,
+        "latency_ms_p10": low,
+        "latency_ms_p90": high,
+        "tokens_per_s": spread(rates)[1],
+    }
+
+
+def _memory_figures(subject: Subject) -> dict[str, int | None]:
+    names = {
+        "peak_memory_bytes": "peak",
+        "peak_memory_loading_bytes": "peak_loading",
+        "peak_memory_running_bytes": "peak_running",
+        "peak_memory_reserved_bytes": "peak_reserved",
+        "loaded_memory_bytes": "loaded",
+        "baseline_memory_bytes": "baseline",
+    }
+    held = subject.memory
+    figures = {key: held.get(name) for key, name in names.items() if name in held or name == "peak"}
+    if "peak" in held and "baseline" in held:
+        figures["peak_memory_above_baseline_bytes"] = held["peak"] - held["baseline"]
+    return figures
+
+
+def _notes(subject: Subject, placement: Placement) -> list[str]:
+    """What a reader of the figures has to know."""
+    model = subject.model
+    notes = ["decode percentiles are over the steps of all runs, prefill percentiles over the runs"]
+    if placement.random_weights and subject.checkpoint.raw.get("quantization_config"):
+        notes.append("random weights are dense: the config's quantization is not applied")
+    if placement.device.startswith("cuda"):
+        notes.append("peak memory is the allocator's; it includes loading")
+        return notes
+    if "peak" in subject.memory:
+        notes.append("peak memory is the resident memory of a separate process, Python and PyTorch included")
+    if isinstance(reason := load_library(), str):
+        notes.append(f"PyTorch's own operations ran: {reason}")
+    cache = last_level_cache_bytes()
+    if model.step_bytes() < cache:
+        notes.append(
+            f"a step reads {model.step_bytes()} bytes, which fit in the last-level cache ({cache} bytes): "
+            f"the floor from memory bandwidth does not bind this model"
+        )
+    return notes
+
+
+def _command(names: list[str], settings: Settings, placement: Placement) -> str:
+    """The command line that measures the same again."""
+    words = ["halve", "benchmark", *names]
+    words += ["--prompt-tokens", str(settings.prompt_tokens), "--new-tokens", str(settings.new_tokens)]
+    words += [] if settings.runs == Settings().runs else ["--runs", str(settings.runs)]
+    words += [] if settings.long_prompt_tokens is None else ["--long-prompt-tokens", str(settings.long)]
+    words += ["--device", placement.device]
+    options = {dtype: option for option, dtype in DTYPES.items()}
+    words += ["--dtype", options[placement.dtype]] if placement.dtype in options else []
+    words += [] if placement.backend == "auto" else ["--backend", placement.backend]
+    words += ["--random-weights"] if placement.random_weights else []
+    return shlex.join(words)
+
+
+def _add_ratios(records: list[Record]) -> None:
+    first = records[0]["decode_ms_median"]
+    for record in records:
+        record["side_by_side"] = {
+            "models": [r["model"] for r in records],
+            "decode_speed_to_first": first / record["decode_ms_median"],
+        }

@@ -1,0 +1,379 @@
+"""One decoder for every family and every width: compression, evaluation and generation all run it.
+
+Shape legend: B batch, T tokens of this pass, S cache slots, D hidden size, H query heads, K key/value heads,
+h head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from halve.model.linear import Linear
+from halve.model.rotary import RopeConfig, Rotary
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Widths of one layer; 0 heads means no attention sublayer, 0 intermediate size no MLP."""
+
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    sliding_window: int | None = None  # a query sees itself and the window - 1 tokens before it
+
+    @property
+    def has_attention(self) -> bool:
+        return self.num_heads > 0
+
+    @property
+    def has_mlp(self) -> bool:
+        return self.intermediate_size > 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that changes the maths, independent of how a family names it."""
+
+    vocab_size: int
+    hidden_size: int
+    head_dim: int
+    max_positions: int
+    layers: tuple[LayerConfig, ...]
+    norm_eps: float
+    activation: str
+    tied: bool
+    rope: RopeConfig | None = None  # None: learned positions
+    position_offset: int = 0  # learned positions: rows of the table before position 0
+    norm: str = "rms"  # or "layer" (with bias)
+    norm_affine: bool = True
+    norm_first: bool = True  # False: normalise after the residual sum (OPT-350m)
+    final_norm: bool = True
+    gated: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    embed_size: int = 0  # 0: hidden_size; otherwise projected in and out (OPT-350m)
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm over the last dimension."""
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str, size: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps, self.kind, self.shape = weight, bias, eps, kind, (size,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "rms":
+            return functional.rms_norm(x, self.shape, self.weight, self.eps)
+        return functional.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one pair of [B, K, S, h] buffers per layer with attention.
+
+    `lengths` is the number of live slots: an int when all rows agree, an int64 tensor [B] when they differ.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.batch, self.capacity = batch, capacity
+        self.lengths: int | Tensor = 0
+        self.layers: list[tuple[Tensor, Tensor] | None] = []
+        for layer in config.layers:
+            shape = (batch, layer.num_kv_heads, capacity, config.head_dim)
+            pair = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+            self.layers.append(pair if layer.has_attention else None)
+
+    def expand(self, batch: int, extra: int) -> KVCache:
+        """A copy of a one-row cache for `batch` continuations of up to `extra` tokens each."""
+        assert isinstance(self.lengths, int)
+        live, grown = self.lengths, object.__new__(KVCache)
+        grown.batch, grown.capacity, grown.lengths, grown.layers = batch, live + extra, live, []
+        for pair in self.layers:
+            if pair is None:
+                grown.layers.append(None)
+                continue
+            keys, values = (t[:, :, :live].expand(batch, -1, -1, -1) for t in pair)
+            grown.layers.append((functional.pad(keys, (0, 0, 0, extra)), functional.pad(values, (0, 0, 0, extra))))
+        return grown
+
+    @property
+    def nbytes(self) -> int:
+        return sum(k.nbytes + v.nbytes for k, v in (pair for pair in self.layers if pair is not None))
+
+
+class Span:
+    """Where the T tokens of one pass stand: positions, rotary tables, masks. Shared by all layers."""
+
+    def __init__(
+        self,
+        rotary: Rotary | None,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        cache: KVCache | None = None,
+    ) -> None:
+        self.tokens, self.cache, self.device = tokens, cache, device
+        start = 0 if cache is None else cache.lengths
+        self.start = start
+        self.first = start if isinstance(start, int) else int(start.min())
+        self.end = (start if isinstance(start, int) else int(start.max())) + tokens
+        steps = torch.arange(tokens, device=device)
+        self.positions = steps + start if isinstance(start, int) else steps + start.unsqueeze(1)  # [T] or [B, T]
+        self.cos = self.sin = None
+        if rotary is not None:
+            cos, sin = rotary.tables(self.end, dtype)
+            self.cos, self.sin = cos[self.positions].unsqueeze(-3), sin[self.positions].unsqueeze(-3)
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def rotate(self, x_BHTh: Tensor) -> Tensor:
+        """Rotary embedding in the half-split form of the Hugging Face checkpoints."""
+        assert self.cos is not None and self.sin is not None
+        low, high = x_BHTh.chunk(2, dim=-1)
+        return x_BHTh * self.cos + torch.cat((-high, low), dim=-1) * self.sin
+
+    def plain_causal(self, window: int | None) -> bool:
+        """True when the mask is the square causal one."""
+        return self.end == self.tokens and isinstance(self.start, int) and (window is None or self.tokens <= window)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """Boolean mask [T, S] or [B, 1, T, S] over the live slots; None when every query sees all of them."""
+        if window not in self._masks:
+            one_row = self.tokens == 1 and isinstance(self.start, int)
+            if one_row and (window is None or self.end <= window):
+                self._masks[window] = None
+            else:
+                slots, query = torch.arange(self.end, device=self.device), self.positions.unsqueeze(-1)
+                seen = slots <= query
+                if window is not None:
+                    seen &= slots > query - window
+                self._masks[window] = seen if seen.dim() == 2 else seen.unsqueeze(1)
+        return self._masks[window]
+
+
+class Block(nn.Module):
+    """One layer. Absent sublayers are None; q/k/v and gate/up may be merged into one matmul (`merge_siblings`)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: LayerConfig,
+        index: int,
+        linears: dict[str, Linear],
+        norms: dict[str, Norm],
+    ) -> None:
+        super().__init__()
+        self.config, self.layer, self.index = config, layer, index
+        self.linears = nn.ModuleDict(linears)
+        self.norms = nn.ModuleDict(norms)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x_BTD: Tensor, span: Span) -> Tensor:
+        if self.layer.has_attention:
+            x_BTD = self._residual(x_BTD, "attn_norm", lambda x: self._attention(x, span))
+        if self.layer.has_mlp:
+            x_BTD = self._residual(x_BTD, "mlp_norm", self._mlp)
+        return x_BTD
+
+    def _residual(self, x: Tensor, norm: str, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.config.norm_first:
+            return x + sublayer(self.norms[norm](x))
+        return self.norms[norm](x + sublayer(x))
+
+    def stage_roles(self) -> list[tuple[str, ...]]:
+        """The linears that read one input, in the order they run (siblings not merged)."""
+        attention = [("q_proj", "k_proj", "v_proj"), ("o_proj",)]
+        mlp = [("gate_proj", "up_proj") if self.config.gated else ("up_proj",), ("down_proj",)]
+        return attention * self.layer.has_attention + mlp * self.layer.has_mlp
+
+    def stages(self, x_BTD: Tensor, span: Span) -> Generator[Tensor, None, Tensor]:
+        """`forward`, halting before each of `stage_roles` to yield their input; a linear replaced then is what runs."""
+        for norm, present in (("attn_norm", self.layer.has_attention), ("mlp_norm", self.layer.has_mlp)):
+            if not present:
+                continue
+            x = self.norms[norm](x_BTD) if self.config.norm_first else x_BTD
+            yield x
+            x = self._heads(x, span) if norm == "attn_norm" else self._hidden(x)
+            yield x
+            x = x_BTD + self.linears["o_proj" if norm == "attn_norm" else "down_proj"](x)
+            x_BTD = x if self.config.norm_first else self.norms[norm](x)
+        return x_BTD
+
+    def _attention(self, x: Tensor, span: Span) -> Tensor:
+        return self.linears["o_proj"](self._heads(x, span))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.linears["down_proj"](self._hidden(x))
+
+    def _heads(self, x: Tensor, span: Span) -> Tensor:
+        layer, size = self.layer, self.config.head_dim
+        batch, tokens, _ = x.shape
+        if "qkv_proj" in self.linears:
+            widths = [layer.num_heads * size, layer.num_kv_heads * size, layer.num_kv_heads * size]
+            q, k, v = self.linears["qkv_proj"](x).split(widths, dim=-1)
+        else:
+            q, k, v = (self.linears[name](x) for name in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = (t.view(batch, tokens, -1, size).transpose(1, 2) for t in (q, k, v))
+        if self.config.qk_norm:
+            q, k = self.norms["q_norm"](q), self.norms["k_norm"](k)
+        if span.cos is not None:
+            q, k = span.rotate(q), span.rotate(k)
+        if span.cache is not None:
+            k, v = _store(span, self.index, k, v)
+        y = attend(q, k, v, span, layer.sliding_window)
+        return y.transpose(1, 2).reshape(batch, tokens, -1)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        if "gate_up_proj" in self.linears:
+            gate, up = self.linears["gate_up_proj"](x).chunk(2, dim=-1)
+            return self.activation(gate).mul_(up)
+        if self.config.gated:
+            return self.activation(self.linears["gate_proj"](x)).mul_(self.linears["up_proj"](x))
+        return self.activation(self.linears["up_proj"](x))
+
+    @property
+    def nbytes(self) -> int:
+        norms = [n for n in self.norms.values() if isinstance(n, Norm)]
+        total = sum(t.nbytes for n in norms for t in (n.weight, n.bias) if t is not None)
+        return total + sum(linear.nbytes for linear in self.linears.values() if isinstance(linear, Linear))
+
+
+def _store(span: Span, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Write this pass's keys and values [B, K, T, h] into the cache; returns all live ones."""
+    assert span.cache is not None
+    pair = span.cache.layers[index]
+    assert pair is not None and span.end <= span.cache.capacity, (span.end, span.cache.capacity)
+    for held, new in zip(pair, (k, v), strict=True):
+        if isinstance(span.start, int):
+            held[:, :, span.start : span.end] = new
+        else:
+            rows = torch.arange(new.shape[0], device=new.device).unsqueeze(1)
+            held[rows, :, span.positions] = new.transpose(1, 2)
+    return pair[0][:, :, : span.end], pair[1][:, :, : span.end]
+
+
+def attend(q_BHTh: Tensor, k_BKSh: Tensor, v_BKSh: Tensor, span: Span, window: int | None) -> Tensor:
+    """Grouped-query causal attention -> [B, H, T, h]."""
+    batch, heads, tokens, size = q_BHTh.shape
+    groups = k_BKSh.shape[1]
+    if tokens == 1:
+        # one query: its heads that share keys become rows of one product, so keys are never repeated
+        mask = span.mask(window)
+        q = q_BHTh.reshape(batch, groups, heads // groups, size)
+        return functional.scaled_dot_product_attention(q, k_BKSh, v_BKSh, attn_mask=mask).view(q_BHTh.shape)
+    causal = span.plain_causal(window)
+    mask = None if causal else span.mask(window)
+    return functional.scaled_dot_product_attention(
+        q_BHTh, k_BKSh, v_BKSh, attn_mask=mask, is_causal=causal, enable_gqa=heads != groups
+    )
+
+
+class Model(nn.Module):
+    """Embedding, blocks, final norm, head. Built by `halve.load_model`; holds no gradient."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embed: Tensor,
+        blocks: list[Block],
+        final_norm: Norm | None,
+        head: Linear,
+        positions: Tensor | None = None,
+        project_in: Linear | None = None,
+        project_out: Linear | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.embed, self.positions = config, embed, positions
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm, self.head = final_norm, head
+        self.project_in, self.project_out = project_in, project_out
+        self.rotary = make_rotary(config, embed.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.device
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `capacity` tokens."""
+        return KVCache(self.config, batch, capacity, self.dtype, self.device)
+
+    def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the head reads, [B, T, embed size]. With a cache, tokens continue it and its lengths grow by T."""
+        span = Span(self.rotary, tokens_BT.shape[1], self.dtype, self.device, cache)
+        x = embed_tokens(self.config, tokens_BT, span, self.embed, self.positions, self.project_in)
+        for block in self.blocks:
+            x = block(x, span)
+        if cache is not None:
+            cache.lengths = cache.lengths + tokens_BT.shape[1]
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return x if self.project_out is None else self.project_out(x)
+
+    def forward(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits [B, T, V] in the model's dtype."""
+        return self.head(self.hidden(tokens_BT, cache))
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """(role path, layer) of every linear, the head last."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for role, linear in block.linears.items():
+                assert isinstance(linear, Linear)
+                yield f"layers.{block.index}.{role}", linear
+        yield "lm_head", self.head
+
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors; a tied head counts once."""
+        tensors = [self.embed, self.positions]
+        if self.final_norm is not None:
+            tensors += [self.final_norm.weight, self.final_norm.bias]
+        total = sum(t.nbytes for t in tensors if t is not None)
+        total += sum(b.nbytes for b in self.blocks if isinstance(b, Block))
+        total += sum(p.nbytes for p in (self.project_in, self.project_out) if p is not None)
+        return total if self.head.weight is self.embed else total + self.head.nbytes
+
+    def step_bytes(self) -> int:
+        """Bytes one decode step has to read: all weights, of the embedding and position tables one row each."""
+        tied = self.head.weight is self.embed
+        total = self.weight_bytes() - (0 if tied else self.embed.nbytes) + self.embed[0].nbytes
+        return total if self.positions is None else total - self.positions.nbytes + self.positions[0].nbytes
+
+
+def make_rotary(config: ModelConfig, device: torch.device | str) -> Rotary | None:
+    """The rotary tables of a model, None when it has learned positions."""
+    return None if config.rope is None else Rotary(config.rope, config.head_dim, config.max_positions, device)
+
+
+def embed_tokens(
+    config: ModelConfig,
+    tokens_BT: Tensor,
+    span: Span,
+    embed: Tensor,
+    positions: Tensor | None,
+    project_in: Linear | None,
+) -> Tensor:
+    """Input of the first block, [B, T, D]."""
+    x = functional.embedding(tokens_BT, embed)
+    if project_in is not None:
+        x = project_in(x)
+    return x if positions is None else x + functional.embedding(span.positions + config.position_offset, positions)

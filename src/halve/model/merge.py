@@ -1,0 +1,71 @@
+"""Linears that read the same input, merged into one matmul when a model is loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from halve.model.decoder import Block
+from halve.model.linear import Linear
+from halve.quantization import QuantizedWeight
+
+SIBLINGS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def siblings(role: str) -> tuple[str, ...]:
+    """The linears that read what `role` reads, itself included."""
+    return next((names for names in SIBLINGS.values() if role in names), (role,))
+
+
+def merge_siblings(block: Block) -> None:
+    """Replace linears that read the same input by one, when scheme and kept inputs agree and all outputs are kept."""
+    for merged, names in SIBLINGS.items():
+        parts = [block.linears[n] for n in names if n in block.linears]
+        if len(parts) == len(names) and _mergeable(parts):
+            block.linears[merged] = _concatenate(parts)
+            for name in names:
+                del block.linears[name]
+
+
+def _mergeable(parts: list[nn.Module]) -> bool:
+    first = parts[0]
+    assert isinstance(first, Linear)
+    for part in parts:
+        assert isinstance(part, Linear)
+        if part.output_index is not None or (part.bias is None) != (first.bias is None):
+            return False
+        if not _same(part.input_index, first.input_index):
+            return False
+        if not _same_scheme(part.weight, first.weight):
+            return False
+    return True
+
+
+def _same_scheme(a: Tensor | QuantizedWeight, b: Tensor | QuantizedWeight) -> bool:
+    if isinstance(a, QuantizedWeight) and isinstance(b, QuantizedWeight):
+        return a.spec == b.spec and _same(a.group_index, b.group_index)
+    return type(a) is type(b)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
+
+
+def _concatenate(parts: list[nn.Module]) -> Linear:
+    linears = [p for p in parts if isinstance(p, Linear)]
+    first = linears[0]
+    if isinstance(first.weight, QuantizedWeight):
+        weights = [p.weight for p in linears if isinstance(p.weight, QuantizedWeight)]
+        zeros = [w.zero for w in weights if w.zero is not None]
+        weight = QuantizedWeight(
+            torch.cat([w.packed for w in weights]),
+            torch.cat([w.scale for w in weights]),
+            torch.cat(zeros) if zeros else None,
+            first.weight.spec,
+            first.weight.in_features,
+            first.weight.group_index,
+        )
+    else:
+        weight = torch.cat([p.weight for p in linears if isinstance(p.weight, Tensor)])
+    biases = [p.bias for p in linears if p.bias is not None]
+    return Linear(weight, torch.cat(biases) if biases else None, first.input_index, in_features=first.in_features)

@@ -1,0 +1,81 @@
+"""What a folder holds that a page can show: records, studies, manifests and measured layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halve.errors import DataError
+from halve.measure.records import Record, check_record
+
+# files of a model folder that are large and hold nothing of interest
+_PASSED_OVER = ("tokenizer", "config.json", "generation_config", "model.safetensors.index", "vocab", "special_tokens")
+
+
+@dataclass
+class Contents:
+    """Everything found below a folder, in the order of the paths; paths are relative to it."""
+
+    records: dict[Path, Record] = field(default_factory=dict)  # of evaluations and benchmarks
+    searches: dict[Path, Record] = field(default_factory=dict)
+    reproductions: dict[Path, Record] = field(default_factory=dict)
+    analyses: dict[Path, dict[str, Any]] = field(default_factory=dict)  # of halve layers
+    manifests: dict[Path, dict[str, Any]] = field(default_factory=dict)  # by model folder
+
+    @property
+    def everything(self) -> dict[Path, Record]:
+        return self.records | self.searches | self.reproductions
+
+    def shown(self) -> dict[Path, Record]:
+        """The records that no search counts among its trials, except the winner's and the dense model's."""
+        hidden: set[Path] = set()
+        for path, search in self.searches.items():
+            best = [held for held in (search.get("winner"), search.get("dense")) if held]
+            hidden |= _named(path, search["trials"]) - _named(path, best)
+        return {path: record for path, record in self.records.items() if path not in hidden}
+
+
+def _named(search: Path, trials: Sequence[dict[str, Any]]) -> set[Path]:
+    """The record files that trials of a search name."""
+    return {search.parent / name for trial in trials for name in trial.get("records", [])}
+
+
+def read_contents(folder: Path) -> Contents:
+    """Read every JSON file below `folder` that halve wrote. Raises DataError when there is none, or one is malformed."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder: name one with records, models, or a study")
+    found = Contents()
+    for path in sorted(folder.rglob("*.json")):
+        place = path.relative_to(folder)
+        unfinished = any(part.endswith(".partial") or part.startswith(".") for part in place.parts[:-1])
+        if unfinished or path.name.startswith(_PASSED_OVER):
+            continue
+        _sort_in(found, place, _read(path), path)
+    if not (found.everything or found.analyses or found.manifests):
+        raise DataError(
+            f"{folder}: holds no record, no model of halve and no study: make records with --json, or name another folder"
+        )
+    return found
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error}): write it again or move it elsewhere") from error
+
+
+def _sort_in(found: Contents, place: Path, held: Any, path: Path) -> None:
+    if not isinstance(held, dict):
+        return
+    if path.name == "halve.json" and isinstance(held.get("steps"), list):
+        found.manifests[place.parent] = held
+    elif path.name == "layers.json" and "best_first_layer" in held:
+        found.analyses[place] = held
+    elif "kind" in held and "halve_version" in held:
+        check_record(held, str(path))
+        kinds = {"search": found.searches, "reproduction": found.reproductions}
+        kinds.get(held["kind"], found.records)[place] = held

@@ -1,0 +1,75 @@
+"""One self-contained HTML page about everything halve left in a folder. START HERE: `write_page`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from halve._version import __version__
+from halve.files import write_text
+from halve.measure.records import check_output_path
+from halve.report import models, studies
+from halve.report.blocks import Section
+from halve.report.contents import Contents, read_contents
+
+FILE = "report.html"
+_HERE = Path(__file__).parent
+_SECTIONS = (
+    studies.searches,
+    studies.reproductions,
+    models.results,
+    models.distances,
+    models.errors,
+    models.recipes,
+    models.machines,
+    models.provenance,
+)
+
+
+def write_page(folder: str | Path, out: str | Path | None = None, *, title: str | None = None) -> Path:
+    """Write a page about the records, models and studies below `folder` to `out` (default: `folder`/report.html).
+
+    Nothing is loaded from anywhere: style and plots (SVG) are inside. Returns the path. Raises DataError when the folder
+    holds nothing to show, OutputError when the page cannot be written.
+    """
+    folder = Path(folder)
+    contents = read_contents(folder)
+    target = check_output_path(folder / FILE if out is None else out)
+    write_text(target, render(contents, title or folder.resolve().name))
+    return target
+
+
+def render(contents: Contents, title: str) -> str:
+    """The page's HTML; everything that comes from a file is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=False
+    )
+    # lists of options are long words: they may break behind a comma
+    environment.filters["breakable"] = lambda text: Markup(str(escape(text)).replace(",", ",<wbr>"))
+    sections = [section for section in (make(contents) for make in _SECTIONS) if section.blocks]
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        lead=_lead(contents, sections),
+        sections=sections,
+        style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
+        version=__version__,
+    )
+
+
+def _lead(contents: Contents, sections: list[Section]) -> str:
+    """How much the page is about, and when it was measured."""
+    counts = {
+        "record": len(contents.everything),
+        "compressed model": len(contents.manifests),
+        "search": len(contents.searches),
+    }
+    parts = [_count(count, noun) for noun, count in counts.items() if count]
+    days = sorted(str(r["date"])[:10] for r in contents.everything.values() if r.get("date"))
+    when = "" if not days else f", measured on {days[0]}" if days[0] == days[-1] else f", {days[0]} to {days[-1]}"
+    return ", ".join(parts or ["measured layers"]) + when
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}es" if noun.endswith("ch") else f"{count} {noun}s"

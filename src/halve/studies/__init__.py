@@ -1,0 +1,1 @@
+"""Many models made and measured to answer one question: search, published tables, layers."""

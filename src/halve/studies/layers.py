@@ -1,0 +1,173 @@
+"""Which layers of a model do little: every distance of its residual stream, as tables and as a plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from halve.checkpoint.reader import check_device, open_checkpoint
+from halve.checkpoint.tokenizer import load_tokenizer
+from halve.compression.distances import LayerTurns, best_start, measure_every_run
+from halve.compression.walk import Walk
+from halve.compression.windows import make_windows
+from halve.errors import OutputError
+from halve.files import write_text
+from halve.texts import read_documents
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FILES = ("distances.csv", "sublayers.csv", "layers.json", "layers.png")
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """What `analyse_layers` measured. `last_token` and `all_tokens` float64 [P, P]: d(start, end) between the points
+    of the stream before layer `start` and before layer `end` (P = layers + 1)."""
+
+    model: str
+    turns: LayerTurns
+    last_token: Tensor
+    all_tokens: Tensor
+    origin: dict[str, object]
+
+    @property
+    def layers(self) -> int:
+        return self.last_token.shape[0] - 1
+
+    def best(self) -> dict[int, int]:
+        """For every count of layers the first of the run that the last token's distance says to drop."""
+        return {count: best_start(self.last_token, count) for count in range(1, self.layers)}
+
+    def distances_csv(self) -> str:
+        """start, count, last_token, all_tokens: one row for every run of layers."""
+        rows = []
+        for count in range(1, self.layers + 1):
+            for start in range(self.layers - count + 1):
+                pair = start, start + count
+                rows.append([start, count, f"{self.last_token[pair]:.8g}", f"{self.all_tokens[pair]:.8g}"])
+        return _csv(["start", "count", "last_token", "all_tokens"], rows)
+
+    def sublayers_csv(self) -> str:
+        """layer, part (attention, mlp, or layer for both), last_token, all_tokens, influence."""
+        rows = []
+        for index, whole in enumerate(self.turns.layers):
+            parts = {kind: turns[index] for kind, turns in self.turns.sublayers.items() if index in turns}
+            for part, turn in {**parts, "layer": whole}.items():
+                rows.append([index, part, *(f"{v:.8g}" for v in (turn.last_token, turn.all_tokens, turn.influence))])
+        return _csv(["layer", "part", "last_token", "all_tokens", "influence"], rows)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, with the unit in words."""
+        return {
+            "model": self.model,
+            "distance": "arccos(cosine) / pi, mean over windows; float32",
+            "data": self.origin,
+            "layers": [asdict(turn) for turn in self.turns.layers],
+            "sublayers": {
+                kind: {str(layer): asdict(turn) for layer, turn in turns.items()}
+                for kind, turns in self.turns.sublayers.items()
+            },
+            "best_first_layer": {str(count): start for count, start in self.best().items()},
+            "last_token": self.last_token.tolist(),
+            "all_tokens": self.all_tokens.tolist(),
+        }
+
+
+def analyse_layers(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    samples: int = 32,
+    window: int = 2048,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    mark: int | None = None,
+) -> LayerAnalysis:
+    """Measure the distance of every run of layers and of every sublayer on `data`; write FILES into the folder `out`.
+
+    The whole model is in memory, in `dtype`. `mark`: a count of layers whose best run the plot points out. Raises
+    HalveError subclasses for a model, data or folder that cannot be used, before any weight is read.
+    """
+    check_device(device)
+    checkpoint, folder = open_checkpoint(model), Path(out)
+    layers = len(checkpoint.config.layers)
+    if mark is not None and not 1 <= mark < layers:
+        raise OutputError(f"mark={mark}: the model has {layers} layers: use 1 to {layers - 1}")
+    length = min(window, checkpoint.config.max_positions)
+    calibration = make_windows(read_documents(data), load_tokenizer(model), samples, length, seed, str(data))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error.strerror or error}): choose another place") from error
+
+    turns, all_tokens = measure_every_run(Walk(checkpoint, calibration, dtype, dtype, device))
+    found = LayerAnalysis(str(model), turns, turns.pairs, all_tokens, calibration.origin)
+    write_text(folder / "distances.csv", found.distances_csv())
+    write_text(folder / "sublayers.csv", found.sublayers_csv())
+    write_text(folder / "layers.json", json.dumps(found.as_json(), indent=2) + "\n")
+    _plot(found, folder / "layers.png", mark)
+    return found
+
+
+def _csv(header: list[str], rows: list[list[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
+
+
+def _plot(found: LayerAnalysis, path: Path, mark: int | None) -> None:
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _plot_runs(left, found, mark)
+    for kind, turns in found.turns.sublayers.items():
+        right.plot(list(turns), [turn.last_token for turn in turns.values()], marker="o", label=kind)
+    right.set(xlabel="layer", ylabel="angular distance", title="each sublayer alone (last token)", ylim=(0, None))
+    right.legend()
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(f"{Path(found.model).name}: what layers do to the residual stream")
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise OutputError(f"{path}: could not be written ({error.strerror or error})") from error
+
+
+def _plot_runs(axes: Axes, found: LayerAnalysis, mark: int | None) -> None:
+    """Distance by first layer, one line for each count of layers, a dot on the best run of each."""
+    import matplotlib
+
+    colours, best = matplotlib.colormaps["viridis"], found.best()
+    for count, start in best.items():
+        colour = colours((count - 1) / max(1, found.layers - 2))
+        starts = range(found.layers - count + 1)
+        line = [float(found.last_token[first, first + count]) for first in starts]
+        bold = mark == count
+        label = f"n = {count}" if count in (1, found.layers - 1) or bold or found.layers <= 12 else None
+        axes.plot(starts, line, color="red" if bold else colour, linewidth=2.5 if bold else 1, label=label)
+        axes.plot([start], [line[start]], marker="o", color="red" if bold else colour)
+        if bold:
+            axes.annotate(
+                f"layers {start}..{start + count - 1}",
+                (start, line[start]),
+                (0, -16),
+                textcoords="offset points",
+                ha="center",
+            )
+    axes.set(
+        xlabel="first layer of the run", ylabel="angular distance", title="runs of n layers (last token; dot: the best)"
+    )
+    axes.set_ylim(0, None)
+    axes.legend(fontsize="small")

@@ -1,0 +1,197 @@
+"""Measuring one point of a search: compress, reload, examine, time; everything is kept on disk as it is finished."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from halve.checkpoint.reader import load_model, open_checkpoint
+from halve.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from halve.compression.compress import Request, compress, plan_recipe
+from halve.compression.methods import Method
+from halve.measure.quality import multiple_choice
+from halve.measure.quality.race import QuestionSet
+from halve.measure.records import Record, new_record, read_record, write_record
+from halve.measure.speed.benchmark import benchmark
+from halve.measure.speed.timed_model import dtype_name
+from halve.studies.search.vary import Point, Varied, apply, label
+
+OBJECTIVES = {"bytes": "weight_bytes", "decode_ms": "decode_ms_median", "peak_memory": "peak_memory_bytes"}
+TRIALS, PREFIX = "trials", "prefix"
+
+
+@cache
+def _tokenizer(model: str) -> Tokenizer:
+    return load_tokenizer(model)
+
+
+@dataclass(frozen=True)
+class Calibrating:
+    """How every step that needs text is calibrated, and where things run."""
+
+    calibration: str
+    samples: int
+    window: int
+    seed: int
+    device: str
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One search's way of measuring models, below the folder `out`."""
+
+    model: str
+    name: str  # of the model, in records
+    out: Path
+    steps: list[Method]
+    varied: list[Varied]
+    objective: str
+    how: multiple_choice.Settings
+    calibrating: Calibrating
+    keep: bool
+    command: str | None
+    timing: tuple[int, int]  # prompt and new tokens of a benchmark
+
+    @property
+    def shared_steps(self) -> int:
+        """How many steps come before the first varied one: the same in every trial, run once."""
+        return min(one.step for one in self.varied)
+
+    def recipe(self, point: Point) -> list[Method]:
+        return apply(self.steps, self.varied, point)
+
+    def planned_bytes(self, point: Point) -> int:
+        """Bytes of the result, from shapes alone. Raises RecipeError when the recipe does not fit the model."""
+        c = self.calibrating
+        request = Request(
+            self.model, self.out / "plan", self.recipe(point), c.calibration, c.samples, c.window, dtype=c.dtype
+        )
+        return plan_recipe(request).bytes_after
+
+    def measure(self, point: Point, questions: QuestionSet) -> dict[str, Any]:
+        """Figures of one point, from its records where they are there already."""
+        name, folder = label(self.varied, point), self.out / TRIALS / label(self.varied, point)
+        with self.alone(folder):
+            made = self._made(folder, point)
+            records = self._examine(made, folder, f"{self.name} {name}", questions)
+            if not self.keep:
+                shutil.rmtree(folder, ignore_errors=True)
+        return self.figures(records)
+
+    def dense(self, questions: QuestionSet) -> dict[str, Any]:
+        """Figures of the model as it is."""
+        place = self.out / TRIALS / "dense"
+        with self.alone(place):
+            return self.figures(self._examine(lambda: Path(self.model), place, self.name, questions))
+
+    def confirm(self, model: Path | str, path: Path, name: str, questions: QuestionSet) -> Record:
+        """The evaluation record at `path` of all the final questions, made if it is not there or of another model."""
+        if path.exists():
+            held = read_record(path)
+            if held["model"] == name:
+                return held
+        return self._evaluate(model, path, name, questions, replace(self.how, limit=None))
+
+    def _evaluate(
+        self, model: Path | str, path: Path, name: str, questions: QuestionSet, how: multiple_choice.Settings
+    ) -> Record:
+        loaded = load_model(model, dtype=self.calibrating.dtype, device=self.calibrating.device)
+        tokenizer = _tokenizer(self.model)  # every folder holds a copy of the same
+        figures = multiple_choice.run(loaded, tokenizer, questions, how, path.with_suffix(".progress.jsonl"))
+        record = new_record(
+            "evaluation",
+            name,
+            command=self.command,
+            recipe=open_checkpoint(model).manifest.get("recipe", []),
+            device=self.calibrating.device,
+            dtype=dtype_name(loaded.dtype),
+            weight_bytes=loaded.weight_bytes(),
+            **figures,
+        )
+        write_record(path, record)
+        return record
+
+    def figures(self, records: dict[str, Record]) -> dict[str, Any]:
+        """What a trial is judged by, from its records (by file name below `out`)."""
+        evaluation, *speed = records.values()
+        objective = (speed[0] if speed else evaluation)[OBJECTIVES[self.objective]]
+        return {
+            "accuracy": evaluation["accuracy"] or 0.0,
+            "accuracy_ci95": evaluation["accuracy_ci95"] or [0.0, 1.0],
+            "objective": objective,
+            "bytes": evaluation["weight_bytes"],
+            "records": list(records),
+        }
+
+    def alone(self, place: Path) -> AbstractContextManager[Any]:
+        """Keeps two workers off one place; the lock goes with its process."""
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(place.with_name(f".{place.name}.lock"))
+
+    def start(self) -> Path | str:
+        """The model that trials start from: the steps all of them share are run once, into a folder."""
+        if not self.shared_steps:
+            return self.model
+        folder = self.out / PREFIX
+        with self.alone(folder):
+            if not folder.exists():
+                self._compress(self.model, folder, self.steps[: self.shared_steps])
+        return folder
+
+    def build(self, point: Point, folder: Path) -> Path:
+        """The checkpoint of a point, as it stands if it is there: folders appear only when complete."""
+        if not folder.exists():
+            self._compress(self.start(), folder, self.recipe(point)[self.shared_steps :])
+        return folder
+
+    def _made(self, folder: Path, point: Point) -> Callable[[], Path]:
+        return lambda: self.build(point, folder)
+
+    def _examine(self, made: Callable[[], Path], place: Path, name: str, questions: QuestionSet) -> dict[str, Record]:
+        """The records of one model, those on disk read back; the model is made only when one is missing."""
+        evaluation, speed = place.with_name(f"{place.name}.json"), place.with_name(f"{place.name}-speed.json")
+        timed = self.objective != "bytes"
+        complete = evaluation.exists() and (speed.exists() or not timed)
+        model = place if complete else made()
+        if not evaluation.exists():
+            self._evaluate(model, evaluation, name, questions, self.how)
+        records = {evaluation: read_record(evaluation)}
+        if timed and not speed.exists():
+            measured = benchmark(
+                model,
+                device=self.calibrating.device,
+                dtype=self.calibrating.dtype,
+                prompt_tokens=self.timing[0],
+                new_tokens=self.timing[1],
+                long_prompt_tokens=0,
+                seed=self.calibrating.seed,
+                command=self.command,
+            )
+            write_record(speed, measured | {"model": name})
+        if timed:
+            records[speed] = read_record(speed)
+        return {str(path.relative_to(self.out)): record for path, record in records.items()}
+
+    def _compress(self, model: Path | str, folder: Path, steps: Sequence[Method]) -> None:
+        c = self.calibrating
+        compress(
+            model,
+            folder,
+            steps,
+            calibration=c.calibration,
+            samples=c.samples,
+            window=c.window,
+            seed=c.seed,
+            device=c.device,
+            dtype=c.dtype,
+            overwrite=True,  # of an unfinished run of another request; a finished folder is not made again
+        )

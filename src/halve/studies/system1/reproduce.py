@@ -1,0 +1,325 @@
+"""START HERE. The first system's two tables, made again: its own way and the right way, beside what it published.
+
+Models first (each quantized once, pruned from there), then every exam, then all speeds side by side, then ever larger
+fractions until the accuracy falls below the floor. Every finished part is a folder or a record; a rerun skips it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halve.checkpoint.random_model import write_random_model
+from halve.checkpoint.reader import Checkpoint, check_device, load_model, open_checkpoint
+from halve.checkpoint.tokenizer import load_tokenizer
+from halve.compression.compress import Request, compress
+from halve.compression.plan import state_of
+from halve.errors import HalveError, OutputError
+from halve.files import write_json
+from halve.measure.quality.evaluate import prepare
+from halve.measure.quality.multiple_choice import SYSTEM1_QUESTIONS
+from halve.measure.quality.race import HUB_RACE, load_question_set
+from halve.measure.records import Record, checkpoint_recipe, new_record, read_record, write_record
+from halve.measure.speed.benchmark import benchmark_side_by_side
+from halve.measure.speed.timed_model import SYSTEM1_TOKENS, Placement, Settings
+from halve.progress import progress
+from halve.studies.system1 import published, variants
+from halve.studies.system1.needs import Needs, estimate_needs, memory_there
+from halve.studies.system1.variants import OWN, WAYS, Variant, Way
+from halve.texts import read_documents
+
+RECORD = "reproduce.json"
+_REQUEST = "request.json"
+NOT_MEASURED = "the weights are random"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is asked for; another request needs another folder. `data` None: RACE-H's test set from the hub."""
+
+    model: str
+    out: Path
+    data: str | None = None
+    protocol: str = "letter"
+    template: str | None = None
+    own_protocol: str = "system1"  # of its own way; another one for models that cannot answer in letters
+    limit: int | None = None
+    calibration: str = "c4"
+    samples: int = published.SAMPLES
+    floor: float = published.FLOOR
+    fractions: bool = True
+    runs: int = 5
+    random_weights: bool = False
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.floor < 1:
+            raise HalveError(f"floor {self.floor:g}: must lie between 0 and 1, it is an accuracy")
+        if self.samples < 1:
+            raise HalveError(f"samples {self.samples}: must be at least 1")
+
+    @property
+    def name(self) -> str:
+        """What the model is called, without where it lies on this machine."""
+        path = Path(self.model).expanduser()
+        if not path.exists():
+            return self.model
+        return (path.parent if path.is_file() else path).resolve().name
+
+    def exam(self, way: Way) -> dict[str, Any]:
+        """Options of `evaluate` for one way of judging."""
+        how: dict[str, Any] = {"task": "race-h" if self.data is None else "multiple-choice", "data": self.data}
+        if way is OWN:
+            return how | {
+                "protocol": self.own_protocol,
+                "limit": min(self.limit or SYSTEM1_QUESTIONS, SYSTEM1_QUESTIONS),
+            }
+        return how | {"protocol": self.protocol, "template": self.template, "limit": self.limit}
+
+    def settings(self) -> Settings:
+        return Settings(runs=self.runs, long_prompt_tokens=0)
+
+    def request(self) -> Request:
+        """The calibration, and what it is for, as `compress` takes it."""
+        return Request(self.model, self.out, [], self.calibration, self.samples, device=self.device)
+
+    def path(self, *parts: str) -> Path:
+        return self.out.joinpath(*parts)
+
+
+def reproduce_system1(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    on_needs: Callable[[Needs], None] | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Record:
+    """Fill the first system's two tables for `model` (folder, hub id, or a config with `random_weights`) in `out`.
+
+    `options` are the fields of `Study`. `on_needs` hears the estimates before any work. Leaves models/, records/ and
+    reproduce.json, whose record it returns. An interrupted call is continued by the same call. Raises HalveError
+    before any weight is read when memory, disk, data or model cannot do.
+    """
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    study = Study(os.fspath(model), Path(out), **options)
+    checkpoint, needs = check(study)
+    if on_needs is not None:
+        on_needs(needs)
+    needs.check(study.out, study.device)
+    _claim(study, checkpoint, overwrite)
+    record = _Run(study, checkpoint, needs).run()
+    write_record(study.path(RECORD), record)
+    return record
+
+
+def check(study: Study) -> tuple[Checkpoint, Needs]:
+    """Open the model and the data, and estimate what the study takes; reads no weight."""
+    check_device(study.device)
+    checkpoint, timed = open_checkpoint(study.model, study.random_weights), study.settings()
+    context, needed = checkpoint.config.max_positions, timed.prompt_tokens + max(timed.new_tokens, SYSTEM1_TOKENS)
+    if context < needed:
+        raise HalveError(f"{study.name}: a context of {context} is too short, the timings take {needed} tokens")
+    questions = []
+    if not study.random_weights:
+        for way in WAYS:
+            prepare(**study.exam(way))
+        questions = load_question_set(study.data, HUB_RACE).questions[: study.limit]
+        load_tokenizer(study.model)
+        read_documents(study.calibration)
+    return checkpoint, estimate_needs(study.request(), checkpoint, questions, study.fractions, study.random_weights)
+
+
+def _claim(study: Study, checkpoint: Checkpoint, overwrite: bool) -> None:
+    """Make the folder ours: new, or begun by the very same request."""
+    identity = asdict(study) | {"dtype": str(study.dtype), "config": checkpoint.raw}
+    for free in ("out", "floor", "fractions"):  # a folder may move; these two decide only how far the work goes
+        del identity[free]
+    identity["weights"] = [[f.name, f.stat().st_size] for f in sorted(checkpoint.folder.glob("*.safetensors"))]
+    identity, path = json.loads(json.dumps(identity)), study.path(_REQUEST)
+    if path.exists() and json.loads(path.read_text()) == identity:
+        return
+    if study.out.exists() and (not study.out.is_dir() or any(study.out.iterdir())):
+        if not overwrite:
+            raise OutputError(
+                f"{study.out}: holds something else, or was begun with other options: choose another folder with --out, "
+                "or replace it with --overwrite"
+            )
+        shutil.rmtree(study.out)
+    try:
+        study.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{study.out}: cannot be made ({error.strerror}): choose another place") from error
+    write_json(path, identity)
+
+
+@dataclass
+class _Run:
+    """The parts of one study, each skipped when its folder or record is there."""
+
+    study: Study
+    checkpoint: Checkpoint
+    needs: Needs
+    notes: list[str] = field(default_factory=list)
+
+    def run(self) -> Record:
+        study = self.study
+        for part in ("models", "records"):
+            study.path(part).mkdir(exist_ok=True)
+        models, examined = variants.kept(), [] if study.random_weights else list(WAYS)
+        cells = len(published.FRACTIONS) * len(WAYS) if examined and study.fractions else 0
+        with progress("reproduce", len(models) + len(examined) * len(published.MODELS) + 1 + cells) as advance:
+            for variant in models:
+                self.build(variant)
+                advance(1)
+            for row in published.MODELS:
+                for way in examined:
+                    self.examine(variants.of_row(row, way), way)
+                    advance(1)
+            speeds = self.time(models)
+            advance(1)
+            rows = [self.row(row, speeds) for row in published.MODELS]
+            fractions = []
+            for cell in published.FRACTIONS if cells else ():
+                found = {way.key: self.largest(cell, way) for way in WAYS}
+                fractions.append(asdict(cell) | found)
+                advance(len(WAYS))
+        return self.record(rows, fractions, speeds)
+
+    def build(self, variant: Variant) -> Path:
+        """The folder of a model, made unless it is there."""
+        study = self.study
+        if variant == Variant(None):
+            return (
+                write_random_model(self.checkpoint, study.path("models", variant.name))
+                if study.random_weights
+                else (self.checkpoint.folder)
+            )
+        folder = study.path("models", variant.name)
+        if (folder / "halve.json").exists():
+            return folder
+        if variant.fraction:
+            compress(self.build(variant.base), folder, variant.pruner(), device=study.device)
+        else:
+            asked = {"calibration": study.calibration, "samples": study.samples, "device": study.device}
+            compress(self.build(Variant(None)), folder, variant.quantizer(study.random_weights), **asked)
+        return folder
+
+    def examine(self, variant: Variant, way: Way) -> Record:
+        """The record of one exam of one model, reloaded from its folder."""
+        study, path = self.study, self.study.path("records", f"{variant.name}-{way.key}.json")
+        if path.exists():
+            return read_record(path)
+        folder = self.build(variant)
+        run = prepare(**study.exam(way), progress_file=path.with_suffix(".progress.jsonl"))
+        model = load_model(folder, dtype=study.dtype, device=study.device)
+        figures = run(model, load_tokenizer(folder))
+        dtype = str(model.dtype).removeprefix("torch.")
+        recipe = checkpoint_recipe(folder)
+        record = new_record("evaluation", variant.name, recipe=recipe, device=study.device, dtype=dtype, **figures)
+        write_record(path, record)
+        if variant not in variants.kept():
+            shutil.rmtree(folder)
+        return record
+
+    def time(self, models: list[Variant]) -> dict[Variant, Record]:
+        """Speed and memory of every model, side by side where all of them fit into memory."""
+        study = self.study
+        paths = {variant: study.path("records", f"{variant.name}-speed.json") for variant in models}
+        together = self.needs.together_bytes <= memory_there(study.device)
+        if not together:
+            self.notes.append("speeds were measured one model after another: memory does not hold all of them at once")
+        for group in [models] if together else [[variant] for variant in models]:
+            if all(paths[variant].exists() for variant in group):
+                continue
+            folders = [self.build(variant) for variant in group]
+            timed = benchmark_side_by_side(folders, study.settings(), Placement(study.device, study.dtype), command="")
+            for variant, record in zip(group, timed, strict=True):
+                if "side_by_side" in record:
+                    record["side_by_side"]["models"] = [v.name for v in group]
+                record |= {"model": variant.name, "command": new_record("benchmark", "")["command"]}
+                if study.random_weights:
+                    record["random_weights"] = True
+                    record["not_measured"] |= {"accuracy": NOT_MEASURED, "perplexity": NOT_MEASURED}
+                write_record(paths[variant], record)
+        return {variant: read_record(path) for variant, path in paths.items()}
+
+    def row(self, row: published.PublishedModel, speeds: dict[Variant, Record]) -> dict[str, Any]:
+        """One row of the first table: published, its own way, the right way."""
+        found: dict[str, Any] = {"bits": row.bits, "pruned": row.pruned, "published": asdict(row)}
+        for way in WAYS:
+            variant = variants.of_row(row, way)
+            speed = speeds[variant]
+            system1 = speed.get("system1") or {}
+            own = way is OWN
+            figures = {
+                "model": variant.name,
+                "latency_ms": system1.get("latency_ms") if own else speed["ttft_ms"],
+                "tokens_per_s": system1.get("tokens_per_s") if own else speed["decode_tokens_per_s"],
+                "peak_memory_bytes": speed["peak_memory_bytes"],
+                "weight_bytes": speed["weight_bytes"],
+                "floor_share": speed["floor_share"],
+            }
+            found[way.key] = figures | ({} if self.study.random_weights else self.accuracy(variant, way))
+        return found
+
+    def accuracy(self, variant: Variant, way: Way) -> dict[str, Any]:
+        record = self.examine(variant, way)
+        keys = ("accuracy", "accuracy_ci95", "correct", "answered", "questions", "overflow", "cut")
+        return {key: record.get(key) for key in keys}
+
+    def largest(self, cell: published.PublishedFraction, way: Way) -> dict[str, Any]:
+        """The largest fraction tried with the accuracy above the floor; each larger one until the first that fails."""
+        start = variants.of_cell(cell, way)
+        tried = [{"fraction": 0.0} | self.accuracy(start.base, way)]
+        state = state_of(open_checkpoint(self.build(start.base)), 1)
+        for fraction in variants.FRACTIONS:
+            if not self.passes(tried[-1]):
+                break
+            variant = start.with_fraction(fraction)
+            plan = variant.pruner()[0].plan(state)
+            after = plan.after.linears
+            kept = [(s.kept_in, s.kept_out) == (after[k].kept_in, after[k].kept_out) for k, s in state.linears.items()]
+            if not all(kept):  # of few channels a small fraction is none
+                tried.append({"fraction": fraction} | self.accuracy(variant, way))
+        passed = [point["fraction"] for point in tried if self.passes(point)]
+        return {"largest": max(passed, default=None), "tried": tried}
+
+    def passes(self, point: dict[str, Any]) -> bool:
+        return point["accuracy"] is not None and point["accuracy"] > self.study.floor
+
+    def record(self, rows: list[dict[str, Any]], fractions: list[Any], speeds: dict[Variant, Record]) -> Record:
+        study, speed = self.study, next(iter(speeds.values()))
+        missing = {"accuracy": NOT_MEASURED} if study.random_weights else {}
+        if not fractions:
+            missing["fractions"] = NOT_MEASURED if study.random_weights else "not asked for"
+        exams = {} if study.random_weights else {way.key: study.exam(way) for way in WAYS}
+        for exam in exams.values():
+            exam["data"] = None if exam["data"] is None else Path(exam["data"]).name
+        asked = ("floor", "samples", "runs", "random_weights", "device")
+        return new_record(
+            "reproduction",
+            study.name,
+            recipe=[],
+            study="system1",
+            **{key: getattr(study, key) for key in asked},
+            calibration=Path(study.calibration).name,
+            exams=exams,
+            needs=asdict(self.needs),
+            device_name=speed["device_name"],
+            dtype=speed["dtype"],
+            published={"model": published.MODEL, "machine": published.MACHINE, "questions": published.QUESTIONS},
+            **variants.settings_json(),
+            models=rows,
+            fractions=fractions,
+            notes=self.notes,
+            not_measured=missing,
+        )

@@ -1,0 +1,184 @@
+"""Reading GPTQ checkpoints: words written by hand from the format's definition, both versions, orders and whole folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from halve import compress, load_model
+from halve.checkpoint.gptq_format import read_gptq
+from halve.errors import CheckpointError, UnsupportedModelError
+from halve.quantization import QuantSpec
+
+TOKENS = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(7))
+QUANTIZED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def words(values: list[int], bits: int) -> list[int]:
+    """Unsigned codes as one stream of bits, least significant first, in 32-bit words."""
+    stream = sum(value << (bits * position) for position, value in enumerate(values))
+    return [signed(stream >> shift & 0xFFFFFFFF) for shift in range(0, bits * len(values), 32)]
+
+
+def pack_columns(codes_IO: torch.Tensor, bits: int) -> torch.Tensor:
+    """qweight [I*b/32, O]."""
+    return torch.tensor([words(column, bits) for column in codes_IO.t().tolist()], dtype=torch.int32).t().contiguous()
+
+
+def pack_rows(zeros_GO: torch.Tensor, bits: int) -> torch.Tensor:
+    """qzeros [G, O*b/32]."""
+    return torch.tensor([words(row, bits) for row in zeros_GO.tolist()], dtype=torch.int32)
+
+
+def fixture(bits: int, columns: int, rows: int, group: int, version: str, symmetric: bool, shuffle: bool = False):
+    """Tensors of one linear as a GPTQ tool writes them, and the weight [O, I] they stand for, from W = s (q - z)."""
+    generator = torch.Generator().manual_seed(bits)
+    top, groups = 1 << bits, columns // group
+    codes = torch.randint(0, top, (columns, rows), generator=generator)
+    zeros = torch.full((groups, rows), top // 2)
+    if not symmetric:
+        zeros = torch.randint(1, top, (groups, rows), generator=generator)
+    scales = (torch.rand(groups, rows, generator=generator) + 0.5).half()
+    g_idx = torch.arange(columns) // group
+    if shuffle:
+        g_idx = g_idx[torch.randperm(columns, generator=generator)]
+    stored = zeros - 1 if version == "gptq" else zeros
+    tensors = {
+        "qweight": pack_columns(codes, bits),
+        "qzeros": pack_rows(stored, bits),
+        "scales": scales,
+        "g_idx": g_idx.to(torch.int32),
+    }
+    return tensors, (scales.float()[g_idx] * (codes - zeros[g_idx])).t()
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_numbers_are_those_of_the_definition(bits: int, version: str, symmetric: bool, shuffle: bool) -> None:
+    tensors, expected = fixture(bits, 64, 32, 16, version, symmetric, shuffle)
+    weight = read_gptq(*tensors.values(), QuantSpec(bits, 16, symmetric), version)
+    assert torch.equal(weight.dequantize(), expected)
+    assert (weight.group_index is not None) == shuffle  # static groups carry no index
+
+
+def test_words_of_a_symmetric_weight_by_hand() -> None:
+    """Inputs 0..7 carry codes 8..15 and zero 8 (stored 7 in v1): the weights are 0..7 times the scale."""
+    qweight = torch.tensor([[signed(0xFEDCBA98)]], dtype=torch.int32)
+    scales = torch.tensor([[0.5]], dtype=torch.float16)
+    for version, word in (("gptq", 0x7), ("gptq_v2", 0x8)):
+        qzeros = torch.tensor([[word]], dtype=torch.int32)
+        weight = read_gptq(qweight, qzeros, scales, None, QuantSpec(4, -1), version)
+        assert weight.dequantize().tolist() == [[0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_borrowed_zero_point_is_given_back(bits: int) -> None:
+    """Zero points 0 turned to v1 by taking 1 off every code of the whole word borrow from their neighbours."""
+    count, top = 32 // bits, 1 << bits
+    zeros = [0 if position % 2 == 0 else top - 1 for position in range(count)]
+    (v2,) = words(zeros, bits)
+    ones = sum(1 << (bits * position) for position in range(count))
+    v1 = signed((v2 - ones) & 0xFFFFFFFF)
+    qweight = torch.zeros(bits, count, dtype=torch.int32)  # 32 inputs, all codes 0: the weight is minus the zero point
+    weight = read_gptq(
+        qweight,
+        torch.tensor([[v1]], dtype=torch.int32),
+        torch.ones(1, count, dtype=torch.float16),
+        None,
+        QuantSpec(bits, -1, symmetric=False),
+        "gptq",
+    )
+    assert weight.dequantize()[:, 0].tolist() == [-float(z) for z in zeros]
+
+
+@pytest.mark.parametrize(("written", "read"), [("gptq", "gptq_v2"), ("gptq_v2", "gptq")])
+def test_the_wrong_version_is_refused(written: str, read: str) -> None:
+    tensors, _ = fixture(4, 64, 32, 16, written, symmetric=True)
+    with pytest.raises(CheckpointError, match=f"set checkpoint_format in its config to {written}"):
+        read_gptq(*tensors.values(), QuantSpec(4, 16), read)
+
+
+def to_gptq(source: Path, out: Path, version: str, shuffle: bool = False, **config: object) -> Path:
+    """The dense model `source` as a GPTQ folder of random codes, and beside it (out/dense) what these stand for."""
+    shutil.copytree(source, out / "dense")
+    shutil.copytree(source, out / "gptq")
+    dense = load_file(source / "model.safetensors")
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in list(dense.items()):
+        if not name.endswith(tuple(f"{role}.weight" for role in QUANTIZED)):
+            stored[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        parts, weight = fixture(4, columns, rows, 16, version, bool(config["sym"]), shuffle)
+        parts["scales"] = parts["scales"] * 0.03
+        base = name.removesuffix(".weight")
+        stored |= {f"{base}.{part}": value for part, value in parts.items()}
+        stored[f"{base}.bias"] = torch.zeros(rows)  # as AutoGPTQ writes it where the model has none
+        expected = read_gptq(*parts.values(), QuantSpec(4, 16, bool(config["sym"])), version).dequantize()
+        assert torch.allclose(expected, weight * 0.03, rtol=1e-2)
+        dense[name] = expected
+    save_file(stored, out / "gptq" / "model.safetensors", metadata={"format": "pt"})
+    save_file(dense, out / "dense" / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((source / "config.json").read_text())
+    raw["quantization_config"] = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 16,
+        "desc_act": shuffle,
+        "checkpoint_format": version,
+        **config,
+    }
+    (out / "gptq" / "config.json").write_text(json.dumps(raw))
+    return out / "gptq"
+
+
+@pytest.mark.parametrize(("version", "sym", "shuffle"), [("gptq", True, True), ("gptq_v2", False, False)])
+def test_a_folder_made_by_another_tool_loads(make_hf, tmp_path: Path, version: str, sym: bool, shuffle: bool) -> None:
+    folder = to_gptq(make_hf("llama"), tmp_path / "made", version, shuffle, sym=sym)
+    with torch.inference_mode():
+        ours = load_model(folder)(TOKENS)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "made" / "dense")(TOKENS).logits
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+def test_a_gptq_folder_is_a_source_for_compress(make_hf, tmp_path: Path) -> None:
+    """What is quantized stays as it is and is written in our form; only the head is left to do."""
+    folder = to_gptq(make_hf("llama"), tmp_path / "made", "gptq", sym=False)
+    compress(folder, tmp_path / "out", ["rtn:bits=8,targets=Linear|lm_head"])
+    with torch.inference_mode():
+        before, after = load_model(folder), load_model(tmp_path / "out")
+        assert torch.equal(before.hidden(TOKENS), after.hidden(TOKENS))
+        assert not torch.equal(before(TOKENS), after(TOKENS))
+
+
+def test_a_mislabelled_folder_is_refused_by_name(make_hf, tmp_path: Path) -> None:
+    folder = to_gptq(make_hf("llama"), tmp_path / "made", "gptq_v2", sym=True)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"]["checkpoint_format"] = "gptq"
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"config\.json: model\.layers\.0\.self_attn\.\w+: .*gptq_v2"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("dynamic", {"-:.*down_proj": {}}), ("bits", 5), ("checkpoint_format", "marlin")]
+)
+def test_what_changes_the_numbers_is_refused(make_hf, tmp_path: Path, option: str, value: object) -> None:
+    folder = to_gptq(make_hf("llama"), tmp_path / "made", "gptq", sym=True)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"][option] = value
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UnsupportedModelError, match=r"(is|are) not handled"):
+        load_model(folder)

@@ -1,0 +1,174 @@
+"""Decode steps in C against the model itself, which runs operation by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from halve.checkpoint.reader import load_model
+from halve.compression.compress import compress
+from halve.decode.cpu_step import StepPlan, step_kernel
+from halve.decode.generate import Decoder, Sampling
+from halve.kernels import cpu
+from halve.kernels.cpu import CpuMatmul
+from halve.model.decoder import Model
+
+PROMPTS = [[5, 9, 3, 44, 81, 2, 17], [7] * 11, [90, 2, 61]]
+STEPS = 6
+# float32 sums in another order: a few units of 2^-24 in every sum, through 3 layers
+FLOAT32_ERROR = 3e-6
+# packed weights meet x rounded to 16 bits (4e-5 at most a product, see kernels/test_cpu.py) in both ways alike, but what
+# was rounded differs by float32 noise now and then: whole codes apart, about 1e-5 of a product
+PACKED_ERROR = 1e-4
+
+pytestmark = pytest.mark.skipif(isinstance(cpu.load_library(), str), reason=str(cpu.load_library()))
+
+FAMILIES = {
+    "llama": ("llama", {}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "tied-uneven-heads": ("llama", {"head_dim": 20, "tie_word_embeddings": True}),
+    "five-queries-a-key": ("llama", {"hidden_size": 40, "num_attention_heads": 10, "head_dim": 16}),
+    "mistral": ("mistral", {"sliding_window": 6}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "gelu": ("llama", {"hidden_act": "gelu"}),
+    "gelu-tanh": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    "opt": ("opt", {}),
+}
+
+
+def steps_of(model: Model, in_c: bool, prompts: list[list[int]] = PROMPTS) -> Tensor:
+    """Logits [steps, B, V] of STEPS fixed tokens after the prompts."""
+    decoder = Decoder(model, prompts, 40, Sampling())
+    plan = StepPlan.make(model, decoder.cache)
+    assert plan is not None
+    found = []
+    with torch.inference_mode():
+        decoder.prefill()
+        for step in range(STEPS):
+            tokens = torch.tensor([[(13 * step + row) % 97] for row in range(len(prompts))])
+            found.append(plan(tokens).clone() if in_c else model(tokens, decoder.cache)[:, 0])
+    return torch.stack(found)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.fixture(params=["avx512-vnni", "avx-vnni", "avx2", "generic"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Models loaded from here on use this instruction set."""
+    library = cpu.load_library(request.param)
+    if isinstance(library, str):
+        pytest.skip(library)
+    monkeypatch.setattr(CpuMatmul, "isa", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_equals_the_model(make_hf: Callable[..., Path], isa: str, name: str) -> None:
+    family, options = FAMILIES[name]
+    model = load_model(make_hf(family, **options))
+    assert step_kernel(model) == f"{isa}-step"
+    assert error(steps_of(model, True), steps_of(model, False)) < FLOAT32_ERROR
+    alone = [[5, 9, 3, 44, 81, 2, 17]]
+    assert error(steps_of(model, True, alone), steps_of(model, False, alone)) < FLOAT32_ERROR
+
+
+def test_equals_the_model_beyond_one_piece_of_the_cache(make_hf: Callable[..., Path], isa: str) -> None:
+    model = load_model(make_hf("llama", max_position_embeddings=256))
+    torch.manual_seed(0)
+    prompts = [torch.randint(97, (count,)).tolist() for count in (200, 63, 130)]
+    decoder = Decoder(model, prompts, 220, Sampling())
+    plan = StepPlan.make(model, decoder.cache)
+    assert plan is not None
+    with torch.inference_mode():
+        tokens = decoder.prefill()
+        found = plan(tokens).clone()
+        for row, prompt in enumerate(prompts):
+            expected = model(torch.tensor([[*prompt, int(tokens[row])]]))[0, -1]
+            assert error(found[row], expected) < FLOAT32_ERROR
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["rtn:bits=8", "rtn:bits=8,targets=lm_head"],
+        ["rtn:bits=4,group_size=16,symmetric=false"],
+        ["l1-inputs:fraction=0.35"],
+        ["l1-outputs:fraction=0.25"],
+        ["l1-inputs:fraction=0.35", "rtn:bits=8"],
+        ["drop-attention:count=1,select=deepest", "rtn:bits=8"],
+    ],
+    ids=lambda steps: "+".join(steps),
+)
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_equals_the_model_compressed(
+    make_hf: Callable[..., Path], tmp_path: Path, isa: str, family: str, steps: list[str]
+) -> None:
+    compress(make_hf(family), tmp_path / "out", steps)
+    model = load_model(tmp_path / "out")
+    assert step_kernel(model) == f"{isa}-step"
+    packed = any(linear.quantized for _, linear in model.linears())
+    assert error(steps_of(model, True), steps_of(model, False)) < (PACKED_ERROR if packed else FLOAT32_ERROR)
+
+
+def test_bfloat16_is_nearer_to_float64_than_the_operations_are(make_hf: Callable[..., Path], isa: str) -> None:
+    folder = make_hf("llama", hidden_size=64, intermediate_size=160, head_dim=16)
+    model = load_model(folder, dtype=torch.bfloat16)
+    tokens = torch.arange(1, 65, 4).unsqueeze(1)
+    prompts = [PROMPTS[0]] * len(tokens)
+    found = {}
+    with torch.inference_mode():
+        expected = in_float64(load_model(folder, dtype=torch.bfloat16))(
+            torch.cat((torch.tensor(prompts), tokens), dim=1)
+        )[:, -1]
+        for in_c in (True, False):
+            decoder = Decoder(model, prompts, 20, Sampling())
+            plan = StepPlan.make(model, decoder.cache)
+            assert plan is not None
+            decoder.prefill()
+            found[in_c] = error(plan(tokens) if in_c else model(tokens, decoder.cache)[:, 0], expected)
+    assert found[True] < found[False], found
+
+
+def in_float64(model: Model) -> Model:
+    """The same numbers, computed with in float64."""
+    assert model.final_norm is not None and model.head.weight is not model.embed
+    model.embed = model.embed.double()
+    norms = [norm for block in model.blocks for norm in block.norms.values()]  # type: ignore[union-attr]
+    for norm in [*norms, model.final_norm]:
+        norm.weight = norm.weight.double()  # type: ignore[union-attr]
+    for _, linear in model.linears():
+        linear.weight = linear.dense_weight(torch.float64)
+        linear._matmul = None
+    return model
+
+
+def test_nothing_is_allocated_by_a_step(make_hf: Callable[..., Path]) -> None:
+    model = load_model(make_hf("llama"))
+    decoder = Decoder(model, PROMPTS[:1], 40, Sampling())
+    plan = StepPlan.make(model, decoder.cache)
+    assert plan is not None
+    with torch.inference_mode():
+        tokens = decoder.prefill()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            plan(tokens)
+    assert sum(max(0, event.self_cpu_memory_usage) for event in profiler.key_averages()) == 0
+
+
+def test_what_c_does_not_know_is_left_to_the_model(
+    make_hf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    projected = load_model(make_hf("opt", word_embed_proj_dim=16, do_layer_norm_before=False))
+    assert step_kernel(projected).startswith("torch (norms after the sums")
+    on_torch = load_model(make_hf("llama"), backend="reference")
+    assert step_kernel(on_torch) == "torch (a layer runs on torch.linear)"
+    assert Decoder(on_torch, PROMPTS, 40, Sampling())._step is None
+    hooked = load_model(make_hf("llama"))
+    hooked.blocks[0].register_forward_hook(lambda *_: None)
+    assert step_kernel(hooked) == "torch (hooks on a layer)"

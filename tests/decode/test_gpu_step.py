@@ -1,0 +1,209 @@
+"""The fused decode step against the model's own forward: on a GPU (captured) where there is one, else interpreted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: its kernels cannot run")
+
+from halve.checkpoint.reader import load_model
+from halve.compression.compress import compress
+from halve.decode import gpu_launches as cuda_plan
+from halve.decode import gpu_step as cuda_decode
+from halve.decode.generate import Decoder, Sampling, generate
+from halve.kernels import triton_backend
+from halve.kernels.triton_backend import Tiling
+from halve.model.decoder import Model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROMPTS = [[5, 9, 3, 44], [7] * 21, [90, 2, 61, 33, 8, 8, 17]]
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let models on the CPU through; few and large tiles, since the interpreter pays for each; short stretches of cache."""
+    for name, value in (("_SLOTS", 16), ("_SHORTEST", 16), ("_SPLITS", 3)):
+        monkeypatch.setattr(cuda_plan, name, value)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(triton_backend, "ON_CPU", True)
+        for module in (triton_backend, cuda_plan):
+            monkeypatch.setattr(module, "tiling", lambda operand: Tiling(128))
+    yield
+
+
+def check_steps(
+    folder: Path, prompts: list[list[int]], steps: int = 2, dtype: torch.dtype = torch.float32, error: float = 1e-4
+) -> Model:
+    """Logits of some steps after a prefill, against the forward of the reference backend fed the same tokens."""
+    reference = load_model(folder, device=DEVICE, backend="reference", dtype=torch.float32)
+    model = load_model(folder, device=DEVICE, backend="triton", dtype=dtype)
+    with torch.inference_mode():
+        decoder = Decoder(model, prompts, 64, Sampling())
+        assert decoder._captured is not None, cuda_decode.describe(model)
+        rows = [list(prompt) for prompt in prompts]
+        tokens = decoder.prefill()
+        for _ in range(steps):
+            for row, (token,) in zip(rows, tokens.tolist(), strict=True):
+                row.append(token)
+            tokens = decoder.step(tokens)
+            for number, row in enumerate(rows):
+                wanted = reference(torch.tensor([row], device=DEVICE))[0, -1]
+                found = decoder._captured.logits[number]
+                assert float((found - wanted).norm() / wanted.norm()) < error
+                assert int(tokens[number]) == int(found.argmax())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("qwen3", {"head_dim": 8}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("mistral", {"sliding_window": 18}),
+    ],
+)
+def test_families(make_hf: Callable[..., Path], family: str, options: dict[str, Any]) -> None:
+    folder = make_hf(family, num_hidden_layers=2, **options)
+    if family == "llama":  # several rows, of several lengths
+        check_steps(folder, PROMPTS[:2], steps=1)
+    else:
+        check_steps(folder, PROMPTS[1:2])
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["rtn:bits=8"],
+        ["rtn:bits=4,group_size=16", "rtn:bits=8,targets=lm_head"],
+        ["l1-inputs:fraction=0.25"],
+        ["rtn:bits=4,group_size=16", "l1-inputs:fraction=0.25"],
+        ["l1-outputs:fraction=0.2,targets=Linear|lm_head"],
+        ["drop-attention:layers=0", "prune-mlp:widths=32|16,score=l1,refit=false"],
+    ],
+)
+def test_compressed_models(make_hf: Callable[..., Path], tmp_path: Path, steps: list[str]) -> None:
+    folder = make_hf("llama", num_hidden_layers=2)
+    compress(folder, tmp_path / "out", steps, dtype=torch.float32)
+    check_steps(tmp_path / "out", PROMPTS[1:2])
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+def test_half_precision(make_hf: Callable[..., Path], tmp_path: Path, dtype: torch.dtype, error: float) -> None:
+    """Some ten roundings of 2^-9 (2^-12) along the residual stream of two layers; codes are exact in both."""
+    folder = make_hf("llama", num_hidden_layers=2)
+    compress(folder, tmp_path / "out", ["rtn:bits=4,group_size=16", "l1-inputs:fraction=0.25"], dtype=torch.float32)
+    check_steps(tmp_path / "out", PROMPTS[1:2], dtype=dtype, error=error)
+
+
+def test_generation_uses_the_step_and_keeps_it(make_hf: Callable[..., Path]) -> None:
+    folder = make_hf("llama", num_hidden_layers=1)
+    ordinary = load_model(folder, device=DEVICE, backend="reference")
+    model = load_model(folder, device=DEVICE, backend="triton")
+    for sampling in (Sampling(), Sampling(temperature=0.8, top_k=20, seed=3)):
+        made = generate(model, PROMPTS[:2], max_new_tokens=3, sampling=sampling)
+        assert made == generate(ordinary, PROMPTS[:2], max_new_tokens=3, sampling=sampling)
+    kept = cuda_decode._STEPS[model]
+    generate(model, PROMPTS[:2], max_new_tokens=2)
+    assert cuda_decode._STEPS[model] is kept and "fused kernels" in cuda_decode.describe(model)
+    # two decoders at once do not share a cache
+    one = Decoder(model, PROMPTS, 40, Sampling())
+    two = Decoder(model, PROMPTS, 40, Sampling())
+    assert one.cache is not two.cache
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU captures in every other test")
+@pytest.mark.parametrize("fails", [False, True])
+def test_capturing_leaves_the_state_as_it_was(
+    make_hf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Without a GPU: a stand-in for CUDA graphs, whose capture does nothing or fails and whose replay runs the step."""
+    folder = make_hf("llama", num_hidden_layers=1)
+    wanted = generate(load_model(folder, backend="reference"), PROMPTS[:1], max_new_tokens=4)
+    model = load_model(folder, backend="triton")
+    decoder = Decoder(model, PROMPTS[:1], 40, Sampling())
+    step = decoder._captured
+    assert step is not None
+    tokens = decoder.prefill()
+
+    @contextmanager
+    def capture(graph: object, **options: object) -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(step, "_run", lambda greedy: None)
+            yield
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    cuda = SimpleNamespace(
+        Stream=lambda device: stream,
+        current_stream=lambda device: stream,
+        stream=lambda stream: nullcontext(),
+        set_stream=lambda stream: None,
+        CUDAGraph=lambda: SimpleNamespace(replay=lambda: step._run(True)),
+        graph=capture,
+    )
+    monkeypatch.setattr(cuda_decode, "torch", SimpleNamespace(**(vars(torch) | {"cuda": cuda})))
+    monkeypatch.setattr(triton_backend, "current", lambda device: nullcontext())
+    monkeypatch.setattr(step, "device", torch.device("cuda"))
+    made = [int(tokens)]
+    for _ in range(3):
+        tokens = decoder.step(tokens)
+        made.append(int(tokens))
+    assert made == wanted[0].tokens
+    assert int(step.turn) == 3 and int(step.position) == len(PROMPTS[0]) + 3
+    assert ("no CUDA graph: operation not permitted" if fails else "in a CUDA graph") in step.kind
+
+
+def test_a_row_at_the_end_of_the_context_does_not_disturb_the_others(make_hf: Callable[..., Path]) -> None:
+    folder = make_hf("llama", num_hidden_layers=1)
+    ordinary = load_model(folder, device=DEVICE, backend="reference")
+    model = load_model(folder, device=DEVICE, backend="triton")
+    prompts = [[3] * 64, [4] * 62]
+    made = generate(model, prompts, max_new_tokens=20)
+    assert made == generate(ordinary, prompts, max_new_tokens=20)
+    assert [len(row.tokens) for row in made] == [1, 3]
+
+
+def test_what_cannot_be_fused_says_why(make_hf: Callable[..., Path]) -> None:
+    opt = load_model(make_hf("opt"), device=DEVICE)
+    generate(opt, [[1, 2]], max_new_tokens=2)
+    assert cuda_decode.describe(opt) == "module by module (learned positions or projections)"
+    llama = load_model(make_hf("llama"), device=DEVICE, backend="reference")
+    generate(llama, [[1, 2]], max_new_tokens=2)
+    assert "runs torch.linear" in cuda_decode.describe(llama)
+    assert cuda_decode._unsupported(llama, 17) == "17 prompts at once, the fused kernels take 16"
+
+
+def test_the_cost_of_attention_follows_the_live_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots beyond the live ones are never read: filled with NaN they change nothing."""
+    from halve.kernels import triton_attention as kernels
+
+    torch.manual_seed(0)
+    heads, groups, size, capacity, position = 6, 2, 16, 96, 37
+    qkv = torch.randn(1, (heads + 2 * groups) * size, device=DEVICE)
+    keys, values = (torch.randn(1, groups, capacity, size, device=DEVICE) for _ in range(2))
+    keys[:, :, position:], values[:, :, position:] = float("nan"), float("nan")
+    cos, sin = torch.ones(capacity, size, device=DEVICE), torch.zeros(capacity, size, device=DEVICE)
+    where = torch.tensor([position], dtype=torch.int32, device=DEVICE)
+    for splits in (1, 4):
+        out = torch.zeros(1, heads * size, device=DEVICE)
+        partial, stats = torch.empty(2 * 4 * 16 * 16, device=DEVICE), torch.empty(2 * 4 * 16 * 2, device=DEVICE)
+        arrived = torch.zeros(groups, dtype=torch.int32, device=DEVICE)
+        kernels.attend[(groups, splits)](
+            qkv, qkv, qkv, cos, sin, keys, values, where, out, out, partial, stats, arrived, heads, groups, size, capacity,
+            0, qkv.stride(0), out.stride(0), 0.0, size**-0.5, QK_NORM=False, PLACED=False, HEADS_A_GROUP=3, R=16, D=16, S=16,
+            SPLITS=splits, SHORTEST=16, PLAIN=DEVICE == "cpu", **triton_backend.launch_options(4),
+        )  # fmt: skip
+        q = qkv[0, : heads * size].view(groups, 3, size).double()
+        k, v = (t[0, :, : position + 1].double() for t in (keys, values))
+        wanted = ((q @ k.transpose(1, 2)) * size**-0.5).softmax(-1) @ v
+        assert torch.allclose(out.view(groups, 3, size).double(), wanted, atol=1e-5)
+        assert not arrived.any()

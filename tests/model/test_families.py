@@ -1,0 +1,172 @@
+"""The decoder against transformers, for every family with all its options."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from halve import load_model
+from halve.checkpoint.reader import open_checkpoint
+from halve.errors import UnsupportedModelError
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+CASES = {
+    "llama2": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama-linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "hidden_act": "gelu"}),
+    "mistral-sliding": ("mistral", {"sliding_window": 7}),
+    "mistral-full": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-sliding": ("qwen2", SLIDING),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-sliding-bias": ("qwen3", {**SLIDING, "head_dim": 8, "attention_bias": True}),
+    "opt": ("opt", {}),
+    "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    "opt-no-bias": ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "opt-no-final-norm": ("opt", {"_remove_final_layer_norm": True, "activation_function": "gelu"}),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def folder(request: pytest.FixtureRequest, make_hf) -> Path:
+    kind, options = CASES[request.param]
+    return make_hf(kind, **options)
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@torch.inference_mode()
+def test_logits_equal_transformers(folder: Path) -> None:
+    tokens = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    # fp32 rounding over three layers stays near 1e-6
+    assert relative(load_model(folder)(tokens), theirs) < 1e-5
+
+
+@torch.inference_mode()
+def test_cached_decode_equals_full_forward(folder: Path) -> None:
+    model = load_model(folder)
+    tokens = torch.randint(0, 97, (2, 24), generator=torch.Generator().manual_seed(2))
+    full = model(tokens)
+    cache = model.new_cache(2, 24)
+    pieces = [model(tokens[:, :9], cache), model(tokens[:, 9:14], cache)]
+    pieces += [model(tokens[:, i : i + 1], cache) for i in range(14, 24)]
+    assert relative(torch.cat(pieces, 1), full) < 1e-5
+
+
+@torch.inference_mode()
+def test_rows_of_unequal_length_agree_with_one_by_one(folder: Path) -> None:
+    model = load_model(folder)
+    generator = torch.Generator().manual_seed(3)
+    lengths, more = [3, 12, 7], 4
+    rows = [torch.randint(0, 97, (n + more,), generator=generator) for n in lengths]
+    padded = torch.zeros(3, max(lengths), dtype=torch.long)
+    for row, tokens, length in zip(padded, rows, lengths, strict=True):
+        row[:length] = tokens[:length]
+    cache = model.new_cache(3, max(lengths) + more)
+    first = model(padded, cache)
+    cache.lengths = torch.tensor(lengths)
+    steps = [
+        model(torch.stack([t[n + i : n + i + 1] for t, n in zip(rows, lengths, strict=True)]), cache)
+        for i in range(more)
+    ]
+    for i, (tokens, length) in enumerate(zip(rows, lengths, strict=True)):
+        alone = model(tokens.unsqueeze(0))[0]
+        assert relative(first[i, :length], alone[:length]) < 1e-5
+        assert relative(torch.stack([s[i, 0] for s in steps]), alone[length:]) < 1e-5
+
+
+@torch.inference_mode()
+def test_expanded_cache_continues_a_shared_prefix(folder: Path) -> None:
+    model = load_model(folder)
+    tokens = torch.randint(0, 97, (4, 12), generator=torch.Generator().manual_seed(4))
+    tokens[:, :8] = tokens[0, :8]
+    cache = model.new_cache(1, 8)
+    model(tokens[:1, :8], cache)
+    assert relative(model(tokens[:, 8:], cache.expand(4, 4)), model(tokens)[:, 8:]) < 1e-5
+
+
+def _edit(folder: Path, tmp_path: Path, **changes: object) -> Path:
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v != "DELETE"}))
+    for path in folder.glob("*.safetensors"):
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gpt_neox"}, "gpt_neox"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"num_local_experts": 8}, "num_local_experts"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0, "factor": 2.0}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0, "factor": 2.0}}, "low_freq_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_act": "mish"}, "mish"),
+        ({"num_hidden_layers": "three"}, "num_hidden_layers"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"auto_map": {"AutoModel": "m.M"}}, "auto_map"),
+        ({"sliding_window": 4}, "sliding_window"),
+    ],
+)
+def test_fields_that_change_the_maths_are_refused(make_hf, tmp_path: Path, changes: dict, words: str) -> None:
+    folder = _edit(make_hf("llama"), tmp_path, **changes)
+    with pytest.raises(UnsupportedModelError, match=words):
+        open_checkpoint(folder)
+
+
+def test_older_config_spelling_is_read(make_hf, tmp_path: Path) -> None:
+    """rope_theta, rope_scaling and torch_dtype, as published Llama 3.x configs have them."""
+    folder = make_hf("llama", rope_parameters=LLAMA3)
+    old = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+    edited = _edit(folder, tmp_path, rope_parameters="DELETE", rope_theta=5e5, rope_scaling=old, torch_dtype="float32")
+    tokens = torch.arange(30).unsqueeze(0)
+    with torch.inference_mode():
+        assert torch.equal(load_model(edited)(tokens), load_model(folder)(tokens))
+
+
+def test_real_models_meet_their_known_losses(assets: Path) -> None:
+    """Figures of the assets' own README, from an independent float64 forward."""
+    text = (assets / "data" / "tinystories_317.txt").read_text()
+    stories = [s.strip() for s in text.split("<|endoftext|>") if s.strip()]
+    from halve import load_tokenizer
+
+    for name, context, expected in (("stories260K", 512, 1.506), ("babyllama-tok361", 256, 0.7045)):
+        folder = assets / "models" / name
+        model, tokenizer = load_model(folder), load_tokenizer(folder)
+        total, count = 0.0, 0
+        for story in stories:
+            tokens = torch.tensor([tokenizer.encode(story, bos=True)[:context]])
+            with torch.inference_mode():
+                log_probs = model(tokens).double().log_softmax(-1)
+            total -= float(log_probs[0, :-1].gather(-1, tokens[0, 1:, None]).sum())
+            count += tokens.shape[1] - 1
+        assert total / count == pytest.approx(expected, abs=5e-4)
+
+
+def test_real_models_equal_transformers(assets: Path) -> None:
+    tokens = torch.randint(3, 300, (2, 200), generator=torch.Generator().manual_seed(0))
+    for name in ("stories260K", "babyllama-tok361"):
+        folder = assets / "models" / name
+        with torch.inference_mode():
+            theirs = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+            assert relative(load_model(folder)(tokens), theirs) < 1e-5

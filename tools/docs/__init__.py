@@ -1,0 +1,1 @@
+"""The pages made from what they describe: tables from records. Not in the wheel."""
