@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from halve.checkpoint.reader import open_checkpoint
 from halve.compression.compress import Request, plan_recipe
 from halve.compression.estimate import estimate
@@ -11,7 +13,7 @@ from halve.compression.recipe import as_steps
 
 def test_memory_by_hand(make_hf) -> None:
     """Hidden 32, MLP 48, 4 query and 2 key/value heads of 8: a block has 32*32*2 + 32*16*2 + 3*32*48 = 7,680 weights."""
-    state = state_of(open_checkpoint(make_hf("llama")), 4)
+    state = state_of(open_checkpoint(make_hf("llama")), torch.float32)
     plain = estimate([(state, False)], 1000, 4, "cpu")
     assert plain.memory_bytes == 7680 * 4  # above the embedding's 97 * 32
     calibrated = estimate([(state, True)], 1000, 4, "cpu")

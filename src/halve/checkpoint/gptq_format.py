@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halve.checkpoint.tensors import TensorSource
+from halve.checkpoint.stored import BIAS, PACKED, StoredLinear, packed_parts
+from halve.checkpoint.tensors import TensorSource, expect
 from halve.errors import CheckpointError, UnsupportedModelError
 from halve.model.families import LinearShape
-from halve.quantization import PACKABLE_BITS, QuantizedWeight, QuantSpec, pack_zero, unpack
+from halve.quantization import PACKABLE_BITS, QuantizedWeight, QuantSpec, unpack
 
 VERSIONS = ("gptq", "gptq_v2")  # v1 stores zero points less one
 
@@ -38,9 +39,9 @@ def read_gptq(
     zero_OG = _zero_points(qzeros_GZ, bits, rows, version)
     if spec.symmetric:
         if zero_OG.any():
-            found = int(zero_OG[zero_OG != 0][0]) + (1 << (bits - 1))
+            other = int(zero_OG[zero_OG != 0][0]) + (1 << (bits - 1))
             raise CheckpointError(
-                f"a symmetric {bits}-bit weight has zero point {found} where only {1 << (bits - 1)} can be when read as "
+                f"a symmetric {bits}-bit weight has zero point {other} where only {1 << (bits - 1)} can be when read as "
                 f"{version!r}: set checkpoint_format in its config to {' or '.join(v for v in VERSIONS if v != version)}"
             )
         zero_OG = None
@@ -69,7 +70,7 @@ def _zero_points(qzeros_GZ: Tensor, bits: int, rows: int, version: str) -> Tenso
 
 
 class GptqTensors:
-    """The tensors of a GPTQ folder under our names: each quantized linear shows `weight_packed`, `weight_scale`, ...
+    """The tensors of a GPTQ folder as if each quantized linear were stored in our form.
 
     `linears` are those of the model. Raises UnsupportedModelError for a config field that changes the numbers and is not
     handled, CheckpointError for tensors that do not fit together.
@@ -78,76 +79,62 @@ class GptqTensors:
     def __init__(
         self, tensors: TensorSource, config: dict[str, Any], linears: Iterable[LinearShape], origin: str
     ) -> None:
-        self._inner, self._origin = tensors, origin
+        self._tensors, self._origin = tensors, origin
         self.spec, self.version = read_config(config, origin)
         self.shapes, self.dtypes = dict(tensors.shapes), dict(tensors.dtypes)
         self.schemes: dict[str, QuantSpec] = {}
         self._parts: dict[str, tuple[str, str]] = {}  # our name -> linear, part
-        self._last: tuple[str, QuantizedWeight] | None = None
+        self._last: tuple[str, dict[str, Tensor]] | None = None
         for linear in linears:
             if f"{linear.name}.qweight" in tensors.shapes:
-                self._show(linear)
+                self._rename(linear)
 
-    def _show(self, linear: LinearShape) -> None:
-        name, spec = linear.name, self.spec
-        for part in ("qweight", "qzeros", "scales"):
-            if f"{name}.{part}" not in self.shapes:
-                raise CheckpointError(f"{self._origin}: tensor '{name}.{part}' is missing: download the model again")
-        rows, columns = linear.out_features, linear.in_features
-        words, groups = -(-columns * spec.bits // 32), -(-columns // spec.columns_per_group(columns))
-        for part, shape in (("qweight", (words, rows)), ("scales", (groups, rows))):
-            if self.shapes[f"{name}.{part}"] != shape:
-                found = list(self.shapes[f"{name}.{part}"])
-                raise CheckpointError(f"{self._origin}: '{name}.{part}' is {found}, the config asks for {list(shape)}")
-        shown = {"weight_packed": (rows, words), "weight_scale": (rows, groups), "weight_shape": (2,)}
-        if not spec.symmetric:
-            shown["weight_zero_point"] = (-(-rows * spec.bits // 32), groups)
-        g_idx = f"{name}.g_idx"
-        plain = torch.arange(columns, dtype=torch.int32) // spec.columns_per_group(columns)
-        ordered = g_idx not in self.shapes or torch.equal(self._inner.get(g_idx).to(torch.int32), plain)
-        if not ordered or not spec.divides(columns):
-            shown["group_index"] = (columns,)
-        scale_dtype = self.dtypes[f"{name}.scales"]
+    def _rename(self, linear: LinearShape) -> None:
+        """Put our names, shapes and dtypes of a quantized linear in the place of GPTQ's."""
+        name = linear.name
+        native = self._native(linear)
+        expect(self._tensors, f"{name}.qweight", native.parts(torch.float32)[PACKED][0][::-1], self._origin)
+        expect(self._tensors, f"{name}.scales", (native.groups, linear.out_features), self._origin)
+        if f"{name}.qzeros" not in self.shapes:
+            raise CheckpointError(f"{self._origin}: tensor '{name}.qzeros' is missing: download the model again")
         for part in ("qweight", "qzeros", "scales", "g_idx"):
             self.shapes.pop(f"{name}.{part}", None)
         bias = f"{name}.bias"
         # many writers give every linear a bias of zeros, also where the architecture has none
-        if not linear.bias and bias in self.shapes and not self._inner.get(bias).any():
+        if not linear.bias and bias in self.shapes and not self._tensors.get(bias).any():
             del self.shapes[bias]
-        for part, shape in shown.items():
-            self.shapes[f"{name}.{part}"] = shape
-            self.dtypes[f"{name}.{part}"] = scale_dtype if part == "weight_scale" else torch.int32
-            self._parts[f"{name}.{part}"] = name, part
-        self.schemes[name] = spec
+        for part, (shape, dtype) in native.parts(self.dtypes[f"{name}.scales"]).items():
+            if part != BIAS:
+                self.shapes[f"{name}.{part}"] = shape
+                self.dtypes[f"{name}.{part}"] = dtype
+                self._parts[f"{name}.{part}"] = name, part
+        self.schemes[name] = self.spec
+
+    def _native(self, linear: LinearShape) -> StoredLinear:
+        """How the linear would be stored in our form."""
+        rows, columns, size = linear.out_features, linear.in_features, self.spec.columns_per_group(linear.in_features)
+        g_idx = f"{linear.name}.g_idx"
+        plain = torch.arange(columns, dtype=torch.int32) // size
+        ordered = g_idx not in self.shapes or torch.equal(self._tensors.get(g_idx).to(torch.int32), plain)
+        ragged = not ordered or not self.spec.divides(columns)
+        return StoredLinear(linear, rows, columns, self.spec, -(-columns // size), ragged)
 
     def get(self, name: str) -> Tensor:
         if name not in self._parts:
-            return self._inner.get(name)
+            return self._tensors.get(name)
         linear, part = self._parts[name]
-        weight = self._weight(linear)
-        parts = {
-            "weight_packed": weight.packed,
-            "weight_scale": weight.scale,
-            "weight_shape": torch.tensor(weight.shape),
-            "weight_zero_point": None if weight.zero is None else pack_zero(weight.zero, self.spec.bits),
-            "group_index": weight.group_index,
-        }
-        value = parts[part]
-        assert value is not None, name
-        return value
+        if self._last is None or self._last[0] != linear:
+            self._last = linear, packed_parts(self._weight(linear))  # they are asked for one after another
+        return self._last[1][part]
 
     def _weight(self, linear: str) -> QuantizedWeight:
-        if self._last is not None and self._last[0] == linear:
-            return self._last[1]  # its parts are asked for one after another
+        qweight, qzeros, scales = (self._tensors.get(f"{linear}.{part}") for part in ("qweight", "qzeros", "scales"))
         g_idx = f"{linear}.g_idx"
-        qweight, qzeros, scales = (self._inner.get(f"{linear}.{part}") for part in ("qweight", "qzeros", "scales"))
-        index = self._inner.get(g_idx) if g_idx in self._inner.shapes else None
+        index = self._tensors.get(g_idx) if g_idx in self._tensors.shapes else None
         try:
-            weight = read_gptq(qweight, qzeros, scales, index, self.spec, self.version)
+            return read_gptq(qweight, qzeros, scales, index, self.spec, self.version)
         except CheckpointError as error:
             raise CheckpointError(f"{self._origin}: {linear}: {error}") from error
-        self._last = linear, weight
-        return weight
 
 
 def read_config(config: dict[str, Any], origin: str) -> tuple[QuantSpec, str]:

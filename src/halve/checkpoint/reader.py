@@ -14,28 +14,18 @@ from torch import Tensor
 from halve.checkpoint.gptq_format import GptqTensors
 from halve.checkpoint.hub import fetch
 from halve.checkpoint.schemes import read_schemes
-from halve.checkpoint.tensors import RandomTensors, SafetensorsFolder, TensorSource
+from halve.checkpoint.stored import PACKED, WEIGHT, StoredLinear, tensor_names
+from halve.checkpoint.tensors import PrefixedTensors, RandomTensors, SafetensorsFolder, TensorSource, expect
 from halve.errors import CheckpointError, HalveError, UnsupportedModelError
 from halve.model import families
 from halve.model.decoder import Block, Model, ModelConfig, Norm
 from halve.model.families import Family, LinearShape
 from halve.model.linear import Linear
 from halve.model.merge import merge_siblings
-from halve.quantization import QuantizedWeight, QuantSpec, unpack_zero
+from halve.quantization import QuantSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 _HARMLESS_TENSORS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
-_LINEAR_PARTS = (
-    "weight",
-    "bias",
-    "weight_packed",
-    "weight_scale",
-    "weight_shape",
-    "weight_zero_point",
-    "group_index",
-    "kept_inputs",
-    "kept_outputs",
-)
 
 
 def find_model(model: str | Path, *, weights: bool = True) -> Path:
@@ -71,12 +61,11 @@ class Checkpoint:
     config: ModelConfig
     tensors: TensorSource
     schemes: dict[str, QuantSpec]
-    prefix: str = ""  # what a file saved without the language-model head leaves out of its names
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating dtype of the embedding, taken as that of the model."""
-        return self.tensors.dtypes[self._stored(f"{self.family.names['embed']}.weight")]
+        return self.tensors.dtypes[f"{self.family.names['embed']}.weight"]
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -90,46 +79,20 @@ class Checkpoint:
             yield from families.block_linears(self.family, self.config, index)
         yield families.head_linear(self.family, self.config)
 
-    def _stored(self, name: str) -> str:
-        return name.removeprefix(self.prefix) if self.prefix else name
-
-    def has(self, name: str) -> bool:
-        return self._stored(name) in self.tensors.shapes
-
-    def stored_shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors.shapes[self._stored(name)]
+    def stored(self, shape: LinearShape) -> StoredLinear:
+        """How one linear is stored, from the headers."""
+        return StoredLinear.from_headers(self.tensors, shape, self.schemes.get(shape.name), str(self.folder))
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """One tensor; floating ones are cast to `dtype` when it is given."""
-        value = self.tensors.get(self._stored(name))
+        value = self.tensors.get(name)
         if dtype is not None and value.is_floating_point():
             value = value.to(dtype)
         return value.to(device)
 
     def linear(self, shape: LinearShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> Linear:
         """One linear in whatever form it is stored; dense weights and biases in `dtype`, scales as stored."""
-        name = shape.name
-
-        def index(part: str) -> Tensor | None:
-            return self.tensor(f"{name}.{part}", device=device).long() if self.has(f"{name}.{part}") else None
-
-        kept_in, kept_out = index("kept_inputs"), index("kept_outputs")
-        if self.has(f"{name}.weight"):
-            weight: Tensor | QuantizedWeight = self.tensor(f"{name}.weight", dtype, device)
-        else:
-            columns = shape.in_features if kept_in is None else kept_in.numel()
-            weight = self._quantized(name, columns).to(device)
-        bias = self.tensor(f"{name}.bias", dtype, device) if shape.bias else None
-        return Linear(weight, bias, kept_in, kept_out, shape.in_features, shape.out_features)
-
-    def _quantized(self, name: str, columns: int) -> QuantizedWeight:
-        spec = self.schemes[name]
-        packed, scale = self.tensor(f"{name}.weight_packed"), self.tensor(f"{name}.weight_scale")
-        zero = None
-        if not spec.symmetric:
-            zero = unpack_zero(self.tensor(f"{name}.weight_zero_point"), spec.bits, packed.shape[0])
-        groups = self.tensor(f"{name}.group_index") if self.has(f"{name}.group_index") else None
-        return QuantizedWeight(packed, scale, zero, spec, columns, groups)
+        return self.stored(shape).to_linear(lambda part: self.tensors.get(f"{shape.name}.{part}"), dtype, device)
 
     def head(self, dtype: torch.dtype, device: torch.device | str, embed: Tensor | None = None) -> Linear:
         """The output head; shares `embed` when tied."""
@@ -153,11 +116,10 @@ class Checkpoint:
         return {s.role: self.linear(s, dtype, device) for s in shapes}
 
     def norm(self, name: str, size: int, kind: str, dtype: torch.dtype, device: torch.device | str) -> Norm:
-        parts = [
-            self.tensor(f"{name}.{part}", dtype, device) if self.has(f"{name}.{part}") else None
-            for part in ("weight", "bias")
-        ]
-        return Norm(parts[0], parts[1], self.config.norm_eps, kind, size)
+        def part(full: str) -> Tensor | None:
+            return self.tensor(full, dtype, device) if full in self.tensors.shapes else None
+
+        return Norm(part(f"{name}.weight"), part(f"{name}.bias"), self.config.norm_eps, kind, size)
 
     def final_norm(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Norm | None:
         if not self.config.final_norm:
@@ -181,73 +143,31 @@ class Checkpoint:
 
     def check(self) -> None:
         """Every tensor present, none unexpected, all of the right shape; from the headers alone."""
-        expected = families.vector_shapes(self.family, self.config)
-        for name, shape in expected.items():
-            self._expect(name, shape)
-        linears = list(self.linear_shapes()) + families.projection_linears(self.family, self.config)
-        known = set(expected)
-        for linear in linears:
-            known |= {f"{linear.name}.{part}" for part in _LINEAR_PARTS if part != "bias" or linear.bias}
+        vectors = families.vector_shapes(self.family, self.config)
+        for name, shape in vectors.items():
+            expect(self.tensors, name, shape, str(self.folder))
+        known = set(vectors)
+        for linear in (*self.linear_shapes(), *families.projection_linears(self.family, self.config)):
+            known |= tensor_names(linear)
             if linear.role == "head" and self.config.tied:
                 self._check_tied(linear)
             else:
-                self._check_linear(linear)
-        stored = {self._stored(name) for name in known}
+                self.stored(linear).check(self.tensors, str(self.folder))
         for name in self.tensors.shapes:
-            if name not in stored and not name.endswith(_HARMLESS_TENSORS):
+            if name not in known and not name.endswith(_HARMLESS_TENSORS):
                 raise CheckpointError(
                     f"{self.folder}: unexpected tensor {name!r}: the config does not describe this model"
                 )
 
-    def _expect(self, name: str, shape: tuple[int, ...]) -> None:
-        if not self.has(name):
-            raise CheckpointError(f"{self.folder}: tensor {name!r} is missing: download the model again")
-        found = self.stored_shape(name)
-        if found != shape:
-            raise CheckpointError(
-                f"{self.folder}: {name!r} has shape {list(found)}, the config asks for {list(shape)}: not the same model"
-            )
-
     def _check_tied(self, linear: LinearShape) -> None:
-        name, embed = f"{linear.name}.weight", f"{self.family.names['embed']}.weight"
-        if self.has(f"{linear.name}.weight_packed"):
+        name, embed = f"{linear.name}.{WEIGHT}", f"{self.family.names['embed']}.weight"
+        if f"{linear.name}.{PACKED}" in self.tensors.shapes:
             raise CheckpointError(f"{self.folder}: a quantized head needs tie_word_embeddings=false in config.json")
-        if self.has(name) and not torch.equal(self.tensor(name), self.tensor(embed)):
+        if name in self.tensors.shapes and not torch.equal(self.tensor(name), self.tensor(embed)):
             raise CheckpointError(
                 f"{self.folder}: tie_word_embeddings is true but {name!r} differs from the embedding: "
                 "set tie_word_embeddings to false in config.json if the head is to be used"
             )
-
-    def _check_linear(self, linear: LinearShape) -> None:
-        name = linear.name
-        rows, columns = linear.out_features, linear.in_features
-        if self.has(f"{name}.kept_outputs"):
-            (rows,) = self.stored_shape(f"{name}.kept_outputs")
-        if self.has(f"{name}.kept_inputs"):
-            (columns,) = self.stored_shape(f"{name}.kept_inputs")
-        if linear.bias:
-            self._expect(f"{name}.bias", (linear.out_features,))
-        if not self.has(f"{name}.weight_packed"):
-            self._expect(f"{name}.weight", (rows, columns))
-            return
-        if name not in self.schemes:
-            raise CheckpointError(f"{self.folder}: {name!r} is packed but quantization_config does not describe it")
-        spec = self.schemes[name]
-        self._expect(f"{name}.weight_packed", (rows, -(-columns * spec.bits // 32)))
-        self._expect(f"{name}.weight_shape", (2,))
-        scale = f"{name}.weight_scale"
-        if not self.has(scale):
-            raise CheckpointError(f"{self.folder}: tensor {scale!r} is missing: download the model again")
-        if self.has(f"{name}.group_index"):
-            groups = self.stored_shape(scale)[1]
-            self._expect(f"{name}.group_index", (columns,))
-        elif not spec.divides(columns):
-            raise CheckpointError(f"{self.folder}: {name!r} has {columns} inputs, not a multiple of {spec.group_size}")
-        else:
-            groups = columns // spec.columns_per_group(columns)
-        self._expect(scale, (rows, groups))
-        if not spec.symmetric:
-            self._expect(f"{name}.weight_zero_point", (-(-rows * spec.bits // 32), groups))
 
 
 def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torch.dtype | None = None) -> Checkpoint:
@@ -260,19 +180,13 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
     raw = read_json(folder / "config.json")
     family, config = families.parse_config(raw, str(folder / "config.json"))
     if random_weights:
-        checkpoint = Checkpoint(folder, raw, family, config, RandomTensors({}, torch.float32), {})
-        shapes = dict(families.vector_shapes(family, config))
-        for linear in list(checkpoint.linear_shapes()) + families.projection_linears(family, config):
-            if linear.role == "head" and config.tied:
-                continue
-            shapes[f"{linear.name}.weight"] = (linear.out_features, linear.in_features)
-            if linear.bias:
-                shapes[f"{linear.name}.bias"] = (linear.out_features,)
-        checkpoint.tensors = RandomTensors(shapes, dtype or torch.bfloat16)
-        return checkpoint
-    tensors = SafetensorsFolder(folder)
-    prefix = "" if any(name.startswith("model.") for name in tensors.shapes) else "model."
-    checkpoint = Checkpoint(folder, raw, family, config, tensors, {}, prefix)
+        return _random_checkpoint(
+            Checkpoint(folder, raw, family, config, RandomTensors({}), {}), dtype or torch.bfloat16
+        )
+    tensors: TensorSource = SafetensorsFolder(folder)
+    if not any(name.startswith("model.") for name in tensors.shapes):
+        tensors = PrefixedTensors(tensors, "model.", family.names["head"])
+    checkpoint = Checkpoint(folder, raw, family, config, tensors, {})
     quantization = raw.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method")
@@ -280,13 +194,25 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
         if method == "compressed-tensors":
             checkpoint.schemes = read_schemes(quantization, [shape.name for shape in linears], origin)
         elif method == "gptq":
-            checkpoint.tensors = shown = GptqTensors(tensors, quantization, linears, origin)
-            checkpoint.schemes = shown.schemes
+            checkpoint.tensors = converted = GptqTensors(tensors, quantization, linears, origin)
+            checkpoint.schemes = converted.schemes
         else:
             raise UnsupportedModelError(
                 f"{folder}: quant_method {method!r} is not handled: compressed-tensors and gptq are"
             )
     checkpoint.check()
+    return checkpoint
+
+
+def _random_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
+    """The checkpoint with random tensors of the shapes that its config asks for."""
+    family, config = checkpoint.family, checkpoint.config
+    headers = {name: (shape, dtype) for name, shape in families.vector_shapes(family, config).items()}
+    for linear in (*checkpoint.linear_shapes(), *families.projection_linears(family, config)):
+        if linear.role != "head" or not config.tied:
+            parts = StoredLinear.dense(linear).parts(dtype)
+            headers |= {f"{linear.name}.{part}": header for part, header in parts.items()}
+    checkpoint.tensors = RandomTensors(headers)
     return checkpoint
 
 

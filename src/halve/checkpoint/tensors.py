@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +34,17 @@ class TensorSource(Protocol):
     def get(self, name: str) -> Tensor: ...
 
 
+def expect(tensors: TensorSource, name: str, shape: tuple[int, ...], origin: str) -> None:
+    """CheckpointError, which names `origin`, unless the tensor is there in this shape."""
+    if name not in tensors.shapes:
+        raise CheckpointError(f"{origin}: tensor {name!r} is missing: download the model again")
+    if tensors.shapes[name] != shape:
+        raise CheckpointError(
+            f"{origin}: {name!r} has shape {list(tensors.shapes[name])}, the config asks for {list(shape)}: "
+            "not the same model"
+        )
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; many times faster than asking value by value."""
     if not tensor.is_floating_point() or not tensor.numel():
@@ -51,9 +63,7 @@ class SafetensorsFolder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._paths: dict[str, Path] = {}
-        self._finite: set[str] = (
-            set()
-        )  # found to be so: a large tensor is looked through once, however often it is read
+        self._finite: set[str] = set()  # a large tensor is looked through once, however often it is read
         listing = self._listing() if shards is None else dict.fromkeys(shards)
         for path, expected in listing.items():
             names = self._open(path)
@@ -120,16 +130,29 @@ class SafetensorsFolder:
         return tensor
 
 
+class PrefixedTensors:
+    """The tensors of a folder saved without the language-model head, whose names lack `prefix`, under their full names."""
+
+    def __init__(self, tensors: TensorSource, prefix: str, head: str) -> None:
+        self._tensors = tensors
+        self._stored = {name if name.startswith(head) else prefix + name: name for name in tensors.shapes}
+        self.shapes = {name: tensors.shapes[stored] for name, stored in self._stored.items()}
+        self.dtypes = {name: tensors.dtypes[stored] for name, stored in self._stored.items()}
+
+    def get(self, name: str) -> Tensor:
+        return self._tensors.get(self._stored[name])
+
+
 class RandomTensors:
     """Random weights for published shapes, seeded by name: speed and memory do not depend on values."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, std: float = 0.02) -> None:
-        self.shapes, self.std = shapes, std
-        self.dtypes = dict.fromkeys(shapes, dtype)
+    def __init__(self, headers: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        self.shapes = {name: shape for name, (shape, _) in headers.items()}
+        self.dtypes = {name: dtype for name, (_, dtype) in headers.items()}
 
     def get(self, name: str) -> Tensor:
         shape, dtype = self.shapes[name], self.dtypes[name]
         if "norm" in name:
             return torch.zeros(shape, dtype=dtype) if name.endswith(".bias") else torch.ones(shape, dtype=dtype)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(self.std).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(0.02).to(dtype)

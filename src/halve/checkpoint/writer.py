@@ -9,40 +9,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from halve.errors import OutputError
 from halve.files import write_json, write_text
-from halve.model.linear import Linear
-from halve.quantization import QuantizedWeight, pack_zero
 
 COPIED = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "generation_config", "chat_template")
 _ROWS = "rows"  # report rows of finished parts, kept beside the shards until the folder is complete
-
-
-def linear_tensors(name: str, linear: Linear, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The stored tensors of a linear (docs/formats.md); dense weights and biases in `dtype`."""
-    tensors: dict[str, Tensor] = {}
-    weight = linear.weight
-    if isinstance(weight, QuantizedWeight):
-        tensors["weight_packed"] = weight.packed
-        tensors["weight_scale"] = weight.scale
-        tensors["weight_shape"] = torch.tensor(weight.shape)
-        if weight.zero is not None:
-            tensors["weight_zero_point"] = pack_zero(weight.zero, weight.spec.bits)
-        if weight.group_index is not None:
-            tensors["group_index"] = weight.group_index.to(torch.int32)
-    else:
-        tensors["weight"] = weight.to(dtype)
-    if linear.bias is not None:
-        tensors["bias"] = linear.bias.to(dtype)
-    for part, index in (("kept_inputs", linear.input_index), ("kept_outputs", linear.output_index)):
-        if index is not None:
-            tensors[part] = index.to(torch.int32)
-    return {f"{name}.{part}": tensor.contiguous().cpu() for part, tensor in tensors.items()}
 
 
 class CheckpointWriter:

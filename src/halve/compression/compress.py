@@ -78,7 +78,7 @@ def plan_recipe(request: Request) -> RecipePlan:
     check_device(request.device)
     checkpoint = open_checkpoint(request.model)
     store = request.dtype or checkpoint.dtype
-    states, plans = state_of(checkpoint, store.itemsize), []
+    states, plans = state_of(checkpoint, store), []
     for method in request.steps:
         plans.append(method.plan(states))
         states = plans[-1].after
@@ -227,7 +227,7 @@ def _resolve(
     A choice that a later step cannot work on is found here, before the pass begins.
     """
     method, store = request.steps[number - 1], request.dtype or source.dtype
-    state = state_of(source, store.itemsize)
+    state = state_of(source, store)
     if not isinstance(method, Resolvable) or method.resolved:
         return method, method.plan(state)
     path = work / f"step-{number}.json"

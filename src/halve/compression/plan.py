@@ -6,75 +6,17 @@ import fnmatch
 import re
 from dataclasses import dataclass, replace
 
+import torch
+
 from halve.checkpoint.reader import Checkpoint
+from halve.checkpoint.stored import StoredLinear
 from halve.errors import RecipeError
 from halve.model import families
 from halve.model.decoder import ModelConfig
-from halve.model.families import Family, LinearShape
+from halve.model.families import Family
 from halve.quantization import QuantSpec
 
 Key = tuple[int | None, str]  # (layer, role); (None, "head") is the output head
-
-
-@dataclass(frozen=True)
-class LinearState:
-    """One linear as it stands at some point of a recipe."""
-
-    shape: LinearShape
-    kept_out: int
-    kept_in: int
-    spec: QuantSpec | None = None
-    groups: int = 0
-    ragged: bool = False
-
-    @property
-    def key(self) -> Key:
-        return self.shape.layer, self.shape.role
-
-    @property
-    def name(self) -> str:
-        return self.shape.name
-
-    @property
-    def parameters(self) -> int:
-        return self.kept_out * self.kept_in
-
-    def nbytes(self, itemsize: int) -> int:
-        """Stored bytes of weight, scales, zero points, indices and bias, floats being `itemsize` wide."""
-        if self.spec is None:
-            total = self.parameters * itemsize
-        else:
-            words = -(-self.kept_in * self.spec.bits // 32)
-            total = 4 * self.kept_out * words + self.kept_out * self.groups * itemsize + 16
-            if not self.spec.symmetric:
-                total += 4 * -(-self.kept_out * self.spec.bits // 32) * self.groups
-            total += 4 * self.kept_in if self.ragged else 0
-        total += 4 * self.kept_in if self.kept_in < self.shape.in_features else 0
-        total += 4 * self.kept_out if self.kept_out < self.shape.out_features else 0
-        return total + (self.shape.out_features * itemsize if self.shape.bias else 0)
-
-    def quantized(self, spec: QuantSpec) -> LinearState:
-        """The same linear under `spec`."""
-        return replace(self, spec=spec, groups=self.kept_in // spec.columns_per_group(self.kept_in), ragged=False)
-
-    @property
-    def whole(self) -> bool:
-        """True when every input and output the layer has is stored."""
-        return self.kept_in == self.shape.in_features and self.kept_out == self.shape.out_features
-
-    def keeping(self, outputs: int | None = None, inputs: int | None = None) -> LinearState:
-        """The same linear with so many of its rows or columns stored; what it reads and writes stays as wide."""
-        columns = self.kept_in if inputs is None else inputs
-        # removing columns of a quantized weight leaves groups of unequal size
-        ragged = self.ragged or (self.spec is not None and self.spec.group_size != -1 and columns < self.kept_in)
-        return replace(self, kept_out=self.kept_out if outputs is None else outputs, kept_in=columns, ragged=ragged)
-
-    def narrowed(self, outputs: int | None = None, inputs: int | None = None) -> LinearState:
-        """The same linear between narrower activations: neighbours change with it and no index is stored."""
-        shape = self.shape
-        rows = shape.out_features if outputs is None else outputs
-        columns = shape.in_features if inputs is None else inputs
-        return replace(self.keeping(outputs, inputs), shape=replace(shape, out_features=rows, in_features=columns))
 
 
 @dataclass(frozen=True)
@@ -83,15 +25,13 @@ class ModelState:
 
     family: Family
     config: ModelConfig
-    linears: dict[Key, LinearState]
-    itemsize: int
+    linears: dict[Key, StoredLinear]
+    dtype: torch.dtype  # of everything floating
 
     @property
     def linear_bytes(self) -> int:
         """Bytes of all linears, a tied head not counted (it is the embedding)."""
-        return sum(
-            s.nbytes(self.itemsize) for k, s in self.linears.items() if not (k[1] == "head" and self.config.tied)
-        )
+        return sum(s.nbytes(self.dtype) for k, s in self.linears.items() if not (k[1] == "head" and self.config.tied))
 
     @property
     def parameters(self) -> int:
@@ -115,25 +55,13 @@ class ModelState:
         return "head_dim" in self.family.width_fields or square
 
 
-def state_of(checkpoint: Checkpoint, itemsize: int) -> ModelState:
-    """The state of a folder, from its headers."""
-    linears: dict[Key, LinearState] = {}
+def state_of(checkpoint: Checkpoint, dtype: torch.dtype) -> ModelState:
+    """The state of a folder, from its headers; `dtype`: what its floating tensors are written in."""
+    linears: dict[Key, StoredLinear] = {}
     for shape in checkpoint.linear_shapes():
-        tied_head = shape.role == "head" and checkpoint.config.tied
-        kept_out, kept_in, spec = shape.out_features, shape.in_features, checkpoint.schemes.get(shape.name)
-        groups, ragged = 0, False
-        if not tied_head:
-            if checkpoint.has(f"{shape.name}.kept_outputs"):
-                (kept_out,) = checkpoint.stored_shape(f"{shape.name}.kept_outputs")
-            if checkpoint.has(f"{shape.name}.kept_inputs"):
-                (kept_in,) = checkpoint.stored_shape(f"{shape.name}.kept_inputs")
-            if spec is not None:
-                groups = checkpoint.stored_shape(f"{shape.name}.weight_scale")[1]
-                ragged = checkpoint.has(f"{shape.name}.group_index")
-        linears[shape.layer, shape.role] = LinearState(
-            shape, kept_out, kept_in, None if tied_head else spec, groups, ragged
-        )
-    return ModelState(checkpoint.family, checkpoint.config, linears, itemsize)
+        embedding = shape.role == "head" and checkpoint.config.tied
+        linears[shape.layer, shape.role] = StoredLinear.dense(shape) if embedding else checkpoint.stored(shape)
+    return ModelState(checkpoint.family, checkpoint.config, linears, dtype)
 
 
 @dataclass(frozen=True)
@@ -162,7 +90,7 @@ class StepPlan:
     rows: list[Row]
     sources: tuple[int, ...]
 
-    def left(self, key: Key) -> LinearState | None:
+    def left(self, key: Key) -> StoredLinear | None:
         """What becomes of a linear of the model before, None when it goes."""
         layer, role = key
         if layer is not None:
@@ -181,7 +109,7 @@ def matches(pattern: str, name: str) -> bool:
 
 def select(
     state: ModelState, targets: tuple[str, ...], ignore: tuple[str, ...]
-) -> tuple[list[LinearState], dict[Key, str]]:
+) -> tuple[list[StoredLinear], dict[Key, str]]:
     """The linears a step names, and for each other one the reason why it is skipped.
 
     `targets`: patterns (see `matches`); `Linear` stands for every linear but the head.
@@ -211,7 +139,7 @@ def select(
 def finish(
     method: str,
     state: ModelState,
-    changed: dict[Key, tuple[LinearState, str]],
+    changed: dict[Key, tuple[StoredLinear, str]],
     skipped: dict[Key, str],
     config: ModelConfig | None = None,
     sources: tuple[int, ...] | None = None,
@@ -234,7 +162,7 @@ def finish(
         raise RecipeError(f"step {method} matched nothing to do ({reasons}): check targets and ignore")
     for key, linear in state.linears.items():
         new, action = changed.get(key, (linear, "skipped"))
-        sizes = [(s.nbytes(state.itemsize), s.parameters) for s in (linear, new)]
+        sizes = [(s.nbytes(state.dtype), s.parameters) for s in (linear, new)]
         if key[1] == "head" and state.config.tied:
             sizes = [(0, 0), sizes[1] if key in changed else (0, 0)]  # a tied head is the embedding
         reason = skipped.get(key, "")
@@ -246,10 +174,10 @@ def finish(
 
 
 def _renumbered(
-    state: ModelState, changed: dict[Key, tuple[LinearState, str]], config: ModelConfig, sources: tuple[int, ...]
-) -> dict[Key, LinearState]:
+    state: ModelState, changed: dict[Key, tuple[StoredLinear, str]], config: ModelConfig, sources: tuple[int, ...]
+) -> dict[Key, StoredLinear]:
     """The linears of the model after, under their new names."""
-    linears: dict[Key, LinearState] = {}
+    linears: dict[Key, StoredLinear] = {}
     for layer, source in enumerate(sources):
         for shape in families.block_linears(state.family, config, layer):
             key = (source, shape.role)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from halve.checkpoint.reader import Checkpoint, compute_dtype
+from halve.checkpoint.stored import to_tensors
 from halve.checkpoint.tensors import SafetensorsFolder
-from halve.checkpoint.writer import CheckpointWriter, linear_tensors
+from halve.checkpoint.writer import CheckpointWriter
 from halve.compression.methods import Method
 from halve.compression.plan import StepPlan
 from halve.compression.walk import BlockView, Walk
@@ -80,10 +81,10 @@ def run_step(
         view = walk.head()
         with torch.inference_mode():
             edited = method.edit(view, plan)
-        tensors |= linear_tensors(view.name("head"), view.linears["head"], store)
+        tensors |= to_tensors(view.name("head"), view.linears["head"], store)
         edited = _with_bytes(edited, view, plan, tensors)
     elif not source.config.tied:
-        tensors |= linear_tensors(source.family.names["head"], source.head(store, "cpu"), store)
+        tensors |= to_tensors(source.family.names["head"], source.head(store, "cpu"), store)
     writer.write(layers, tensors, edited)
     return rows + edited
 
@@ -103,7 +104,7 @@ def _block_tensors(
     family, config = source.family, plan.after.config
     tensors: dict[str, torch.Tensor] = {}
     for shape in block_linears(family, config, layer):
-        tensors |= linear_tensors(shape.name, view.linears[shape.role], store)
+        tensors |= to_tensors(shape.name, view.linears[shape.role], store)
     there, here = (family.names["block"].format(i) + "." for i in (plan.sources[layer], layer))
     for name in vector_shapes(family, config):
         if name.startswith(here):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from halve.checkpoint.stored import PARTS, SCALE, StoredLinear, to_parts
 from halve.compression.edits import (
     check_fraction,
     column_norms,
@@ -20,65 +21,48 @@ from halve.compression.methods import obs
 from halve.compression.methods.gptq import gptq
 from halve.compression.second_moment import Hessian
 from halve.errors import RecipeError
+from halve.model.families import LinearShape
 from halve.model.linear import Linear
-from halve.quantization import QuantizedWeight, QuantSpec, quantize
-
-_TENSORS = ("weight", "packed", "scale", "zero", "group_index", "bias", "input_index", "output_index")
+from halve.quantization import QuantSpec, quantize
 
 
 class DropIn(nn.Module):
     """A compressed layer with the interface of the `nn.Linear` it replaces: x [..., I] -> y [..., O].
 
-    Its tensors are buffers, so they move with `.to(device)` and are in `state_dict()`; a change of the module's dtype
-    leaves scales and codes alone, the computation follows the dtype of x.
+    Its tensors are those that a file holds of it, as buffers, so they move with `.to(device)` and are in `state_dict()`;
+    a change of the module's dtype leaves scales and codes alone, the computation follows the dtype of x.
     """
 
     def __init__(self, linear: Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight
-        packed = weight if isinstance(weight, QuantizedWeight) else None
-        self.spec = None if packed is None else packed.spec
-        self._kept_in = weight.shape[1]
-        held = {
-            "weight": weight if isinstance(weight, Tensor) else None,
-            "packed": None if packed is None else packed.packed,
-            "scale": None if packed is None else packed.scale,
-            "zero": None if packed is None else packed.zero,
-            "group_index": None if packed is None else packed.group_index,
-            "bias": linear.bias,
-            "input_index": linear.input_index,
-            "output_index": linear.output_index,
-        }
-        for name in _TENSORS:
-            value = held[name]
-            self.register_buffer(name, None if value is None else value.detach())
+        has_bias = linear.bias is not None
+        self.stored = StoredLinear.of(
+            linear, LinearShape("the layer", "", None, self.out_features, self.in_features, has_bias)
+        )
+        parts = to_parts(linear)
+        for part in PARTS:
+            self.register_buffer(part, parts[part].detach() if part in parts else None)
         self._built: dict[torch.dtype, Linear] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DropIn:
-        scale = self._buffers["scale"]
+        scale = self._buffers[SCALE]
         super()._apply(fn, recurse)
-        moved = self._buffers["scale"]
+        moved = self._buffers[SCALE]
         if scale is not None and moved is not None and moved.dtype != scale.dtype:
-            self._buffers["scale"] = scale.to(moved.device)  # rounding it again would change every weight
+            self._buffers[SCALE] = scale.to(moved.device)  # rounding it again would change every weight
         self._built.clear()
         return self
+
+    def unprepared(self, dtype: torch.dtype) -> Linear:
+        """The layer with dense weights and bias in `dtype`, no kernel chosen."""
+        device = next(self.buffers()).device
+        return self.stored.to_linear(self.get_buffer, dtype, device)
 
     def linear(self, dtype: torch.dtype) -> Linear:
         """The layer for inputs of `dtype`, its kernel chosen."""
         if dtype not in self._built:
-            held = {name: self._buffers[name] for name in _TENSORS}
-            weight: Tensor | QuantizedWeight | None = held["weight"]
-            if weight is None:
-                packed, scale = held["packed"], held["scale"]
-                assert packed is not None and scale is not None and self.spec is not None
-                weight = QuantizedWeight(packed, scale, held["zero"], self.spec, self._kept_in, held["group_index"])
-            else:
-                weight = weight.to(dtype)
-            bias = None if held["bias"] is None else held["bias"].to(dtype)
-            linear = Linear(
-                weight, bias, held["input_index"], held["output_index"], self.in_features, self.out_features
-            )
+            linear = self.unprepared(dtype)
             linear.select_backend("auto", dtype)
             self._built[dtype] = linear
         return self._built[dtype]
@@ -96,7 +80,8 @@ class DropIn(nn.Module):
         return sum(t.nbytes for t in self._buffers.values() if t is not None)
 
     def extra_repr(self) -> str:
-        kind = "" if self.spec is None else f", int{self.spec.bits}, group_size={self.spec.group_size}"
+        spec = self.stored.spec
+        kind = "" if spec is None else f", int{spec.bits}, group_size={spec.group_size}"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{kind}"
 
 
@@ -160,7 +145,7 @@ def prune_linear(
     check_fraction("prune_linear input_fraction", input_fraction)
     check_fraction("prune_linear output_fraction", output_fraction)
     if isinstance(layer, DropIn):
-        linear = layer.linear(layer.weight.dtype if isinstance(layer.weight, Tensor) else torch.float32)
+        linear = layer.unprepared(layer.weight.dtype if isinstance(layer.weight, Tensor) else torch.float32)
     else:
         linear = Linear(layer.weight.detach(), None if layer.bias is None else layer.bias.detach().clone())
     columns = kept_count(linear.weight.shape[1], input_fraction)

@@ -314,7 +314,7 @@ def walk_of(folder: Path) -> Walk:
 def quantize_blocks(folder: Path, method: Gptq) -> tuple[Walk, list[BlockView], list[dict]]:
     """The step on every block, without writing anything: states after the last block, views, report rows."""
     walk = walk_of(folder)
-    plan = method.plan(state_of(walk.checkpoint, 4))
+    plan = method.plan(state_of(walk.checkpoint, torch.float32))
     views, rows = [], []
     with torch.inference_mode():
         for index in range(len(walk.checkpoint.config.layers)):
@@ -383,7 +383,7 @@ def test_a_group_that_does_not_divide(make_hf) -> None:
     """48 MLP inputs of down_proj in groups of 32: refused by name with sizes that fit, or per channel where asked."""
     folder = make_hf("llama")
     with pytest.raises(RecipeError, match=r"does not divide the 48 inputs of .*down_proj.*\(48, 24, 16"):
-        Gptq(group_size=32).plan(state_of(open_checkpoint(folder), 4))
+        Gptq(group_size=32).plan(state_of(open_checkpoint(folder), torch.float32))
     _, views, _ = quantize_blocks(folder, Gptq(group_size=32, fallback="channel"))
     sizes = {role: linear.weight.spec.group_size for role, linear in views[0].linears.items()}
     assert sizes.pop("down_proj") == -1 and set(sizes.values()) == {32}
@@ -392,7 +392,7 @@ def test_a_group_that_does_not_divide(make_hf) -> None:
 def test_siblings_fall_back_together(make_hf) -> None:
     """The 24 inputs left to k_proj do not divide by 16: q and v, which read the same, are per channel with it."""
     folder = make_hf("llama")
-    state = state_of(open_checkpoint(folder), 4)
+    state = state_of(open_checkpoint(folder), torch.float32)
     linears = {k: s.keeping(inputs=24) if k == (0, "k_proj") else s for k, s in state.linears.items()}
     plan = Gptq(group_size=16, fallback="channel").plan(replace(state, linears=linears))
     fallen = {row.name.split("layers.")[1] for row in plan.rows if "fallback" in row.action}

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from halve.checkpoint.stored import StoredLinear
 from halve.compression.edits import (
     check_fraction,
     column_norms,
@@ -24,7 +25,7 @@ from halve.compression.edits import (
     narrow_outputs,
     row_norms,
 )
-from halve.compression.plan import Key, LinearState, ModelState, StepPlan, finish, select
+from halve.compression.plan import Key, ModelState, StepPlan, finish, select
 from halve.compression.walk import BlockView
 from halve.errors import RecipeError
 from halve.model.decoder import LayerConfig
@@ -53,7 +54,7 @@ class L1Inputs:
         chosen, skipped = select(state, self.targets, self.ignore)
         if self.shared:
             self._check_siblings(state, {linear.key for linear in chosen})
-        changed: dict[Key, tuple[LinearState, str]] = {}
+        changed: dict[Key, tuple[StoredLinear, str]] = {}
         layers = list(state.config.layers)
         for linear in chosen:  # down_proj comes after the linears that feed it
             count = kept_count(linear.kept_in, self.fraction)
@@ -102,7 +103,7 @@ class L1Inputs:
         return rows
 
 
-def _narrows(state: ModelState, down: LinearState) -> bool:
+def _narrows(state: ModelState, down: StoredLinear) -> bool:
     """Whether dropping inputs of this down_proj can narrow the whole MLP: nothing in between is pruned yet."""
     layer = down.shape.layer
     producers = [state.linears[layer, role] for role in PRODUCERS if (layer, role) in state.linears]
@@ -111,11 +112,11 @@ def _narrows(state: ModelState, down: LinearState) -> bool:
 
 def _narrow_mlp(
     state: ModelState,
-    down: LinearState,
+    down: StoredLinear,
     count: int,
     action: str,
     layers: list[LayerConfig],
-    changed: dict[Key, tuple[LinearState, str]],
+    changed: dict[Key, tuple[StoredLinear, str]],
     skipped: dict[Key, str],
 ) -> None:
     """Enter down_proj and its producers, narrower, into `changed` and the layer's new width into `layers`."""
@@ -155,7 +156,7 @@ class L1Outputs:
 
     def plan(self, state: ModelState) -> StepPlan:
         chosen, skipped = select(state, self.targets, self.ignore)
-        changed: dict[Key, tuple[LinearState, str]] = {}
+        changed: dict[Key, tuple[StoredLinear, str]] = {}
         for linear in chosen:
             count = kept_count(linear.kept_out, self.fraction)
             changed[linear.key] = linear.keeping(outputs=count), f"keeps {count} of {linear.kept_out} outputs"

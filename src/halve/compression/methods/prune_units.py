@@ -15,10 +15,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from halve.checkpoint.stored import StoredLinear
 from halve.compression.edits import check_fraction, column_norms, narrow_inputs, narrow_outputs, row_norms
 from halve.compression.methods import obs
 from halve.compression.methods.allocation import SMALLEST_SHARE, allocate, parse_widths, rounded_width
-from halve.compression.plan import Key, LinearState, ModelState, StepPlan, finish
+from halve.compression.plan import Key, ModelState, StepPlan, finish
 from halve.compression.second_moment import Hessian
 from halve.compression.walk import BlockView, Walk
 from halve.errors import RecipeError
@@ -95,7 +96,7 @@ class Structured(ABC):
 
     def plan(self, state: ModelState) -> StepPlan:
         kept = self._kept(state)
-        changed: dict[Key, tuple[LinearState, str]] = {}
+        changed: dict[Key, tuple[StoredLinear, str]] = {}
         layers = list(state.config.layers)
         skipped = {key: f"not part of the {self.sublayer}" for key in state.linears}
         for index, layer in enumerate(layers):

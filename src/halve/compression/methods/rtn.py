@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from halve.compression.plan import Key, LinearState, ModelState, StepPlan, describe, finish, select
+from halve.checkpoint.stored import StoredLinear
+from halve.compression.plan import Key, ModelState, StepPlan, describe, finish, select
 from halve.compression.walk import BlockView
 from halve.errors import RecipeError
 from halve.model.linear import Linear
@@ -73,7 +74,7 @@ def plan_quantization(
     share a scheme; RecipeError when `fallback` is "error".
     """
     chosen, skipped = select(state, targets, ignore)
-    changed: dict[Key, tuple[LinearState, str]] = {}
+    changed: dict[Key, tuple[StoredLinear, str]] = {}
     for linear in chosen:
         if linear.spec is not None:
             skipped[linear.key] = f"already quantized ({describe(linear.spec)})"

@@ -65,17 +65,17 @@ def estimate_needs(
 ) -> Needs:
     """`request`: model, folder and calibration of the run; `questions`: those of the right way, none without weights."""
     device = request.device
-    itemsize = compute_dtype(checkpoint, request.dtype).itemsize
-    dense = state_of(checkpoint, itemsize)
+    dtype = compute_dtype(checkpoint, request.dtype)
+    dense = state_of(checkpoint, dtype)
     embedding = checkpoint.config.vocab_size * checkpoint.config.hidden_size
-    dense_bytes = dense.linear_bytes + embedding * itemsize
+    dense_bytes = dense.linear_bytes + embedding * dtype.itemsize
     head = dense.linears[None, "head"].parameters if checkpoint.config.tied else 0
     sizes, seconds, working = {}, 0.0, [0]
     for variant in variants.kept():
         state = dense
         for method in (*variant.quantizer(random_weights), *variant.pruner()):
             state = method.plan(state).after
-        sizes[variant] = state.linear_bytes + embedding * itemsize
+        sizes[variant] = state.linear_bytes + embedding * dtype.itemsize
     memory = [int(dense_bytes * _RUNNING)]
     for bits in {v.bits for v in sizes if v.bits is not None} if not random_weights else ():
         plan = plan_recipe(replace(request, steps=Variant(bits).quantizer(False)))

@@ -280,7 +280,8 @@ class _Run:
         """The largest fraction tried with the accuracy above the floor; each larger one until the first that fails."""
         start = variants.of_cell(cell, way)
         tried = [{"fraction": 0.0} | self.accuracy(start.base, way)]
-        state = state_of(open_checkpoint(self.build(start.base)), 1)
+        base = open_checkpoint(self.build(start.base))
+        state = state_of(base, base.dtype)
         for fraction in variants.FRACTIONS:
             if not self.passes(tried[-1]):
                 break

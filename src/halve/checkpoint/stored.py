@@ -1,0 +1,253 @@
+"""How one linear is stored: names, shapes, dtypes and bytes of its tensors, and the way to and from a `Linear`.
+
+The table of docs/formats.md in code, and the only place that knows it: plans count bytes with it before there is a weight,
+readers check headers against it, writers, folders of other formats and drop-in layers make their tensors with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from halve.checkpoint.tensors import TensorSource, expect
+from halve.errors import CheckpointError
+from halve.model.families import LinearShape
+from halve.model.linear import Linear
+from halve.quantization import QuantizedWeight, QuantSpec, pack_zero, unpack_zero
+
+WEIGHT = "weight"
+BIAS = "bias"
+PACKED = "weight_packed"
+SCALE = "weight_scale"
+ZERO_POINT = "weight_zero_point"
+PACKED_SHAPE = "weight_shape"
+GROUP_INDEX = "group_index"
+KEPT_INPUTS = "kept_inputs"
+KEPT_OUTPUTS = "kept_outputs"
+PARTS = (WEIGHT, BIAS, PACKED, SCALE, ZERO_POINT, PACKED_SHAPE, GROUP_INDEX, KEPT_INPUTS, KEPT_OUTPUTS)
+
+Header = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """One linear as a file stores it, or will at some point of a recipe.
+
+    shape: what it is called, reads and writes; kept_out, kept_in: rows and columns of it that are stored; spec: None is a
+    dense weight; groups: scales in a row; ragged: every column names its group, because columns of a quantized weight are
+    gone; scale_dtype: None is that of the other floating tensors.
+    """
+
+    shape: LinearShape
+    kept_out: int
+    kept_in: int
+    spec: QuantSpec | None = None
+    groups: int = 0
+    ragged: bool = False
+    scale_dtype: torch.dtype | None = None
+
+    @classmethod
+    def dense(cls, shape: LinearShape) -> StoredLinear:
+        """All of the linear, not quantized."""
+        return cls(shape, shape.out_features, shape.in_features)
+
+    @classmethod
+    def of(cls, linear: Linear, shape: LinearShape) -> StoredLinear:
+        """How `linear` will be stored."""
+        weight = linear.weight
+        if not isinstance(weight, QuantizedWeight):
+            return cls(shape, *weight.shape)
+        ragged = weight.group_index is not None
+        return cls(shape, *weight.shape, weight.spec, weight.scale.shape[1], ragged, weight.scale.dtype)
+
+    @classmethod
+    def from_headers(
+        cls, tensors: TensorSource, shape: LinearShape, spec: QuantSpec | None, origin: str
+    ) -> StoredLinear:
+        """How `tensors` store a linear that the config gives `spec`; `check` says whether they do so without fault.
+
+        Raises CheckpointError, which names `origin`, for what contradicts itself.
+        """
+        name = shape.name
+        rows = _kept(tensors, f"{name}.{KEPT_OUTPUTS}", shape.out_features, origin)
+        columns = _kept(tensors, f"{name}.{KEPT_INPUTS}", shape.in_features, origin)
+        if f"{name}.{PACKED}" not in tensors.shapes:
+            return cls(shape, rows, columns)
+        if spec is None:
+            raise CheckpointError(f"{origin}: {name!r} is packed but quantization_config does not describe it")
+        ragged, scale = f"{name}.{GROUP_INDEX}" in tensors.shapes, f"{name}.{SCALE}"
+        if ragged:
+            groups = _last_dimension(tensors, scale)
+        elif spec.divides(columns):
+            groups = columns // spec.columns_per_group(columns)
+        else:
+            raise CheckpointError(f"{origin}: {name!r} has {columns} inputs, not a multiple of {spec.group_size}")
+        return cls(shape, rows, columns, spec, groups, ragged, tensors.dtypes.get(scale))
+
+    @property
+    def name(self) -> str:
+        return self.shape.name
+
+    @property
+    def key(self) -> tuple[int | None, str]:
+        """(layer, role); (None, "head") is the output head."""
+        return self.shape.layer, self.shape.role
+
+    @property
+    def parameters(self) -> int:
+        return self.kept_out * self.kept_in
+
+    @property
+    def whole(self) -> bool:
+        """True when every input and output the layer has is stored."""
+        return self.kept_in == self.shape.in_features and self.kept_out == self.shape.out_features
+
+    def parts(self, dtype: torch.dtype) -> dict[str, Header]:
+        """Shape and dtype of every tensor by the part of its name after the linear's; floating ones in `dtype`."""
+        rows, columns, spec = self.kept_out, self.kept_in, self.spec
+        parts: dict[str, Header] = {}
+        if spec is None:
+            parts[WEIGHT] = (rows, columns), dtype
+        else:
+            parts[PACKED] = (rows, _words(columns, spec)), torch.int32
+            parts[SCALE] = (rows, self.groups), self.scale_dtype or dtype
+            parts[PACKED_SHAPE] = (2,), torch.int64
+            if not spec.symmetric:
+                parts[ZERO_POINT] = (_words(rows, spec), self.groups), torch.int32
+            if self.ragged:
+                parts[GROUP_INDEX] = (columns,), torch.int32
+        if self.shape.bias:
+            parts[BIAS] = (self.shape.out_features,), dtype
+        if columns < self.shape.in_features:
+            parts[KEPT_INPUTS] = (columns,), torch.int32
+        if rows < self.shape.out_features:
+            parts[KEPT_OUTPUTS] = (rows,), torch.int32
+        return parts
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all its tensors, floating ones in `dtype`."""
+        return sum(math.prod(shape) * kind.itemsize for shape, kind in self.parts(dtype).values())
+
+    def quantized(self, spec: QuantSpec) -> StoredLinear:
+        """The same linear under `spec`, its scales in the dtype of the model."""
+        groups = self.kept_in // spec.columns_per_group(self.kept_in)
+        return replace(self, spec=spec, groups=groups, ragged=False, scale_dtype=None)
+
+    def keeping(self, outputs: int | None = None, inputs: int | None = None) -> StoredLinear:
+        """The same linear with so many of its rows or columns stored; what it reads and writes stays as wide.
+
+        Which columns go is not known here: a group that loses all of them takes its scales along, a few bytes less.
+        """
+        rows = self.kept_out if outputs is None else outputs
+        columns = self.kept_in if inputs is None else inputs
+        # removing columns of a quantized weight leaves groups of unequal size
+        ragged = self.ragged or (self.spec is not None and self.spec.group_size != -1 and columns < self.kept_in)
+        return replace(self, kept_out=rows, kept_in=columns, ragged=ragged)
+
+    def narrowed(self, outputs: int | None = None, inputs: int | None = None) -> StoredLinear:
+        """The same linear between narrower activations: neighbours change with it and no index is stored."""
+        shape = self.shape
+        rows = shape.out_features if outputs is None else outputs
+        columns = shape.in_features if inputs is None else inputs
+        return replace(self.keeping(outputs, inputs), shape=replace(shape, out_features=rows, in_features=columns))
+
+    def check(self, tensors: TensorSource, origin: str) -> None:
+        """CheckpointError, which names `origin`, unless every part is there in its shape and kind of dtype."""
+        for part, (shape, dtype) in self.parts(torch.float32).items():
+            name = f"{self.name}.{part}"
+            expect(tensors, name, shape, origin)
+            stored = tensors.dtypes[name]
+            words = part in (PACKED, ZERO_POINT)  # of another width they would hold other codes
+            if stored.is_floating_point != dtype.is_floating_point or (words and stored != dtype):
+                wanted = "floating" if dtype.is_floating_point else dtype
+                raise CheckpointError(f"{origin}: {name!r} is {stored}, it must be {wanted}: get an intact copy")
+
+    def to_linear(self, get: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device | str) -> Linear:
+        """The layer itself; `get` gives the tensor of a part.
+
+        Dense weights and biases in `dtype`, scales as stored. Raises CheckpointError for an index that points outside.
+        """
+        shape = self.shape
+
+        def index(part: str, kept: int, size: int) -> Tensor | None:
+            return self._index(get, part, size).long().to(device) if kept < size else None
+
+        weight = get(WEIGHT).to(dtype).to(device) if self.spec is None else self._quantized(get, self.spec).to(device)
+        return Linear(
+            weight,
+            get(BIAS).to(dtype).to(device) if shape.bias else None,
+            index(KEPT_INPUTS, self.kept_in, shape.in_features),
+            index(KEPT_OUTPUTS, self.kept_out, shape.out_features),
+            shape.in_features,
+            shape.out_features,
+        )
+
+    def _quantized(self, get: Callable[[str], Tensor], spec: QuantSpec) -> QuantizedWeight:
+        zero = None if spec.symmetric else unpack_zero(get(ZERO_POINT), spec.bits, self.kept_out)
+        groups = self._index(get, GROUP_INDEX, self.groups) if self.ragged else None
+        return QuantizedWeight(get(PACKED), get(SCALE), zero, spec, self.kept_in, groups)
+
+    def _index(self, get: Callable[[str], Tensor], part: str, size: int) -> Tensor:
+        """An index into `size` places."""
+        index = get(part)
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
+            raise CheckpointError(f"'{self.name}.{part}' points outside of 0 to {size - 1}: get an intact copy")
+        return index
+
+
+def to_parts(linear: Linear, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors of a linear by part, on its device; dense weights and biases in `dtype` (None: as they are)."""
+    parts: dict[str, Tensor] = {}
+    if isinstance(linear.weight, QuantizedWeight):
+        parts |= packed_parts(linear.weight)
+    else:
+        parts[WEIGHT] = linear.weight if dtype is None else linear.weight.to(dtype)
+    if linear.bias is not None:
+        parts[BIAS] = linear.bias if dtype is None else linear.bias.to(dtype)
+    for part, index in ((KEPT_INPUTS, linear.input_index), (KEPT_OUTPUTS, linear.output_index)):
+        if index is not None:
+            parts[part] = index.to(torch.int32)
+    return parts
+
+
+def packed_parts(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors of a quantized weight by part."""
+    parts = {PACKED: weight.packed, SCALE: weight.scale, PACKED_SHAPE: torch.tensor(weight.shape, device=weight.device)}
+    if weight.zero is not None:
+        parts[ZERO_POINT] = pack_zero(weight.zero, weight.spec.bits)
+    if weight.group_index is not None:
+        parts[GROUP_INDEX] = weight.group_index.to(torch.int32)
+    return parts
+
+
+def to_tensors(name: str, linear: Linear, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a file holds of the linear `name`, on the CPU; dense weights and biases in `dtype`."""
+    return {f"{name}.{part}": tensor.contiguous().cpu() for part, tensor in to_parts(linear, dtype).items()}
+
+
+def tensor_names(shape: LinearShape) -> set[str]:
+    """Every name that a tensor of this linear can have."""
+    return {f"{shape.name}.{part}" for part in PARTS if part != BIAS or shape.bias}
+
+
+def _words(codes: int, spec: QuantSpec) -> int:
+    """int32 words that hold so many codes."""
+    return -(-codes * spec.bits // 32)
+
+
+def _last_dimension(tensors: TensorSource, name: str) -> int:
+    return (0, *tensors.shapes.get(name, ()))[-1]
+
+
+def _kept(tensors: TensorSource, name: str, size: int, origin: str) -> int:
+    """How many of `size` channels are stored: as many as the index `name`, if there is one, names."""
+    if name not in tensors.shapes:
+        return size
+    kept = _last_dimension(tensors, name)
+    if not 0 < kept < size:
+        raise CheckpointError(f"{origin}: {name!r} keeps {kept} of {size} channels, it must be fewer and some")
+    return kept
