@@ -59,10 +59,11 @@ class StoredLinear:
     def of(cls, linear: Linear, shape: LinearShape) -> StoredLinear:
         """How `linear` will be stored."""
         weight = linear.weight
+        rows, columns = weight.shape
         if not isinstance(weight, QuantizedWeight):
-            return cls(shape, *weight.shape)
+            return cls(shape, rows, columns)
         ragged = weight.group_index is not None
-        return cls(shape, *weight.shape, weight.spec, weight.scale.shape[1], ragged, weight.scale.dtype)
+        return cls(shape, rows, columns, weight.spec, weight.scale.shape[1], ragged, weight.scale.dtype)
 
     @classmethod
     def from_headers(
@@ -157,7 +158,8 @@ class StoredLinear:
 
     def check(self, tensors: TensorSource, origin: str) -> None:
         """CheckpointError, which names `origin`, unless every part is there in its shape and kind of dtype."""
-        for part, (shape, dtype) in self.parts(torch.float32).items():
+        asked = replace(self, scale_dtype=None)  # that one is what was found
+        for part, (shape, dtype) in asked.parts(torch.float32).items():
             name = f"{self.name}.{part}"
             expect(tensors, name, shape, origin)
             stored = tensors.dtypes[name]

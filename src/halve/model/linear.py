@@ -84,11 +84,12 @@ class Linear(nn.Module):
     def full_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The equivalent full weight [O, I], zeros where channels were removed."""
         weight = self.dense_weight(dtype)
-        full = weight.new_zeros(self.out_features, self.in_features)
-        rows = slice(None) if self.output_index is None else self.output_index.unsqueeze(1)
-        columns = slice(None) if self.input_index is None else self.input_index
-        full[rows, columns] = weight
-        return full
+        if self.input_index is not None:
+            wide = weight.new_zeros(weight.shape[0], self.in_features)
+            weight = wide.index_copy_(1, self.input_index, weight)
+        if self.output_index is not None:
+            weight = weight.new_zeros(self.out_features, self.in_features).index_copy_(0, self.output_index, weight)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_index is not None:
