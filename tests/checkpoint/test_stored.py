@@ -65,7 +65,7 @@ def test_what_is_made_is_what_was_planned(case: tuple[Linear, StoredLinear, torc
     assert StoredLinear.of(linear, planned.shape).parts(dtype) == planned.parts(dtype)
 
 
-class Held:
+class MemoryTensors:
     """Tensors in memory, as a file holds them."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -83,7 +83,7 @@ def test_what_was_stored_is_found_and_reads_back_as_the_same_layer(
     case: tuple[Linear, StoredLinear, torch.dtype],
 ) -> None:
     linear, planned, dtype = case
-    file = Held(to_tensors("block.proj", linear, dtype))
+    file = MemoryTensors(to_tensors("block.proj", linear, dtype))
     stored = StoredLinear.from_headers(file, planned.shape, planned.spec, "file")
     stored.check(file, "file")
     assert replace(stored, scale_dtype=None) == replace(planned, scale_dtype=None)

@@ -1,10 +1,12 @@
-"""config.json of a compressed model."""
+"""config.json of a compressed model; `halve.model.families.parse_config` reads what is written here."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 
-from halve.model.decoder import LayerConfig, ModelConfig
+from halve.model.decoder import ModelConfig
 from halve.model.families import Family
 
 
@@ -27,7 +29,7 @@ def config_json(
     if schemes_json:
         out["quantization_config"] = schemes_json
     if not plain:
-        out |= {"model_type": "halve", "halve_model_type": base, "halve_layers": [_layer_json(x) for x in layers]}
+        out |= {"model_type": "halve", "halve_model_type": base, "halve_layers": [asdict(layer) for layer in layers]}
         out["architectures"] = ["HalveForCausalLM"]
         return out
     for ours, theirs in family.width_fields.items():
@@ -35,8 +37,3 @@ def config_json(
         if ours != "head_dim" or raw.get("head_dim") is not None or value * layers[0].num_heads != config.hidden_size:
             out[theirs] = value
     return out
-
-
-def _layer_json(layer: LayerConfig) -> dict:
-    fields = ("num_heads", "num_kv_heads", "intermediate_size", "sliding_window")
-    return {name: getattr(layer, name) for name in fields}

@@ -34,7 +34,8 @@ def read_gptq(
     packed along I, which is our packing transposed. A symmetric weight must have zero point 2^(b-1) throughout: any other
     means `version` is not the one the file was written in (CheckpointError).
     """
-    bits, rows = spec.bits, qweight_WO.shape[1]
+    bits = spec.bits
+    rows = qweight_WO.shape[1]
     columns = qweight_WO.shape[0] * 32 // bits if g_idx is None else g_idx.numel()
     zero_OG = _zero_points(qzeros_GZ, bits, rows, version)
     if spec.symmetric:
@@ -49,8 +50,8 @@ def read_gptq(
     plain = torch.arange(columns, dtype=torch.int32, device=qweight_WO.device) // spec.columns_per_group(columns)
     if group_index is None or torch.equal(group_index, plain):
         group_index = None if spec.divides(columns) else plain
-    packed, scale = qweight_WO.t().contiguous(), scales_GO.t().contiguous()
-    return QuantizedWeight(packed, scale, zero_OG, spec, columns, group_index)
+    packed = qweight_WO.t().contiguous()
+    return QuantizedWeight(packed, scales_GO.t().contiguous(), zero_OG, spec, columns, group_index)
 
 
 def _zero_points(qzeros_GZ: Tensor, bits: int, rows: int, version: str) -> Tensor:
@@ -112,12 +113,13 @@ class GptqTensors:
 
     def _native(self, linear: LinearShape) -> StoredLinear:
         """How the linear would be stored in our form."""
-        rows, columns, size = linear.out_features, linear.in_features, self.spec.columns_per_group(linear.in_features)
+        columns = linear.in_features
+        size = self.spec.columns_per_group(columns)
         g_idx = f"{linear.name}.g_idx"
         plain = torch.arange(columns, dtype=torch.int32) // size
         ordered = g_idx not in self.shapes or torch.equal(self._tensors.get(g_idx).to(torch.int32), plain)
         ragged = not ordered or not self.spec.divides(columns)
-        return StoredLinear(linear, rows, columns, self.spec, -(-columns // size), ragged)
+        return StoredLinear(linear, linear.out_features, columns, self.spec, -(-columns // size), ragged)
 
     def get(self, name: str) -> Tensor:
         if name not in self._parts:

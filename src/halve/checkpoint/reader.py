@@ -128,7 +128,8 @@ class Checkpoint:
 
     def block(self, index: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Block:
         """One layer, its linears unmerged."""
-        config, layer = self.config, self.config.layers[index]
+        config = self.config
+        layer = config.layers[index]
         shapes = families.block_linears(self.family, config, index)
         linears = {s.role: self.linear(s, dtype, device) for s in shapes}
         roles = (["attn_norm"] if layer.has_attention else []) + (["mlp_norm"] if layer.has_mlp else [])
@@ -178,7 +179,8 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
     """
     folder = find_model(model, weights=not random_weights)
     raw = read_json(folder / "config.json")
-    family, config = families.parse_config(raw, str(folder / "config.json"))
+    origin = str(folder / "config.json")
+    family, config = families.parse_config(raw, origin)
     if random_weights:
         return _random_checkpoint(
             Checkpoint(folder, raw, family, config, RandomTensors({}), {}), dtype or torch.bfloat16
@@ -190,7 +192,7 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
     quantization = raw.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method")
-        linears, origin = list(checkpoint.linear_shapes()), str(folder / "config.json")
+        linears = list(checkpoint.linear_shapes())
         if method == "compressed-tensors":
             checkpoint.schemes = read_schemes(quantization, [shape.name for shape in linears], origin)
         elif method == "gptq":

@@ -54,7 +54,7 @@ def read_schemes(config: Json, names: list[str], origin: str) -> dict[str, Quant
     return schemes
 
 
-def write_schemes(schemes: dict[str, QuantSpec], names: list[str], act_order: bool = False) -> Json:
+def write_schemes(schemes: dict[str, QuantSpec], names: list[str]) -> Json:
     """The `quantization_config` of a model whose linears `names` have `schemes` (those absent stay dense).
 
     One scheme is written as the class target `Linear` with the dense ones ignored; several as exact names, the way
@@ -72,7 +72,7 @@ def write_schemes(schemes: dict[str, QuantSpec], names: list[str], act_order: bo
             "symmetric": spec.symmetric,
             "strategy": "channel" if spec.group_size == -1 else "group",
             "group_size": None if spec.group_size == -1 else spec.group_size,
-            "actorder": "weight" if act_order else None,
+            "actorder": None,
             "dynamic": False,
         }
         groups[f"group_{position}"] = {

@@ -80,7 +80,8 @@ class StoredLinear:
             return cls(shape, rows, columns)
         if spec is None:
             raise CheckpointError(f"{origin}: {name!r} is packed but quantization_config does not describe it")
-        ragged, scale = f"{name}.{GROUP_INDEX}" in tensors.shapes, f"{name}.{SCALE}"
+        scale = f"{name}.{SCALE}"
+        ragged = f"{name}.{GROUP_INDEX}" in tensors.shapes
         if ragged:
             groups = _last_dimension(tensors, scale)
         elif spec.divides(columns):
@@ -158,7 +159,7 @@ class StoredLinear:
 
     def check(self, tensors: TensorSource, origin: str) -> None:
         """CheckpointError, which names `origin`, unless every part is there in its shape and kind of dtype."""
-        asked = replace(self, scale_dtype=None)  # that one is what was found
+        asked = replace(self, scale_dtype=None)  # which is the headers' own word
         for part, (shape, dtype) in asked.parts(torch.float32).items():
             name = f"{self.name}.{part}"
             expect(tensors, name, shape, origin)
@@ -173,22 +174,21 @@ class StoredLinear:
 
         Dense weights and biases in `dtype`, scales as stored. Raises CheckpointError for an index that points outside.
         """
-        shape = self.shape
+        inputs, outputs = self.shape.in_features, self.shape.out_features
 
         def index(part: str, kept: int, size: int) -> Tensor | None:
             return self._index(get, part, size).long().to(device) if kept < size else None
 
-        weight = get(WEIGHT).to(dtype).to(device) if self.spec is None else self._quantized(get, self.spec).to(device)
         return Linear(
-            weight,
-            get(BIAS).to(dtype).to(device) if shape.bias else None,
-            index(KEPT_INPUTS, self.kept_in, shape.in_features),
-            index(KEPT_OUTPUTS, self.kept_out, shape.out_features),
-            shape.in_features,
-            shape.out_features,
+            get(WEIGHT).to(dtype).to(device) if self.spec is None else self._packed(get, self.spec).to(device),
+            get(BIAS).to(dtype).to(device) if self.shape.bias else None,
+            index(KEPT_INPUTS, self.kept_in, inputs),
+            index(KEPT_OUTPUTS, self.kept_out, outputs),
+            inputs,
+            outputs,
         )
 
-    def _quantized(self, get: Callable[[str], Tensor], spec: QuantSpec) -> QuantizedWeight:
+    def _packed(self, get: Callable[[str], Tensor], spec: QuantSpec) -> QuantizedWeight:
         zero = None if spec.symmetric else unpack_zero(get(ZERO_POINT), spec.bits, self.kept_out)
         groups = self._index(get, GROUP_INDEX, self.groups) if self.ragged else None
         return QuantizedWeight(get(PACKED), get(SCALE), zero, spec, self.kept_in, groups)
@@ -251,5 +251,5 @@ def _kept(tensors: TensorSource, name: str, size: int, origin: str) -> int:
         return size
     kept = _last_dimension(tensors, name)
     if not 0 < kept < size:
-        raise CheckpointError(f"{origin}: {name!r} keeps {kept} of {size} channels, it must be fewer and some")
+        raise CheckpointError(f"{origin}: {name!r} keeps {kept} of {size} channels, it must be some and not all")
     return kept
