@@ -163,6 +163,15 @@ def test_a_gptq_folder_is_a_source_for_compress(make_hf, tmp_path: Path) -> None
         assert not torch.equal(before(TOKENS), after(TOKENS))
 
 
+def test_names_without_prefix_are_read(make_hf, tmp_path: Path) -> None:
+    folder = to_gptq(make_hf("llama"), tmp_path / "made", "gptq", sym=True)
+    with torch.inference_mode():
+        expected = load_model(folder)(TOKENS)
+        tensors = load_file(folder / "model.safetensors")
+        save_file({k.removeprefix("model."): v for k, v in tensors.items()}, folder / "model.safetensors")
+        assert torch.equal(load_model(folder)(TOKENS), expected)
+
+
 def test_a_mislabelled_folder_is_refused_by_name(make_hf, tmp_path: Path) -> None:
     folder = to_gptq(make_hf("llama"), tmp_path / "made", "gptq_v2", sym=True)
     raw = json.loads((folder / "config.json").read_text())

@@ -68,6 +68,7 @@ def test_state_dict_restores_it_into_a_layer_of_the_same_scheme() -> None:
     torch.manual_seed(5)
     other = quantize_linear(nn.Linear(64, 48), x, group_size=32)
     assert not torch.equal(other(x), made(x))
+    assert set(made.state_dict()) == {"weight_packed", "weight_scale", "weight_shape", "bias"}  # as in a file
     other.load_state_dict(made.state_dict())
     assert torch.equal(other(x), made(x))
     assert torch.equal(copy.deepcopy(made)(x), made(x))
