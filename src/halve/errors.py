@@ -23,3 +23,7 @@ class DataError(HalveError):
 
 class OutputError(HalveError):
     """The result cannot be written where it was asked for."""
+
+
+class StaleKernelsError(HalveError):
+    """The compiled kernels were built from other sources than this package."""

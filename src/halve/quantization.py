@@ -108,6 +108,17 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     return q * scale.float()
 
 
+def dequantize(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, group_index_I: Tensor | None) -> Tensor:
+    """The numbers that a weight's codes stand for, float32 [O, I]. Groups are equal runs of columns unless each column
+    has its own, `group_index_I`."""
+    if group_index_I is None:
+        shaped = codes_OI.view(codes_OI.shape[0], scale_OG.shape[1], -1)
+        zero = None if zero_OG is None else zero_OG.unsqueeze(-1)
+        return decode(shaped, scale_OG.unsqueeze(-1), zero).view(codes_OI.shape)
+    groups = group_index_I.long()
+    return decode(codes_OI, scale_OG[:, groups], None if zero_OG is None else zero_OG[:, groups])
+
+
 def _bit_positions(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """For 32 codes in a row: first word, bit offset inside it, and which codes run over into the next word."""
     start = torch.arange(32, device=device, dtype=torch.int32) * bits
@@ -204,14 +215,7 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight the codes stand for, [O, I] in `dtype` (computed in float32)."""
-        codes = self.codes()
-        if self.group_index is None:
-            shaped = codes.view(self.out_features, self.scale.shape[1], -1)
-            zero = None if self.zero is None else self.zero.unsqueeze(-1)
-            return decode(shaped, self.scale.unsqueeze(-1), zero).view(self.shape).to(dtype)
-        groups = self.column_groups()
-        zero = None if self.zero is None else self.zero[:, groups]
-        return decode(codes, self.scale[:, groups], zero).to(dtype)
+        return dequantize(self.codes(), self.scale, self.zero, self.group_index).to(dtype)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         moved = (None if t is None else t.to(device) for t in (self.packed, self.scale, self.zero, self.group_index))

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from halve.checkpoint.reader import load_model
 from halve.compression.compress import compress
-from halve.decode.cpu_step import StepPlan, step_kernel
-from halve.decode.generate import Decoder, Sampling
+from halve.decode.cpu_step import CpuStep
+from halve.decode.generate import Decoder
+from halve.decode.sampling import Sampling
+from halve.decode.torch_step import TorchStep
 from halve.kernels import cpu
-from halve.kernels.cpu import CpuMatmul
 from halve.model.decoder import Model
 
 PROMPTS = [[5, 9, 3, 44, 81, 2, 17], [7] * 11, [90, 2, 61]]
@@ -41,17 +42,25 @@ FAMILIES = {
 }
 
 
+def decoder_in_c(model: Model, prompts: list[list[int]], capacity: int) -> tuple[Decoder, CpuStep]:
+    decoder = Decoder(model, prompts, capacity, Sampling())
+    assert isinstance(decoder.engine, CpuStep), decoder.kernel
+    return decoder, decoder.engine
+
+
+def kernel_of(model: Model, batch: int = 1) -> str:
+    return Decoder(model, [[1]] * batch, 8, Sampling()).kernel
+
+
 def steps_of(model: Model, in_c: bool, prompts: list[list[int]] = PROMPTS) -> Tensor:
     """Logits [steps, B, V] of STEPS fixed tokens after the prompts."""
-    decoder = Decoder(model, prompts, 40, Sampling())
-    plan = StepPlan.make(model, decoder.cache)
-    assert plan is not None
+    decoder, step_in_c = decoder_in_c(model, prompts, 40)
     found = []
     with torch.inference_mode():
         decoder.prefill()
         for step in range(STEPS):
             tokens = torch.tensor([[(13 * step + row) % 97] for row in range(len(prompts))])
-            found.append(plan(tokens).clone() if in_c else model(tokens, decoder.cache)[:, 0])
+            found.append(step_in_c.logits(tokens).clone() if in_c else model(tokens, decoder.cache)[:, 0])
     return torch.stack(found)
 
 
@@ -62,10 +71,10 @@ def error(found: Tensor, expected: Tensor) -> float:
 @pytest.fixture(params=["avx512-vnni", "avx-vnni", "avx2", "generic"])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Models loaded from here on use this instruction set."""
-    library = cpu.load_library(request.param)
+    library = cpu.open_library(request.param)
     if isinstance(library, str):
         pytest.skip(library)
-    monkeypatch.setattr(CpuMatmul, "isa", request.param)
+    monkeypatch.setattr(cpu, "load_library", lambda: library)
     return request.param
 
 
@@ -73,7 +82,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_equals_the_model(make_hf: Callable[..., Path], isa: str, name: str) -> None:
     family, options = FAMILIES[name]
     model = load_model(make_hf(family, **options))
-    assert step_kernel(model) == f"{isa}-step"
+    assert kernel_of(model) == f"{isa}-step"
     assert error(steps_of(model, True), steps_of(model, False)) < FLOAT32_ERROR
     alone = [[5, 9, 3, 44, 81, 2, 17]]
     assert error(steps_of(model, True, alone), steps_of(model, False, alone)) < FLOAT32_ERROR
@@ -83,12 +92,10 @@ def test_equals_the_model_beyond_one_piece_of_the_cache(make_hf: Callable[..., P
     model = load_model(make_hf("llama", max_position_embeddings=256))
     torch.manual_seed(0)
     prompts = [torch.randint(97, (count,)).tolist() for count in (200, 63, 130)]
-    decoder = Decoder(model, prompts, 220, Sampling())
-    plan = StepPlan.make(model, decoder.cache)
-    assert plan is not None
+    decoder, step_in_c = decoder_in_c(model, prompts, 220)
     with torch.inference_mode():
         tokens = decoder.prefill()
-        found = plan(tokens).clone()
+        found = step_in_c.logits(tokens).clone()
         for row, prompt in enumerate(prompts):
             expected = model(torch.tensor([[*prompt, int(tokens[row])]]))[0, -1]
             assert error(found[row], expected) < FLOAT32_ERROR
@@ -112,7 +119,7 @@ def test_equals_the_model_compressed(
 ) -> None:
     compress(make_hf(family), tmp_path / "out", steps)
     model = load_model(tmp_path / "out")
-    assert step_kernel(model) == f"{isa}-step"
+    assert kernel_of(model) == f"{isa}-step"
     packed = any(linear.quantized for _, linear in model.linears())
     assert error(steps_of(model, True), steps_of(model, False)) < (PACKED_ERROR if packed else FLOAT32_ERROR)
 
@@ -128,11 +135,9 @@ def test_bfloat16_is_nearer_to_float64_than_the_operations_are(make_hf: Callable
             torch.cat((torch.tensor(prompts), tokens), dim=1)
         )[:, -1]
         for in_c in (True, False):
-            decoder = Decoder(model, prompts, 20, Sampling())
-            plan = StepPlan.make(model, decoder.cache)
-            assert plan is not None
+            decoder, step_in_c = decoder_in_c(model, prompts, 20)
             decoder.prefill()
-            found[in_c] = error(plan(tokens) if in_c else model(tokens, decoder.cache)[:, 0], expected)
+            found[in_c] = error(step_in_c.logits(tokens) if in_c else model(tokens, decoder.cache)[:, 0], expected)
     assert found[True] < found[False], found
 
 
@@ -151,13 +156,11 @@ def in_float64(model: Model) -> Model:
 
 def test_nothing_is_allocated_by_a_step(make_hf: Callable[..., Path]) -> None:
     model = load_model(make_hf("llama"))
-    decoder = Decoder(model, PROMPTS[:1], 40, Sampling())
-    plan = StepPlan.make(model, decoder.cache)
-    assert plan is not None
+    decoder, step_in_c = decoder_in_c(model, PROMPTS[:1], 40)
     with torch.inference_mode():
         tokens = decoder.prefill()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            plan(tokens)
+            step_in_c.logits(tokens)
     assert sum(max(0, event.self_cpu_memory_usage) for event in profiler.key_averages()) == 0
 
 
@@ -165,10 +168,12 @@ def test_what_c_does_not_know_is_left_to_the_model(
     make_hf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     projected = load_model(make_hf("opt", word_embed_proj_dim=16, do_layer_norm_before=False))
-    assert step_kernel(projected).startswith("torch (norms after the sums")
+    assert kernel_of(projected).startswith("torch (norms after the sums")
     on_torch = load_model(make_hf("llama"), backend="reference")
-    assert step_kernel(on_torch) == "torch (a layer runs on torch.linear)"
-    assert Decoder(on_torch, PROMPTS, 40, Sampling())._step is None
+    assert kernel_of(on_torch) == "torch (a layer runs on torch.linear)"
+    assert type(Decoder(on_torch, PROMPTS, 40, Sampling()).engine) is TorchStep
     hooked = load_model(make_hf("llama"))
     hooked.blocks[0].register_forward_hook(lambda *_: None)
-    assert step_kernel(hooked) == "torch (hooks on a layer)"
+    assert kernel_of(hooked) == "torch (hooks on a layer)"
+    many = load_model(make_hf("llama"))
+    assert kernel_of(many, 65) == "torch (65 prompts at once, the C step takes 64)"

@@ -11,7 +11,8 @@ import torch
 
 from halve.checkpoint.reader import load_model
 from halve.checkpoint.tokenizer import load_tokenizer
-from halve.decode.generate import Sampling, generate, generate_text, kept_logits, sample
+from halve.decode.generate import generate, generate_text
+from halve.decode.sampling import Sampling, kept_logits, sample
 from halve.decode.text_stream import TextStream
 from halve.errors import DataError, HalveError
 from halve.model.decoder import Model

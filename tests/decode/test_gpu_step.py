@@ -15,12 +15,14 @@ pytest.importorskip("triton", reason="Triton is not installed: its kernels canno
 
 from halve.checkpoint.reader import load_model
 from halve.compression.compress import compress
-from halve.decode import gpu_launches as cuda_plan
-from halve.decode import gpu_step as cuda_decode
-from halve.decode.generate import Decoder, Sampling, generate
+from halve.decode import gpu_launches, gpu_step
+from halve.decode.generate import Decoder, generate
+from halve.decode.gpu_step import CapturedStep, GpuStep
+from halve.decode.sampling import Sampling
 from halve.kernels import triton_backend
 from halve.kernels.triton_backend import Tiling
 from halve.model.decoder import Model
+from tools.ptx.cpu import cpu_too
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = [[5, 9, 3, 44], [7] * 21, [90, 2, 61, 33, 8, 8, 17]]
@@ -30,12 +32,17 @@ PROMPTS = [[5, 9, 3, 44], [7] * 21, [90, 2, 61, 33, 8, 8, 17]]
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let models on the CPU through; few and large tiles, since the interpreter pays for each; short stretches of cache."""
     for name, value in (("_SLOTS", 16), ("_SHORTEST", 16), ("_SPLITS", 3)):
-        monkeypatch.setattr(cuda_plan, name, value)
+        monkeypatch.setattr(gpu_launches, name, value)
     if DEVICE == "cpu":
-        monkeypatch.setattr(triton_backend, "ON_CPU", True)
-        for module in (triton_backend, cuda_plan):
+        monkeypatch.setattr(triton_backend, "runs_on", cpu_too)
+        for module in (triton_backend, gpu_launches):
             monkeypatch.setattr(module, "tiling", lambda operand: Tiling(128))
     yield
+
+
+def captured_by(decoder: Decoder) -> CapturedStep:
+    assert isinstance(decoder.engine, GpuStep), decoder.kernel
+    return decoder.engine.captured
 
 
 def check_steps(
@@ -46,7 +53,7 @@ def check_steps(
     model = load_model(folder, device=DEVICE, backend="triton", dtype=dtype)
     with torch.inference_mode():
         decoder = Decoder(model, prompts, 64, Sampling())
-        assert decoder._captured is not None, cuda_decode.describe(model)
+        captured = captured_by(decoder)
         rows = [list(prompt) for prompt in prompts]
         tokens = decoder.prefill()
         for _ in range(steps):
@@ -55,7 +62,7 @@ def check_steps(
             tokens = decoder.step(tokens)
             for number, row in enumerate(rows):
                 wanted = reference(torch.tensor([row], device=DEVICE))[0, -1]
-                found = decoder._captured.logits[number]
+                found = captured.logits[number]
                 assert float((found - wanted).norm() / wanted.norm()) < error
                 assert int(tokens[number]) == int(found.argmax())
     return model
@@ -110,9 +117,10 @@ def test_generation_uses_the_step_and_keeps_it(make_hf: Callable[..., Path]) -> 
     for sampling in (Sampling(), Sampling(temperature=0.8, top_k=20, seed=3)):
         made = generate(model, PROMPTS[:2], max_new_tokens=3, sampling=sampling)
         assert made == generate(ordinary, PROMPTS[:2], max_new_tokens=3, sampling=sampling)
-    kept = cuda_decode._STEPS[model]
-    generate(model, PROMPTS[:2], max_new_tokens=2)
-    assert cuda_decode._STEPS[model] is kept and "fused kernels" in cuda_decode.describe(model)
+    kept = gpu_step._LAST_STEPS[model]
+    again = Decoder(model, PROMPTS[:2], 24, Sampling())
+    assert captured_by(again) is kept and "fused kernels" in again.kernel
+    del again
     # two decoders at once do not share a cache
     one = Decoder(model, PROMPTS, 40, Sampling())
     two = Decoder(model, PROMPTS, 40, Sampling())
@@ -129,8 +137,7 @@ def test_capturing_leaves_the_state_as_it_was(
     wanted = generate(load_model(folder, backend="reference"), PROMPTS[:1], max_new_tokens=4)
     model = load_model(folder, backend="triton")
     decoder = Decoder(model, PROMPTS[:1], 40, Sampling())
-    step = decoder._captured
-    assert step is not None
+    step = captured_by(decoder)
     tokens = decoder.prefill()
 
     @contextmanager
@@ -150,7 +157,7 @@ def test_capturing_leaves_the_state_as_it_was(
         CUDAGraph=lambda: SimpleNamespace(replay=lambda: step._run(True)),
         graph=capture,
     )
-    monkeypatch.setattr(cuda_decode, "torch", SimpleNamespace(**(vars(torch) | {"cuda": cuda})))
+    monkeypatch.setattr(gpu_step, "torch", SimpleNamespace(**(vars(torch) | {"cuda": cuda})))
     monkeypatch.setattr(triton_backend, "current", lambda device: nullcontext())
     monkeypatch.setattr(step, "device", torch.device("cuda"))
     made = [int(tokens)]
@@ -159,7 +166,7 @@ def test_capturing_leaves_the_state_as_it_was(
         made.append(int(tokens))
     assert made == wanted[0].tokens
     assert int(step.turn) == 3 and int(step.position) == len(PROMPTS[0]) + 3
-    assert ("no CUDA graph: operation not permitted" if fails else "in a CUDA graph") in step.kind
+    assert ("no CUDA graph: operation not permitted" if fails else "in a CUDA graph") in decoder.kernel
 
 
 def test_a_row_at_the_end_of_the_context_does_not_disturb_the_others(make_hf: Callable[..., Path]) -> None:
@@ -174,12 +181,14 @@ def test_a_row_at_the_end_of_the_context_does_not_disturb_the_others(make_hf: Ca
 
 def test_what_cannot_be_fused_says_why(make_hf: Callable[..., Path]) -> None:
     opt = load_model(make_hf("opt"), device=DEVICE)
-    generate(opt, [[1, 2]], max_new_tokens=2)
-    assert cuda_decode.describe(opt) == "module by module (learned positions or projections)"
+    decoder = Decoder(opt, [[1, 2]], 4, Sampling())
+    assert (
+        decoder.passed_over["gpu"] == "learned positions or projections"
+        and decoder.passed_over["gpu"] in decoder.kernel
+    )
     llama = load_model(make_hf("llama"), device=DEVICE, backend="reference")
-    generate(llama, [[1, 2]], max_new_tokens=2)
-    assert "runs torch.linear" in cuda_decode.describe(llama)
-    assert cuda_decode._unsupported(llama, 17) == "17 prompts at once, the fused kernels take 16"
+    assert "runs torch.linear" in Decoder(llama, [[1, 2]], 4, Sampling()).kernel
+    assert GpuStep.serves(llama, 17) == "17 prompts at once, the fused kernels take 16"
 
 
 def test_the_cost_of_attention_follows_the_live_length(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halve.kernels import triton_backend as backend
-from halve.kernels.triton_backend import Feed, Fusion, Scratch, Tiling, TritonMatmul
+from halve.kernels.triton_backend import Fusion, NormedInput, Scratch, Tiling, TritonMatmul
 from halve.kernels.triton_layout import packed_operand
 from halve.measure.speed.timed_model import Placement
 from halve.quantization import QuantizedWeight, QuantSpec, quantize
@@ -19,6 +19,7 @@ from tools.gpu.models import step_error
 from tools.gpu.steps import ROWS_3B
 from tools.ptx import compile as ptx_compile
 from tools.ptx import emulate as ptx_emulate
+from tools.ptx.cpu import cpu_too
 
 ROUNDED = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 WEIGHTS = {**ptx_compile.WEIGHTS, "int3-g64": QuantSpec(3, 64)}
@@ -27,7 +28,7 @@ ptx_emulate.emulate()
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backend, "ON_CPU", True)
+    monkeypatch.setattr(backend, "runs_on", cpu_too)
     yield
 
 
@@ -73,8 +74,8 @@ def test_a_product_feeds_the_next() -> None:
     gain, stream, x = torch.rand(256).bfloat16(), torch.randn(1, 256).bfloat16(), torch.randn(1, 128).bfloat16()
     made = stream.double() + x.double() @ first.double().T
     scratch, sizes = Scratch(torch.device("cpu")), Tiling(64)
-    feed = Feed(torch.zeros(1, 256, dtype=torch.bfloat16), None, gain, torch.zeros(1, 4), 1e-5)
-    backend.multiply(maker, x, stream, Fusion(epilogue=1, feed=feed), scratch, sizes)
+    feed = NormedInput(torch.zeros(1, 256, dtype=torch.bfloat16), None, gain, torch.zeros(1, 4), 1e-5)
+    backend.multiply(maker, x, stream, Fusion(epilogue=1, next_input=feed), scratch, sizes)
     assert error(stream, made) < ROUNDED[torch.bfloat16]
     out = torch.zeros(1, 70, dtype=torch.bfloat16)
     backend.multiply(reader, feed.vectors, out, Fusion(norm=feed), scratch, sizes)
@@ -89,8 +90,8 @@ def test_a_decode_step(overlapped: str, monkeypatch: pytest.MonkeyPatch) -> None
     row = next(row for row in ROWS_3B if row.name == "3b-int4-head8-inputs-10")
     with torch.inference_mode():
         placement = Placement("cpu", torch.bfloat16, "triton", random_weights=True)
-        found, how = step_error(replace(row, shape="tiny", kept_inputs=0.5, head_kept=0.5), placement, steps=1)
-    assert found < 0.02 and how == "fused kernels"
+        found, kernel = step_error(replace(row, shape="tiny", kept_inputs=0.5, head_kept=0.5), placement, steps=1)
+    assert found < 0.02 and kernel == "fused kernels"
 
 
 def test_the_order_of_blocks_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:

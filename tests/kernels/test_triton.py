@@ -22,14 +22,16 @@ pytest.importorskip("triton", reason="Triton is not installed: its kernels canno
 from halve import kernels
 from halve.errors import HalveError
 from halve.kernels import triton_backend as backend
-from halve.kernels.triton_backend import Feed, Fusion, Scratch, Tiling, TritonMatmul
+from halve.kernels.triton_backend import Fusion, NormedInput, Scratch, Tiling, TritonMatmul
 from halve.kernels.triton_layout import SegmentedWeight, dense_operand
 from halve.model.linear import Linear
 from halve.quantization import QuantizedWeight, QuantSpec, quantize
+from tools.ptx.cpu import cpu_too
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OUT = 37  # odd: no whole number of tiles
 SMALL = Tiling(16)
+RUNS_ON = backend.runs_on
 FP32_ERROR = 1e-6  # float32 sums of some hundred products
 # rounding y to 8 or 11 significant bits
 ROUNDED = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -39,7 +41,7 @@ ROUNDED = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let tensors on the CPU through, and use tiles of a size the interpreter is quick with."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(backend, "ON_CPU", True)
+        monkeypatch.setattr(backend, "runs_on", cpu_too)
         monkeypatch.setattr(backend, "tiling", lambda operand: SMALL)
     yield
 
@@ -108,7 +110,9 @@ def test_the_stored_form_can_be_had_back(bits: int) -> None:
     ):
         held = TritonMatmul(weight.to(DEVICE), torch.float32).weight
         assert isinstance(held, SegmentedWeight) and held.shape == weight.shape
-        assert torch.equal(held.packed.cpu(), weight.packed)
+        stored = held.stored()
+        assert torch.equal(stored.packed.cpu(), weight.packed) and torch.equal(stored.scale.cpu(), weight.scale)
+        assert (stored.zero is None) == (weight.zero is None)
         assert torch.equal(held.dequantize().cpu(), weight.dequantize())
 
 
@@ -180,10 +184,10 @@ def test_a_product_feeds_the_next_ones(ragged: bool, count: int) -> None:
     made = stream.double() + x.double() @ first.double().T
     normed = made / (made.square().mean(1, keepdim=True) + 1e-5).sqrt() * gain
     squares = torch.zeros(count, -(-width // 16), device=DEVICE)
-    feed = Feed(vectors, table, gain.to(DEVICE), squares, 1e-5)
-    backend.multiply(maker, maker.arranged(x.to(DEVICE)), out, Fusion(epilogue=1, feed=feed), scratch, SMALL)
-    again = Feed(torch.zeros_like(vectors), table, gain.to(DEVICE), torch.zeros(count, 1, device=DEVICE), 1e-5)
-    backend.give(out, None, out, again)
+    feed = NormedInput(vectors, table, gain.to(DEVICE), squares, 1e-5)
+    backend.multiply(maker, maker.arranged(x.to(DEVICE)), out, Fusion(epilogue=1, next_input=feed), scratch, SMALL)
+    again = NormedInput(torch.zeros_like(vectors), table, gain.to(DEVICE), torch.zeros(count, 1, device=DEVICE), 1e-5)
+    backend.write_normed_input(out, None, out, again)
     assert torch.equal(again.vectors, vectors) and torch.allclose(again.squares.sum(1), squares.sum(1))
     for o, view, k, numbers in zip(operands, vectors.split(widths, dim=1), kept, second, strict=True):
         y = torch.zeros(count, o.rows, device=DEVICE)
@@ -224,10 +228,10 @@ def test_many_rows_of_a_packed_weight_go_by_tiles(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "ON_CPU", False)
-    with pytest.raises(HalveError, match="triton: the weight is on cpu"):
-        kernels.select("triton", torch.randn(4, 4), torch.float32)
-    monkeypatch.setattr(backend, "ON_CPU", True)
+    with monkeypatch.context() as as_shipped:
+        as_shipped.setattr(backend, "runs_on", RUNS_ON)
+        with pytest.raises(HalveError, match="triton: the weight is on cpu"):
+            kernels.select("triton", torch.randn(4, 4), torch.float32)
     with pytest.raises(HalveError, match=r"float16, not torch\.float64"):
         kernels.select("triton", torch.randn(4, 4), torch.float64)
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from halve.checkpoint.reader import Checkpoint, open_checkpoint
 from halve.checkpoint.tensors import TensorSource
 from halve.compression.edits import keep_inputs
-from halve.decode.generate import Decoder, Sampling
-from halve.decode.gpu_step import describe
+from halve.decode.generate import Decoder
+from halve.decode.gpu_step import GpuStep
+from halve.decode.sampling import Sampling
 from halve.measure.records import Record
 from halve.measure.speed.benchmark import measure_subjects
 from halve.measure.speed.timed_model import Placement, Settings, Subject
@@ -179,18 +180,21 @@ def step_error(row: Row, placement: Placement, steps: int = 3) -> tuple[float, s
         checkpoint = open_row(row, placement.device, placement.dtype)
         models.append(make_model(row, checkpoint, placement.device, placement.dtype, backend))
     prompt = random_prompt(models[0], 200, seed=0)
-    worst, logits = 0.0, []
+    worst, logits, kernel = 0.0, [], ""
     for turn in range(2):
-        decoder, tokens = Decoder(models[1], [prompt], 256, Sampling()), list(prompt)
+        decoder = Decoder(models[1], [prompt], 256, Sampling())
+        engine, tokens = decoder.engine, list(prompt)
         chosen = decoder.prefill()
-        for _ in range(steps if decoder._captured is not None else 0):
-            assert decoder._captured is not None
+        for _ in range(steps):
+            if not isinstance(engine, GpuStep):
+                break
             tokens += chosen[0].tolist()
             chosen = decoder.step(chosen)
-            logits.append(decoder._captured.logits[0].float())
+            logits.append(engine.captured.logits[0].float())
             if turn == 0:
                 wanted = models[0](torch.tensor([tokens], device=placement.device))[0, -1].float()
                 worst = max(worst, float((logits[-1] - wanted).norm() / wanted.norm()))
-        del decoder
+        kernel = decoder.kernel
+        del decoder, engine
     same = all(torch.equal(a, b) for a, b in zip(logits, logits[len(logits) // 2 :], strict=False))
-    return worst if same else float("inf"), describe(models[1])
+    return worst if same else float("inf"), kernel

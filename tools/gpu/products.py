@@ -92,7 +92,7 @@ def copies_of(nbytes: int, device: str) -> int:
 @torch.inference_mode()
 def measure_products(shape: str, counts: tuple[int, ...], device: str) -> Iterator[dict[str, Any]]:
     """One result per weight, shape, count of rows and kernel: ours, torch's own, and torch's packed int4 product."""
-    backend = "auto" if device == "cpu" and not triton_backend.ON_CPU else "triton"
+    backend = "triton" if triton_backend.runs_on(torch.device(device)) else "auto"
     for name, kind in WEIGHTS.items():
         for columns, rows in SHAPES[shape]:
             first = select(backend, make_weight(kind, columns, rows, device), torch.bfloat16)
@@ -187,7 +187,7 @@ def bandwidths(device: str) -> dict[str, float]:
 
 def product_errors(device: str) -> Iterator[tuple[str, float]]:
     """What was multiplied and the relative error against float64, for odd shapes."""
-    backend = "auto" if device == "cpu" and not triton_backend.ON_CPU else "triton"
+    backend = "triton" if triton_backend.runs_on(torch.device(device)) else "auto"
     kinds = {
         **WEIGHTS, "int8-g128-asym": QuantSpec(8, 128, symmetric=False), "int4-g32-asym": QuantSpec(4, 32, symmetric=False),
         "int4-g128-ragged": QuantSpec(4, 128), "int2-g64": QuantSpec(2, 64),

@@ -27,6 +27,7 @@ from halve.measure.speed.timed_model import Placement, Settings
 from tools.gpu.models import SHAPES, Row, measure_row, step_error
 from tools.gpu.peers import WAYS, measure_peer
 from tools.gpu.products import bandwidths, find_tilings, measure_products, product_errors
+from tools.ptx.cpu import serve_cpu
 
 ROWS_3B = [
     Row("3b-bf16", "llama-3.2-3b"),
@@ -57,7 +58,7 @@ class Run:
 
     def __init__(self, out: Path, device: str, shape: str | None, quick: bool) -> None:
         self.out, self.device, self.shape, self.quick = out, device, shape, quick
-        backend = "triton" if triton_backend.ON_CPU else "auto"
+        backend = "triton" if device == "cpu" and triton_backend.runs_on(torch.device(device)) else "auto"
         self.placement = Placement(device, torch.bfloat16, backend, random_weights=True)
         out.mkdir(parents=True, exist_ok=True)
 
@@ -290,11 +291,11 @@ def main() -> None:
             f"PyTorch finds no {arguments.device} here: --device cpu (HALVE_GPU_DEVICE=cpu for gpu.sh) tries a step"
         )
     if quick and os.environ.get("TRITON_INTERPRET") == "1":
-        triton_backend.ON_CPU = True
+        serve_cpu()
     elif quick and os.environ.get("HALVE_GPU_EMULATE") == "1":
         from tools.ptx.emulate import emulate
 
-        triton_backend.ON_CPU = True
+        serve_cpu()
         emulate()
     STEPS[arguments.step](Run(arguments.out, arguments.device, arguments.shape, quick))
 

@@ -30,7 +30,7 @@ from triton.runtime import driver  # pyright: ignore[reportMissingImports]
 from triton.runtime.jit import JITFunction  # pyright: ignore[reportMissingImports]
 
 from halve.kernels import triton_backend as backend
-from halve.kernels.triton_backend import Feed, Fusion, Scratch
+from halve.kernels.triton_backend import Fusion, NormedInput, Scratch
 from halve.kernels.triton_layout import Operand, dense_operand, packed_operand
 from halve.measure.records import new_record, write_record
 from halve.quantization import QuantizedWeight, QuantSpec
@@ -100,12 +100,12 @@ def launch_products(wanted: list[str]) -> list[tuple[str, int | None]]:
     scratch, names = Scratch(torch.device("cpu")), []
     vector, squares = torch.empty(1, ROWS, dtype=torch.bfloat16), torch.empty(1, 48)
     places, gain = torch.zeros(1, ROWS, dtype=torch.int32), torch.empty(COLUMNS, dtype=torch.bfloat16)
-    norm = Feed(vector, None, gain, squares, 1e-5)
+    norm = NormedInput(vector, None, gain, squares, 1e-5)
     best, best_row = torch.empty(1, ROWS), torch.empty(1, ROWS, dtype=torch.int32)
     fusions = {
         "norm": Fusion(norm=norm),
-        "residual + feed": Fusion(epilogue=1, feed=norm),
-        "residual + feed of kept inputs": Fusion(epilogue=1, feed=replace(norm, place=places)),
+        "residual + feed": Fusion(epilogue=1, next_input=norm),
+        "residual + feed of kept inputs": Fusion(epilogue=1, next_input=replace(norm, place=places)),
         "norm, gate/up": Fusion(norm=norm, epilogue=2),
         "norm, best": Fusion(norm=norm, best=best, best_row=best_row),
     }

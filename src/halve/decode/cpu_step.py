@@ -1,7 +1,7 @@
 """Decode steps in C: a model's layers as tables, so that one token of every prompt is one call and no allocation.
 
 The C side is kernels/csrc/step.c. It computes in float32 throughout; keys, values and all weights are as the model holds
-them. What it does not know is decoded by the model itself, operation by operation; `step_kernel` says which runs.
+them. What it does not know is decoded by the model itself, operation by operation (`torch_step`).
 
 Shape legend: B prompts, V vocabulary.
 """
@@ -14,130 +14,78 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from halve.kernels.cpu import KINDS, CpuMatmul, Library
-from halve.model.decoder import Block, KVCache, Model, Norm
+from halve.decode.torch_step import TorchStep
+from halve.kernels.cpu import KINDS, CpuMatmul, Library, load_library
+from halve.kernels.structures import MAX_COUNT, CacheStruct, LayerStruct, LinearStruct, ModelStruct, NormStruct
+from halve.model.decoder import Block, Model, Norm
 from halve.model.linear import Linear
 
-MAX_BATCH = 64  # MAX_COUNT of csrc/cpu.h
 _ACTIVATIONS = {"silu": 0, "swish": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu": 3}
-_pointer, _int64, _int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
-class _Linear(ctypes.Structure):
-    _fields_ = (*((name, _pointer) for name in ("weight", "bias", "input_index", "output_index")), ("outputs", _int64))
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = (("weight", _pointer), ("bias", _pointer))
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, _Norm) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
-        ("qkv", _Linear * 3),
-        ("o", _Linear),
-        ("up", _Linear * 2),
-        ("down", _Linear),
-        *((name, _int64) for name in ("heads", "kv_heads", "width", "window")),
-    )
-
-
-class _Model(ctypes.Structure):
-    _fields_ = (
-        *((name, _pointer) for name in ("kernels", "layers", "embed", "positions", "cosine", "sine")),
-        ("final_norm", _Norm),
-        ("head", _Linear),
-        *((name, _int64) for name in ("layer_count", "hidden", "head_size", "position_offset", "bytes")),
-        ("eps", ctypes.c_float),
-        *((name, _int32) for name in ("kind", "rms", "has_final_norm", "qk_norm", "gated", "activation")),
-        *((name, _int32) for name in ("inner", "outer", "columns", "segments")),
-    )
-
-
-class _Cache(ctypes.Structure):
-    _fields_ = (("keys", _pointer), ("values", _pointer), ("batch", _int64), ("capacity", _int64))
-
-
-_STRUCTURES = (_Linear, _Norm, _Layer, _Model, _Cache)
-
-
-def step_kernel(model: Model) -> str:
-    """What decodes one token: "NAME-step" of the C library, or "torch" and the reason in brackets."""
-    library = _serves(model)
-    return f"torch ({library})" if isinstance(library, str) else f"{library.isa}-step"
-
-
-def _serves(model: Model) -> Library | str:
-    """The library whose step runs the model, or why none does."""
-    config = model.config
-    matmuls = [linear.matmul for _, linear in model.linears()]
-    others = {str(getattr(m, "kernel", None)) for m in matmuls if not isinstance(m, CpuMatmul)}
-    if others:
-        return f"a layer runs on {min(others)}"
-    if not config.norm_first or model.project_in is not None:
-        return "norms after the sums, or a projected embedding"
-    if any(block._forward_pre_hooks or block._forward_hooks for block in model.blocks):
-        return "hooks on a layer"
-    if config.activation not in _ACTIVATIONS:
-        return f"activation {config.activation}"
-    (library, *more) = {m.library for m in matmuls if isinstance(m, CpuMatmul)}
-    return "layers run on different instruction sets" if more else library
-
-
-class StepPlan:
+class CpuStep(TorchStep):
     """One model and one cache, laid out for C. Addresses point into both, and into buffers made here once."""
 
-    def __init__(self, model: Model, cache: KVCache, library: Library) -> None:
-        self._model, self._cache = model, cache
-        functions = library.functions
-        functions.halve_step_sizes.restype = _int64
-        for which, structure in enumerate(_STRUCTURES):
-            assert functions.halve_step_sizes(which) == ctypes.sizeof(structure), structure.__name__
-        batch = cache.batch
+    def __init__(self, model: Model, batch: int, capacity: int) -> None:
+        super().__init__(model, batch, capacity)
+        library = _matmul(model.head).library
+        self.kernel = f"{library.isa}-step"
         self._slots_B = torch.zeros(batch, dtype=torch.int64)
         self._logits_BV = torch.empty(batch, model.config.vocab_size)
         self._c_model = self._describe(library)
         self._c_cache = self._describe_cache()
-        functions.halve_step_scratch.restype = _int64
-        functions.halve_step_scratch.argtypes = [_pointer, _pointer]
         addresses = ctypes.addressof(self._c_model), ctypes.addressof(self._c_cache)
-        self._scratch = torch.empty(functions.halve_step_scratch(*addresses), dtype=torch.uint8)
-        self._run = functions.halve_step
-        self._run.argtypes = [_pointer] * 6
-        self._run.restype = None
+        self._scratch = torch.empty(library.step_scratch(*addresses), dtype=torch.uint8)
+        self._run = library.step
         buffers = (self._slots_B, self._logits_BV, self._scratch)
         self._arguments = (*addresses, *(t.data_ptr() for t in buffers))
 
     @classmethod
-    def make(cls, model: Model, cache: KVCache) -> StepPlan | None:
-        """The plan, or None where the model decodes operation by operation."""
-        library = _serves(model)
-        if isinstance(library, str) or not 0 < cache.batch <= MAX_BATCH:
-            return None
-        return cls(model, cache, library)
+    def runs_on(cls, device: torch.device) -> bool:
+        return device.type == "cpu"
 
-    def __call__(self, tokens_B1: Tensor) -> Tensor:
+    @classmethod
+    def serves(cls, model: Model, batch: int) -> str | None:
+        if batch > MAX_COUNT:
+            return f"{batch} prompts at once, the C step takes {MAX_COUNT}"
+        if isinstance(missing := load_library(), str):
+            return missing
+        matmuls = [linear.matmul for _, linear in model.linears()]
+        others = {str(getattr(m, "kernel", None)) for m in matmuls if not isinstance(m, CpuMatmul)}
+        if others:
+            return f"a layer runs on {min(others)}"
+        config = model.config
+        if not config.norm_first or model.project_in is not None:
+            return "norms after the sums, or a projected embedding"
+        if any(block._forward_pre_hooks or block._forward_hooks for block in model.blocks):
+            return "hooks on a layer"
+        if config.activation not in _ACTIVATIONS:
+            return f"activation {config.activation}"
+        libraries = {m.library for m in matmuls if isinstance(m, CpuMatmul)}
+        return "layers run on different instruction sets" if len(libraries) > 1 else None
+
+    def logits(self, tokens_B1: Tensor) -> Tensor:
         """Logits float32 [B, V] after tokens int64 [B, 1]; the cache grows by one. Overwritten by the next call."""
-        lengths = self._cache.lengths
+        lengths = self.cache.lengths
         if isinstance(lengths, int):
-            assert lengths < self._cache.capacity, (lengths, self._cache.capacity)
+            assert lengths < self.cache.capacity, (lengths, self.cache.capacity)
             self._slots_B.fill_(lengths)
         else:
             self._slots_B.copy_(lengths)
         model, cache, slots, logits, scratch = self._arguments
         tokens_B1 = tokens_B1.contiguous()
         self._run(model, cache, tokens_B1.data_ptr(), slots, logits, scratch)
-        self._cache.lengths = lengths + 1
+        self.cache.lengths = lengths + 1
         return self._logits_BV
 
-    def _describe(self, library: Library) -> _Model:
-        model, config = self._model, self._model.config
-        self._layers = (_Layer * len(config.layers))()
+    def _describe(self, library: Library) -> ModelStruct:
+        model, config = self.model, self.model.config
+        self._layers = (LayerStruct * len(config.layers))()
         for block, layer in zip(model.blocks, self._layers, strict=True):
             assert isinstance(block, Block)
             _describe_block(block, layer)
         linears = [linear for _, linear in model.linears()]
-        described = _Model(
+        described = ModelStruct(
             kernels=library.kernels,
             layers=ctypes.addressof(self._layers),
             embed=model.embed.data_ptr(),
@@ -162,22 +110,22 @@ class StepPlan:
             segments=max(_matmul(linear).segments for linear in linears),
         )
         if model.rotary is not None:
-            self._rotary = model.rotary.tables(self._cache.capacity, torch.float32)
+            self._rotary = model.rotary.tables(self.cache.capacity, torch.float32)
             described.cosine, described.sine = (t.data_ptr() for t in self._rotary)
         return described
 
-    def _describe_cache(self) -> _Cache:
-        pairs = self._cache.layers
+    def _describe_cache(self) -> CacheStruct:
+        pairs = self.cache.layers
         assert all(t.is_contiguous() for pair in pairs if pair is not None for t in pair)
         self._pointers = [
-            (_pointer * len(pairs))(*(None if pair is None else pair[which].data_ptr() for pair in pairs))
+            (ctypes.c_void_p * len(pairs))(*(None if pair is None else pair[which].data_ptr() for pair in pairs))
             for which in (0, 1)
         ]
         keys, values = (ctypes.addressof(p) for p in self._pointers)
-        return _Cache(keys, values, self._cache.batch, self._cache.capacity)
+        return CacheStruct(keys, values, self.cache.batch, self.cache.capacity)
 
 
-def _describe_block(block: Block, layer: _Layer) -> None:
+def _describe_block(block: Block, layer: LayerStruct) -> None:
     config, linears = block.layer, block.linears
     for field, role in (("attention_norm", "attn_norm"), ("mlp_norm", "mlp_norm")):
         setattr(layer, field, _norm(_named(block, role)))
@@ -195,7 +143,7 @@ def _describe_block(block: Block, layer: _Layer) -> None:
         layer.down = _linear(linears["down_proj"])
 
 
-def _fill(array: ctypes.Array[_Linear], block: Block, roles: Sequence[str]) -> None:
+def _fill(array: ctypes.Array[LinearStruct], block: Block, roles: Sequence[str]) -> None:
     for place, role in enumerate(roles):
         array[place] = _linear(block.linears[role])
 
@@ -215,14 +163,14 @@ def _named(block: Block, role: str) -> Norm | None:
     return norm
 
 
-def _norm(norm: Norm | None) -> _Norm:
-    return _Norm() if norm is None else _Norm(_address(norm.weight), _address(norm.bias))
+def _norm(norm: Norm | None) -> NormStruct:
+    return NormStruct() if norm is None else NormStruct(_address(norm.weight), _address(norm.bias))
 
 
-def _linear(linear: torch.nn.Module) -> _Linear:
+def _linear(linear: torch.nn.Module) -> LinearStruct:
     assert isinstance(linear, Linear)
     parts = (linear.bias, linear.input_index, linear.output_index)
-    return _Linear(_matmul(linear).address, *(_address(t) for t in parts), linear.out_features)
+    return LinearStruct(_matmul(linear).address, *(_address(t) for t in parts), linear.out_features)
 
 
 def _matmul(linear: Linear) -> CpuMatmul:

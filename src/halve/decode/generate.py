@@ -1,6 +1,6 @@
 """Text from a model: one pass over the prompts (prefill), then one token a step (decode), on a cache sized once.
 
-Shape legend: B prompts, T tokens of the longest prompt, D hidden size, V vocabulary.
+Shape legend: B prompts, T tokens of the longest prompt, D hidden size.
 """
 
 from __future__ import annotations
@@ -11,39 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halve.decode import gpu_step as cuda_decode
-from halve.decode.cpu_step import StepPlan, step_kernel
+from halve.decode.engines import start_engine
+from halve.decode.sampling import Sampling, TokenChooser
 from halve.decode.text_stream import TextStream, TokenizerLike
 from halve.errors import DataError, HalveError
-from halve.kernels import triton_backend
 from halve.model.decoder import KVCache, Model
 
 OnToken = Callable[[int, int], None]  # (row, token id), as soon as the token is known
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing.
-
-    Row i of a batch draws from its own stream, seeded `seed + i`, so it gets the tokens it would get alone.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise HalveError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
-        if self.top_k < 0:
-            raise HalveError(f"top_k={self.top_k} must be 0 (off) or a positive number of tokens")
-        if not 0 < self.top_p <= 1:
-            raise HalveError(f"top_p={self.top_p} must be above 0 and at most 1 (off)")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
 
 
 @dataclass(frozen=True)
@@ -55,27 +29,28 @@ class Generation:
 
 
 class Decoder:
-    """Prompts in a static cache, advanced one token a step. `benchmark` times exactly these two calls."""
+    """Prompts in a static cache, advanced one token a step. `benchmark` times exactly these two calls.
+
+    `engine` runs the steps, chosen once; `passed_over` says of every better engine for this device why it does not.
+    """
 
     def __init__(self, model: Model, prompts: Sequence[Sequence[int]], capacity: int, sampling: Sampling) -> None:
-        self.model, self.prompts, self.sampling = model, prompts, sampling
-        self._captured = cuda_decode.acquire(model, len(prompts), capacity)
-        if self._captured is None:
-            self.cache: KVCache = model.new_cache(len(prompts), capacity)
-        else:
-            self.cache = self._captured.cache
-            self._captured.hold(self)
-        self._step = StepPlan.make(model, self.cache) if self._captured is None else None
-        self._generators: list[torch.Generator] = []
-        if not sampling.greedy:
-            for row in range(len(prompts)):
-                generator = torch.Generator(device=model.device)
-                self._generators.append(generator.manual_seed(sampling.seed + row))
+        self.model = model
+        self.prompts = prompts
+        self.engine, self.passed_over = start_engine(model, len(prompts), capacity)
+        self.cache: KVCache = self.engine.cache
+        self._choose = TokenChooser(sampling, len(prompts), model.device)
+
+    @property
+    def kernel(self) -> str:
+        """What runs the steps, as records name it: the engine's kernel, and in brackets why nothing better does."""
+        reasons = "; ".join(self.passed_over.values())
+        return f"{self.engine.kernel} ({reasons})" if reasons else self.engine.kernel
 
     def prefill(self) -> Tensor:
         """Run all prompts at once; returns the first new token of each, int64 [B, 1]."""
-        lengths = [len(p) for p in self.prompts]
-        longest, device = max(lengths), self.model.device
+        lengths, device = [len(p) for p in self.prompts], self.model.device
+        longest = max(lengths)
         # right padding: no live token attends to what comes after it, and decoding overwrites the padded slots
         tokens_BT = torch.tensor([[*p, *[0] * (longest - len(p))] for p in self.prompts], device=device)
         hidden_BTD = self.model.hidden(tokens_BT, self.cache)
@@ -88,50 +63,7 @@ class Decoder:
 
     def step(self, tokens_B1: Tensor) -> Tensor:
         """Feed the tokens chosen last, int64 [B, 1]; returns the next ones."""
-        if self._captured is not None:
-            return self._captured.step(tokens_B1, None if self.sampling.greedy else self._choose)
-        lengths = self.cache.lengths
-        if not isinstance(lengths, int):
-            # only a finished row can stand at the end: it keeps rewriting the last slot until the others are done
-            lengths.clamp_(max=self.cache.capacity - 1)
-        logits_BV = self.model(tokens_B1, self.cache)[:, 0] if self._step is None else self._step(tokens_B1)
-        return self._choose(logits_BV)
-
-    def _choose(self, logits_BV: Tensor) -> Tensor:
-        if self.sampling.greedy:
-            return logits_BV.argmax(-1, keepdim=True)
-        return sample(logits_BV.float(), self.sampling, self._generators).unsqueeze(1)
-
-
-def decode_kernel(model: Model) -> str:
-    """What runs the decode steps of this model: one call into C, fused GPU kernels, or its own operations and why."""
-    on_gpu = model.device.type == "cuda" or triton_backend.ON_CPU
-    return cuda_decode.describe(model) if on_gpu else step_kernel(model)
-
-
-def sample(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token per row, int64 [B], from float32 logits [B, V] cut by top-k, then by top-p (nucleus, arXiv 1904.09751).
-
-    The draw is argmax(p / e) with e from Exp(1), which has the distribution of p and one stream per row.
-    """
-    probabilities = torch.softmax(kept_logits(logits_BV / sampling.temperature, sampling), dim=-1)
-    noise = torch.empty_like(probabilities)
-    for row, generator in zip(noise, generators, strict=True):
-        row.exponential_(generator=generator)
-    return (probabilities / noise).argmax(-1)
-
-
-def kept_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """The logits with everything outside the top k, then outside the smallest set of probability >= top_p, at -inf."""
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        smallest = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < smallest, float("-inf"))
-    if sampling.top_p < 1:
-        ordered, order = logits_BV.sort(dim=-1, descending=True)
-        before = torch.softmax(ordered, dim=-1).cumsum(-1) - torch.softmax(ordered, dim=-1)
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before >= sampling.top_p)
-        logits_BV = logits_BV.masked_fill(dropped, float("-inf"))
-    return logits_BV
+        return self.engine.step(tokens_B1, self._choose)
 
 
 @torch.inference_mode()

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from halve.kernels import triton_backend
 from halve.kernels.triton_backend import (
-    Feed,
     Fusion,
+    NormedInput,
     Scratch,
     Tiling,
     TritonMatmul,
-    give,
     launch_options,
     multiply,
     tiles_of,
     tiling,
+    write_normed_input,
 )
 from halve.kernels.triton_layout import Operand
 from halve.model.decoder import Block, KVCache, LayerConfig, Model, Norm
@@ -96,12 +96,12 @@ class _Sublayer:
 
 @dataclass(frozen=True)
 class _Normed(_Readers):
-    """The residual stream behind a norm, and how it is fed."""
+    """The residual stream behind a norm."""
 
-    feed: Feed
+    input: NormedInput
 
 
-class Plan:
+class StepLaunches:
     """One model's decode step for B rows: from `token` int64 [B] at the slots `position` int32 [B] of a cache to `logits`
     [B, V] and the largest of each tile, `best` float32 and `best_row` int32 [B, tiles].
 
@@ -122,11 +122,12 @@ class Plan:
         embed, sublayers = model.embed, list(_sublayers(model))
         makers = [None, *(sublayer.last for sublayer in sublayers)]
         normed = [self._normed(each, maker) for each, maker in zip(sublayers, makers, strict=False)]
-        # launches hold no reference to the plan, so that its memory goes when the plan does
-        x, first = self._x, normed[0].feed
-        self.launches: list[Launch] = [lambda: give(embed, token, x, first)]
+        # launches hold no reference to this object, so that its memory goes when it does
+        x = self._x
+        first = normed[0].input
+        self.launches: list[Launch] = [lambda: write_normed_input(embed, token, x, first)]
         for sublayer, source, following in zip(sublayers, normed, normed[1:], strict=False):
-            self.launches += self._sublayer(sublayer, source, following.feed)
+            self.launches += self._sublayer(sublayer, source, following.input)
         self.launches.append(self._head(sublayers[-1], normed[-1]))
 
     def _buffer(self, width: int) -> Tensor:
@@ -157,13 +158,13 @@ class Plan:
         return _Readers(buffer, list(buffer.split(widths, dim=1)), torch.stack(table))
 
     def _normed(self, sublayer: _Sublayer, maker: Linear | None) -> _Normed:
-        """Room behind a norm, which `maker` fills, or else `give` (None, or outputs were removed)."""
+        """Room behind a norm, which `maker` fills, or else `write_normed_input` (None, or outputs were removed)."""
         assert sublayer.norm.weight is not None
         readers = self._for_readers("normed", sublayer.linears, self.config.hidden_size)
         tiles = _tiles(maker) if maker is not None and maker.output_index is None else 1
         squares = torch.zeros(self.batch, tiles, dtype=torch.float32, device=self.device)
-        feed = Feed(readers.buffer, readers.places, sublayer.norm.weight, squares, sublayer.norm.eps)
-        return _Normed(readers.buffer, readers.views, readers.places, feed)
+        normed = NormedInput(readers.buffer, readers.places, sublayer.norm.weight, squares, sublayer.norm.eps)
+        return _Normed(readers.buffer, readers.views, readers.places, normed)
 
     def _product(self, linear: Linear, x: Tensor, out: Tensor, **fusion: Any) -> _Product:
         """A product; its outputs go to their own places in `out` unless told otherwise."""
@@ -177,15 +178,18 @@ class Plan:
         self._scratch.reserve(operand, self.batch, sizes)
         return _Product(operand, x, out, Fusion(bias=bias, **fusion), self._scratch, sizes)
 
-    def _into_stream(self, linear: Linear, x: Tensor, feed: Feed) -> list[Launch]:
+    def _into_stream(self, linear: Linear, x: Tensor, following: NormedInput) -> list[Launch]:
         """Outputs added to the residual stream, which then goes to its next readers."""
         if linear.output_index is None:
-            return [self._product(linear, x, self._x, epilogue=ADD, feed=feed)]
+            return [self._product(linear, x, self._x, epilogue=ADD, next_input=following)]
         # entries of the stream that get no output have to reach the readers too
         stream = self._x
-        return [self._product(linear, x, stream, epilogue=ADD), lambda: give(stream, None, stream, feed)]
+        return [
+            self._product(linear, x, stream, epilogue=ADD),
+            lambda: write_normed_input(stream, None, stream, following),
+        ]
 
-    def _sublayer(self, sublayer: _Sublayer, source: _Normed, following: Feed) -> list[Launch]:
+    def _sublayer(self, sublayer: _Sublayer, source: _Normed, following: NormedInput) -> list[Launch]:
         block, last = sublayer.block, sublayer.last
         assert block is not None and last is not None
         if block.layer.has_attention and last is block.linears["o_proj"]:
@@ -205,7 +209,7 @@ class Plan:
             qkv = self._buffer(sum(widths)) + torch.cat([_bias(linear) for linear in linears]).to(self.dtype)
         launches: list[Launch] = []
         for linear, x, out in zip(linears, source.views, qkv.split(widths, dim=1), strict=True):
-            launches.append(self._product(linear, x, out, norm=source.feed))
+            launches.append(self._product(linear, x, out, norm=source.input))
         heads = self._for_readers("heads", [o_proj], block.layer.num_heads * self.config.head_dim)
         return [*launches, self._attend(block, qkv, heads)], heads.views[0]
 
@@ -219,7 +223,7 @@ class Plan:
         places = None if hidden.places is None else hidden.places[0]
         if len(linears) == 1:
             both = self._product(
-                linears[0], source.views[0], hidden.buffer, norm=source.feed, epilogue=GATE, activation=activation,
+                linears[0], source.views[0], hidden.buffer, norm=source.input, epilogue=GATE, activation=activation,
                 place=places,
             )  # fmt: skip
             return [both], hidden.buffer
@@ -230,9 +234,9 @@ class Plan:
             everywhere = torch.arange(width, device=self.device) if places is None else places.long()
             gates[:, everywhere[everywhere >= 0]] = _bias(gate)[everywhere >= 0].to(self.dtype)
         first, second = (_of_kept(places, linear) for linear in (gate, up))
-        gated = self._product(gate, source.views[0], gates, norm=source.feed, place=first)
+        gated = self._product(gate, source.views[0], gates, norm=source.input, place=first)
         times = self._product(
-            up, source.views[1], hidden.buffer, norm=source.feed, epilogue=TIMES, activation=activation, gate=gates,
+            up, source.views[1], hidden.buffer, norm=source.input, epilogue=TIMES, activation=activation, gate=gates,
             place=second,
         )  # fmt: skip
         return [gated, times], hidden.buffer
@@ -246,7 +250,7 @@ class Plan:
         self.best = torch.empty(self.batch, _tiles(linear), dtype=torch.float32, device=self.device)
         self.best_row = torch.empty(self.batch, _tiles(linear), dtype=torch.int32, device=self.device)
         return self._product(
-            linear, source.views[0], self.logits, norm=source.feed, best=self.best, best_row=self.best_row
+            linear, source.views[0], self.logits, norm=source.input, best=self.best, best_row=self.best_row
         )  # fmt: skip
 
     def _make_attention_scratch(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """One decode step on a GPU as a fixed sequence of fused kernels on fixed buffers, captured once and replayed per token.
 
 What changes from token to token lies in memory on the device: the token, its position, how many were made. So a captured
-step serves every length and nothing waits for the host. `cuda_plan` says which kernels they are.
+step serves every length and nothing waits for the host. `gpu_launches` says which kernels they are.
 
-`acquire` gives a Decoder such a step, or None with the reason in `describe`. Models are Llama-like (see `_unsupported`).
+Models are Llama-like (see `gpu_launches.unsupported`).
 
 Shape legend: B prompts, D hidden size, V vocabulary.
 """
@@ -16,64 +16,71 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from halve.decode import gpu_launches as cuda_plan
+from halve.decode import gpu_launches
+from halve.decode.sampling import TokenChooser
 from halve.kernels import triton_backend
 from halve.kernels.triton_backend import launch_options
 from halve.model.decoder import KVCache, Model
 
-MAX_BATCH = triton_backend.MAX_ROWS
 _CAPACITY_STEP = 256  # slots; a cache is made somewhat larger, so that the next prompt can use the same captured step
 
 
-def acquire(model: Model, batch: int, capacity: int) -> CapturedStep | None:
-    """The step that decodes `batch` rows of up to `capacity` tokens, or None where the model's own forward has to.
+class GpuStep:
+    """A captured step and the only user of it, until this object goes; see `engines.Engine`."""
 
-    A model keeps its last step; it is used again when it is large enough and no other decoder holds it.
-    """
-    reason = _unsupported(model, batch)
-    if reason is not None:
-        _STEPS[model] = reason
-        return None
-    held = _STEPS.get(model)
-    if isinstance(held, CapturedStep):
-        if held.batch == batch and held.cache.capacity >= capacity and held.free():
-            return held
-        del _STEPS[model], held  # its memory goes before the new one is made
-    most = max(capacity, min(model.config.max_positions, -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP))
-    step = _STEPS[model] = CapturedStep(model, batch, most)
+    def __init__(self, model: Model, batch: int, capacity: int) -> None:
+        self.captured = _captured_step(model, batch, capacity)
+        self.captured.lend(self)
+
+    @property
+    def cache(self) -> KVCache:
+        return self.captured.cache
+
+    @property
+    def kernel(self) -> str:
+        return self.captured.kernel
+
+    def step(self, tokens_B1: Tensor, choose: TokenChooser) -> Tensor:
+        return self.captured.step(tokens_B1, choose)
+
+    @classmethod
+    def runs_on(cls, device: torch.device) -> bool:
+        return triton_backend.runs_on(device)
+
+    @classmethod
+    def serves(cls, model: Model, batch: int) -> str | None:
+        if triton_backend.missing():
+            return triton_backend.missing()
+        if batch > triton_backend.MAX_ROWS:
+            return f"{batch} prompts at once, the fused kernels take {triton_backend.MAX_ROWS}"
+        return gpu_launches.unsupported(model)
+
+
+def _captured_step(model: Model, batch: int, capacity: int) -> CapturedStep:
+    """The step that the model captured last where it is large enough and nobody uses it, else a new one."""
+    last = _LAST_STEPS.get(model)
+    if last is not None:
+        if last.batch == batch and last.cache.capacity >= capacity and last.free():
+            return last
+        del _LAST_STEPS[model], last  # its memory goes before the new one is made
+    rounded = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+    most = max(capacity, min(model.config.max_positions, rounded))
+    step = _LAST_STEPS[model] = CapturedStep(model, batch, most)
     return step
 
 
-def describe(model: Model) -> str:
-    """How this model's last decoder made its steps: a name, or the reason for the ordinary forward."""
-    held = _STEPS.get(model)
-    if isinstance(held, CapturedStep):
-        return held.kind
-    return "module by module" if held is None else f"module by module ({held})"
-
-
-def _unsupported(model: Model, batch: int) -> str | None:
-    """Why the fused step cannot run this model, None when it can."""
-    if model.device.type != "cuda" and not triton_backend.ON_CPU:
-        return f"the model is on {model.device}"
-    if triton_backend.missing():
-        return triton_backend.missing()
-    if batch > MAX_BATCH:
-        return f"{batch} prompts at once, the fused kernels take {MAX_BATCH}"
-    return cuda_plan.unsupported(model)
-
-
-# the last step of every model that is alive, or why it has none
-_STEPS: weakref.WeakKeyDictionary[Model, CapturedStep | str] = weakref.WeakKeyDictionary()
+# of every model that is alive
+_LAST_STEPS: weakref.WeakKeyDictionary[Model, CapturedStep] = weakref.WeakKeyDictionary()
 
 
 class CapturedStep:
     """The buffers and launches of one model, batch size and capacity. See the module's docstring."""
 
     def __init__(self, model: Model, batch: int, capacity: int) -> None:
-        self.batch, self.kind = batch, "fused kernels"
+        self.batch = batch
+        self.kernel = "fused kernels"
         self.device = model.device
-        self._owner: Callable[[], object | None] = lambda: None
+        self._user: Callable[[], GpuStep | None] = lambda: None
         self._graphs: dict[bool, torch.cuda.CUDAGraph | None] = {}
         with torch.inference_mode(False):  # these outlive the inference mode they are made in
             self.cache: KVCache = model.new_cache(batch, capacity)
@@ -81,23 +88,23 @@ class CapturedStep:
             self.position = torch.zeros(batch, dtype=torch.int32, device=self.device)
             self.turn = torch.zeros(batch, dtype=torch.int32, device=self.device)
             self.history = torch.zeros(batch, capacity, dtype=torch.int64, device=self.device)
-            self._plan = cuda_plan.Plan(model, self.cache, self.token, self.position)
-        self.logits = self._plan.logits
+            self._launches = gpu_launches.StepLaunches(model, self.cache, self.token, self.position)
+        self.logits = self._launches.logits
         self._made = 0  # columns of the history filled since `begin`
         self._last: Tensor | None = None
 
     def free(self) -> bool:
-        """Whether no decoder uses this step."""
-        return self._owner() is None
+        """Whether nobody uses this step."""
+        return self._user() is None
 
-    def hold(self, owner: object) -> None:
-        """Belong to `owner` as long as it lives."""
-        self._owner = weakref.ref(owner)
+    def lend(self, user: GpuStep) -> None:
+        """Begin anew for a user, who has the step as long as that object lives."""
+        self._user = weakref.ref(user)
         self.cache.lengths = 0
         self._last = None
 
-    def step(self, tokens_B1: Tensor, choose: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """Feed tokens int64 [B, 1], return the next ones: by `choose` from logits [B, V], or greedily (None).
+    def step(self, tokens_B1: Tensor, choose: TokenChooser) -> Tensor:
+        """Feed tokens int64 [B, 1], return the next ones.
 
         What greedy steps return stays as it is until another decoder takes over this step.
         """
@@ -105,8 +112,8 @@ class CapturedStep:
             self._begin()
         if tokens_B1 is not self._last:
             self.token.copy_(tokens_B1[:, 0])
-        self._replay(choose is None)
-        if choose is None:
+        self._replay(choose.sampling.greedy)
+        if choose.sampling.greedy:
             chosen = self.history[:, self._made : self._made + 1]
         else:
             chosen = choose(self.logits)
@@ -159,25 +166,26 @@ class CapturedStep:
                 self._run(greedy)
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # a failed capture leaves its own stream behind
-            self.kind = f"fused kernels, launched one by one (no CUDA graph: {str(error).splitlines()[0]})"
+            self.kernel = f"fused kernels, launched one by one (no CUDA graph: {str(error).splitlines()[0]})"
             return None
-        self.kind = "fused kernels in a CUDA graph"
+        self.kernel = "fused kernels in a CUDA graph"
         return graph
 
     def _run(self, greedy: bool) -> None:
         with triton_backend.current(self.device):
-            for launch in self._plan.launches:
+            for launch in self._launches.launches:
                 launch()
             if greedy:
                 self._choose()
 
     def _choose(self) -> None:
-        kernels, plan = triton_backend.load_kernels("triton_attention"), self._plan
-        if not plan.whole_head:
-            torch.amax(self.logits.float(), 1, keepdim=True, out=plan.best[:, :1])
-            plan.best_row[:, :1] = self.logits.argmax(1, keepdim=True)
+        kernels = triton_backend.load_kernels("triton_attention")
+        made = self._launches
+        if not made.whole_head:
+            torch.amax(self.logits.float(), 1, keepdim=True, out=made.best[:, :1])
+            made.best_row[:, :1] = self.logits.argmax(1, keepdim=True)
         kernels.choose[(self.batch,)](
-            plan.best, plan.best_row, self.token, self.history, self.position, self.turn, plan.best.shape[1],
+            made.best, made.best_row, self.token, self.history, self.position, self.turn, made.best.shape[1],
             self.history.stride(0), self.cache.capacity - 1, self.logits.shape[1] - 1,
             BLOCK=2048 if self.device.type == "cuda" else 64, **launch_options(8),
         )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from halve.errors import HalveError
 from halve.kernels.cpu import CpuMatmul
+from halve.kernels.prepared import PreparedWeight
 from halve.kernels.reference import ReferenceMatmul
 from halve.kernels.triton_backend import TritonMatmul
 from halve.quantization import QuantizedWeight
@@ -22,7 +23,11 @@ class Matmul(Protocol):
     """One layer's weight, prepared for one kernel."""
 
     kernel: str
-    weight: Tensor | QuantizedWeight  # as this kernel keeps it; the layer drops the form it was given
+
+    @property
+    def weight(self) -> Tensor | QuantizedWeight | PreparedWeight:
+        """As this kernel keeps it; the layer drops the form it was given."""
+        ...
 
     def __init__(self, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> None: ...
 

@@ -14,71 +14,49 @@ import functools
 import os
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halve.quantization import QuantizedWeight, pack
+from halve.errors import StaleKernelsError
+from halve.kernels.prepared import PreparedWeight
+from halve.kernels.structures import MAX_SEGMENT, ROWS, WeightStruct, bind
+from halve.quantization import QuantizedWeight, QuantSpec
 
-ROWS = 16  # output rows in a block
-MAX_SEGMENT = 128  # columns under one scale of x
 MAX_ROWS = 16  # rows of x beyond which torch's matmul takes over, where it is faster (see CpuMatmul)
 _TILE_BYTES = 4 << 20  # expanded weights at a time: small against the cache, large enough for torch's matmul
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 
 
-class _Weight(ctypes.Structure):
-    """weight_t of csrc/cpu.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("kernels", "codes", "scale", "zero", "order")),
-        *((name, ctypes.c_void_p) for name in ("segment_end", "segment_group")),
-        *((name, ctypes.c_int64) for name in ("rows", "in_features", "columns", "words", "groups", "segments")),
-        *((name, ctypes.c_int32) for name in ("bits", "offset", "scale_kind", "dense_kind")),
-    )
-
-
 class Library:
     """The C functions, for one instruction set."""
 
     def __init__(self, path: Path, isa: str | None) -> None:
-        """Load `path` for instruction set `isa` (None: the best one here). OSError when that cannot be."""
+        """Load `path` for instruction set `isa` (None: the best one here). Raises OSError when that cannot be, and
+        StaleKernelsError when it was built from other sources."""
         library = ctypes.CDLL(str(path))
-        pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        library.halve_cpu_weight_size.restype = integer
-        if library.halve_cpu_weight_size() != ctypes.sizeof(_Weight):
-            raise OSError(f"{path} was built from other sources: install halve again")
-        library.halve_cpu_kernels.restype = pointer
-        library.halve_cpu_kernels.argtypes = [ctypes.c_char_p]
+        bind(library)
         self.kernels: int | None = library.halve_cpu_kernels(None if isa is None else isa.encode())
         if self.kernels is None:
             raise OSError(f"this processor has no {isa}")
-        library.halve_cpu_name.restype = ctypes.c_char_p
-        library.halve_cpu_name.argtypes = [pointer]
         self.isa: str = library.halve_cpu_name(self.kernels).decode()
-        library.halve_cpu_set_threads.argtypes = [pointer, pointer]
-        library.halve_cpu_set_threads.restype = None
         library.halve_cpu_set_threads(*_torch_threads())
-        self.functions = library
-        self.has_bf16, self.has_tiles = bool(library.halve_cpu_has_bf16()), bool(library.halve_cpu_has_tiles())
+        self.has_bf16 = bool(library.halve_cpu_has_bf16())
+        self.has_tiles = bool(library.halve_cpu_has_tiles())
         self.multiply = library.halve_cpu_multiply
-        self.multiply.argtypes = [pointer, pointer, pointer, integer, ctypes.c_int]
         self.expand = library.halve_cpu_expand
-        self.expand.argtypes = [pointer, integer, integer, ctypes.c_int, pointer, integer]
-        self.expand.restype = None
         self.pack = library.halve_cpu_pack
-        self.pack.argtypes = [pointer, pointer, integer, ctypes.c_int, pointer]
-        self.pack.restype = None
+        self.step = library.halve_step
+        self.step_scratch = library.halve_step_scratch
         self._large_pages = library.halve_cpu_large_pages
-        self._large_pages.argtypes = [pointer, integer, ctypes.c_int]
-        self._large_pages.restype = None
 
-    def large_pages(self, tensor: Tensor, held: bool) -> None:
-        """Put memory that every step reads on large pages where the system can; `held`: it has contents already."""
-        self._large_pages(tensor.data_ptr(), tensor.nbytes, held)
+    def large_pages(self, tensor: Tensor, filled: bool) -> None:
+        """Put memory that every step reads on large pages where the system can; `filled`: it has contents already."""
+        self._large_pages(tensor.data_ptr(), tensor.nbytes, filled)
 
 
 def _torch_threads() -> tuple[int | None, int | None]:
@@ -98,8 +76,13 @@ def _torch_threads() -> tuple[int | None, int | None]:
 
 
 @functools.cache
-def load_library(isa: str | None = None) -> Library | str:
-    """The C library built beside this module, or in one line why there is none to run."""
+def load_library() -> Library | str:
+    """The C library for the best instruction set of this processor, or in one line why there is none to run."""
+    return open_library(None)
+
+
+def open_library(isa: str | None) -> Library | str:
+    """The C library built beside this module, for one instruction set (None: the best one here)."""
     if os.environ.get("HALVE_NO_C", "0") not in ("", "0"):
         return "the C kernels are switched off by HALVE_NO_C"
     path = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
@@ -107,112 +90,97 @@ def load_library(isa: str | None = None) -> Library | str:
         return "the C kernels were not built: install halve again where there is a C compiler"
     try:
         return Library(path, isa)
-    except (OSError, AttributeError) as error:
+    except OSError as error:
         return f"the C kernels do not load: {error}"
+    except StaleKernelsError as error:
+        return str(error)
 
 
-class BlockedWeight(QuantizedWeight):
-    """A quantized weight held only as the C kernels read it; its stored form is rebuilt whenever it is asked for.
+@dataclass(frozen=True)
+class BlockedWeight(PreparedWeight):
+    """A packed weight as the C kernels read it (csrc/cpu.h).
 
-    codes int32 [B, W, 16]; scales [B, G, 16]; zeros uint8 [B, G, 16] or None; order int32 [C] or None.
+    block_codes int32 [B, W, 16]; block_scales [B, G, 16]; block_zeros uint8 [B, G, 16] or None; order int32 [C] or None;
+    segment_end and segment_group int32 [segments].
     """
 
-    def __init__(self, weight: QuantizedWeight, library: Library) -> None:
-        stored_bits = _STORED_BITS[weight.spec.bits]
-        order, segment_end, segment_group = _segments(weight, 32 // stored_bits)
-        rows, columns = weight.out_features, int(segment_end[-1]) * (32 // stored_bits)
-        blocks = -(-rows // ROWS)
-        scale = weight.scale
-        if scale.dtype not in KINDS or (scale.dtype == torch.float16 and library.isa == "generic"):
-            scale = scale.float()
-        offset = 1 << (weight.spec.bits - 1)
-        zeros = None
-        if weight.zero is not None:
-            zeros = _in_blocks((weight.zero.to(torch.int16) + offset).to(torch.uint8))
-        codes = torch.empty(blocks, columns * stored_bits // 32, ROWS, dtype=torch.int32)
-        library.large_pages(codes, held=False)
-        self.__dict__.update(  # not by assignment: frozen, like its base
-            spec=weight.spec,
-            in_features=weight.in_features,
-            group_index=weight.group_index,
-            row_count=rows,
-            kernels=library.kernels,
-            stored_bits=stored_bits,
-            scale_dtype=weight.scale.dtype,
-            order=order,
-            block_codes=codes,
-            block_scales=_in_blocks(scale),
-            block_zeros=zeros,
-            segment_end=segment_end,
-            segment_group=segment_group,
-        )
-        packed = weight.packed.contiguous()
-        library.pack(
-            ctypes.byref(self.describe()), packed.data_ptr(), packed.shape[1], weight.spec.bits, codes.data_ptr()
-        )
-
-    row_count: int
-    kernels: int
-    stored_bits: int
+    spec: QuantSpec
+    shape: tuple[int, int]
+    group_index: Tensor | None
     scale_dtype: torch.dtype
-    order: Tensor | None
     block_codes: Tensor
     block_scales: Tensor
     block_zeros: Tensor | None
+    order: Tensor | None
     segment_end: Tensor
     segment_group: Tensor
 
-    def describe(self) -> _Weight:
+    @classmethod
+    def of(cls, weight: QuantizedWeight, library: Library) -> BlockedWeight:
+        """The blocks of a stored weight, filled by the C side."""
+        bits, stored_bits = weight.spec.bits, _STORED_BITS[weight.spec.bits]
+        order, segment_end, segment_group = _segments(weight, 32 // stored_bits)
+        scale = weight.scale
+        if scale.dtype not in KINDS or (scale.dtype == torch.float16 and library.isa == "generic"):
+            scale = scale.float()
+        zeros = None
+        if weight.zero is not None:
+            zeros = _in_blocks((weight.zero.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8))
+        codes = torch.empty(-(-weight.out_features // ROWS), int(segment_end[-1]), ROWS, dtype=torch.int32)
+        library.large_pages(codes, filled=False)
+        made = cls(
+            weight.spec, weight.shape, weight.group_index, weight.scale.dtype, codes, _in_blocks(scale), zeros, order,
+            segment_end, segment_group,
+        )  # fmt: skip
+        packed, described = weight.packed.contiguous(), made.describe(library)
+        library.pack(ctypes.byref(described), packed.data_ptr(), packed.shape[1], bits, codes.data_ptr())
+        return made
+
+    def describe(self, library: Library) -> WeightStruct:
         """The C side's view; valid as long as this object lives."""
-        blocks, words, _ = self.block_codes.shape
-        tensors = (self.block_codes, self.block_scales, self.block_zeros, self.order)
-        pointers = [self.kernels, *(None if t is None else t.data_ptr() for t in tensors)]
-        pointers += [self.segment_end.data_ptr(), self.segment_group.data_ptr()]
-        columns, segments = words * 32 // self.stored_bits, self.segment_end.numel()
-        groups = self.block_scales.shape[1]
-        assert blocks * ROWS >= self.row_count
-        numbers = (self.row_count, self.in_features, columns, words, groups, segments)
-        offset = 1 << (self.spec.bits - 1)
-        return _Weight(*pointers, *numbers, self.stored_bits, offset, KINDS[self.block_scales.dtype], 0)
-
-    @property
-    def out_features(self) -> int:
-        return self.row_count
-
-    @property
-    def device(self) -> torch.device:
-        return self.block_codes.device
+        bits = _STORED_BITS[self.spec.bits]
+        words = self.block_codes.shape[1]
+        codes, scales, segments = self.block_codes, self.block_scales, (self.segment_end, self.segment_group)
+        tensors = (codes, scales, self.block_zeros, self.order, *segments)
+        return WeightStruct(
+            library.kernels,
+            *(None if t is None else t.data_ptr() for t in tensors),
+            rows=self.shape[0],
+            in_features=self.shape[1],
+            columns=words * 32 // bits,
+            words=words,
+            groups=self.block_scales.shape[1],
+            segments=self.segment_end.numel(),
+            bits=bits,
+            offset=1 << (self.spec.bits - 1),
+            scale_kind=KINDS[self.block_scales.dtype],
+        )
 
     @property
     def nbytes(self) -> int:
         tensors = (self.block_codes, self.block_scales, self.block_zeros, self.order, self.group_index)
         return sum(t.nbytes for t in tensors if t is not None)
 
-    @property
-    def packed(self) -> Tensor:
-        """The codes as stored, int32 [O, W']."""
-        return pack(self.codes(), self.spec.bits)
-
-    @property
     def scale(self) -> Tensor:
-        return _from_blocks(self.block_scales, self.row_count).to(self.scale_dtype)
+        return _from_blocks(self.block_scales, self.shape[0]).to(self.scale_dtype)
 
-    @property
     def zero(self) -> Tensor | None:
         if self.block_zeros is None:
             return None
-        shifted = _from_blocks(self.block_zeros, self.row_count).to(torch.int16) - (1 << (self.spec.bits - 1))
+        shifted = _from_blocks(self.block_zeros, self.shape[0]).to(torch.int16) - (1 << (self.spec.bits - 1))
         return shifted.to(torch.int8)
 
     def codes(self) -> Tensor:
-        bits, offset = self.stored_bits, 1 << (self.spec.bits - 1)
+        bits, offset = _STORED_BITS[self.spec.bits], 1 << (self.spec.bits - 1)
+        rows, columns = self.shape
         shift = torch.tensor([c % 4 * 8 + c // 4 * bits for c in range(32 // bits)], dtype=torch.int32)
         codes = torch.empty(self.shape, dtype=torch.int8)
         for block, words in enumerate(self.block_codes):  # one block at a time: [W, 16] -> [16, C]
             part = ((words.t().unsqueeze(-1) >> shift & ((1 << bits) - 1)) - offset).to(torch.int8).flatten(1)
-            first, last = block * ROWS, min((block + 1) * ROWS, self.row_count)
+            first = block * ROWS
+            last = min(first + ROWS, rows)
             if self.order is None:
-                codes[first:last] = part[: last - first, : self.in_features]
+                codes[first:last] = part[: last - first, :columns]
             else:
                 filled = self.order >= 0
                 codes[first:last, self.order[filled].long()] = part[: last - first, filled]
@@ -268,28 +236,29 @@ class CpuMatmul:
     faster for any number of rows: their integer products are as fast as bfloat16 ones and need no expanding.
     """
 
-    isa: str | None = None  # None: the best one of this processor; tests choose others
-
     def __init__(self, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> None:
-        library = load_library(self.isa)
+        library = load_library()
         assert isinstance(library, Library), library
         self.library = library
+        self.weight: Tensor | BlockedWeight
         if isinstance(weight, Tensor):
-            self.weight: Tensor | QuantizedWeight = weight.contiguous()
-            library.large_pages(self.weight, held=True)
+            self.weight = weight.contiguous()
+            library.large_pages(self.weight, filled=True)
             rows, columns = weight.shape
-            numbers = (rows, columns, columns, 0, 0, 0)
-            self._plan = _Weight(
-                library.kernels, self.weight.data_ptr(), *[None] * 5, *numbers, 0, 0, 0, KINDS[weight.dtype]
-            )
+            self._described = WeightStruct(
+                library.kernels, self.weight.data_ptr(), rows=rows, in_features=columns, columns=columns,
+                dense_kind=KINDS[weight.dtype],
+            )  # fmt: skip
             self.kernel = f"{library.isa}-{'bf16' if weight.dtype == torch.bfloat16 else 'fp32'}"
         else:
-            self.weight = BlockedWeight(weight, library)
-            self._plan = self.weight.describe()
+            self.weight = BlockedWeight.of(weight, library)
+            self._described = self.weight.describe(library)
             self.kernel = f"{library.isa}-int{weight.spec.bits}"
-        self.address = ctypes.addressof(self._plan)  # of a weight_t, valid as long as this object lives
+        self.address = ctypes.addressof(self._described)  # of a weight_t, valid as long as this object lives
         self._rows, self._columns = self.weight.shape
-        self.columns, self.segments = int(self._plan.columns), int(self._plan.segments)  # as stored
+        # as stored
+        self.columns = int(self._described.columns)
+        self.segments = int(self._described.segments)
         # float32 was asked for to be exact: beyond a few rows packed weights are then expanded, not met as integers
         torch_is_faster = library.has_bf16 if isinstance(weight, Tensor) else library.has_tiles
         self._most = MAX_ROWS if dtype == torch.float32 or torch_is_faster else sys.maxsize
@@ -298,7 +267,7 @@ class CpuMatmul:
     def serves(cls, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> str | None:
         if weight.device.type != "cpu":
             return f"the weight is on {weight.device}"
-        library = load_library(cls.isa)
+        library = load_library()
         if isinstance(library, str):
             return library
         if dtype not in (torch.float32, torch.bfloat16):

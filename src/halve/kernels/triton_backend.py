@@ -2,7 +2,7 @@
 
 Importing this module needs no Triton; the kernels (`triton_matmul`) are imported when the first layer asks for them.
 
-Shape legend: M rows of x, D width of x, O output rows, G groups, F readers of a feed.
+Shape legend: M rows of x, D width of x, O output rows, G groups, F readers of x.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from halve.kernels.triton_layout import PIECE, Operand, SegmentedWeight, dense_o
 from halve.quantization import QuantizedWeight
 
 MAX_ROWS = 16  # rows of x the fused kernels take; more go to torch's matmul
-ON_CPU = False  # True: also serve tensors on the CPU, where tests have something that runs the kernels
 _TILE_BYTES = 32 << 20  # expanded weights at a time in prefill: near the size of an H100's second-level cache
 _TUNED = "HALVE_TRITON_TUNED"  # names a JSON file of tilings, as benchmarks/gpu.sh tune writes it
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -40,6 +39,11 @@ def missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return None
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels can run on tensors of a device. What interprets or emulates them elsewhere replaces this."""
+    return device.type == "cuda"
 
 
 def load_kernels(name: str) -> Any:
@@ -102,8 +106,8 @@ def _measured() -> dict[tuple[int, int, int], Tiling]:
     if not path:
         return {}
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))["tilings"]
-        return {tuple(map(int, re.findall(r"\d+", key))): Tiling(*sizes) for key, sizes in found.items()}  # type: ignore[misc]
+        tilings = json.loads(Path(path).read_text(encoding="utf-8"))["tilings"]
+        return {tuple(map(int, re.findall(r"\d+", key))): Tiling(*sizes) for key, sizes in tilings.items()}  # type: ignore[misc]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HalveError(
             f"{_TUNED}={path} is no file of tilings ({type(error).__name__}: {error}): unset it, or make one with "
@@ -125,9 +129,8 @@ class Scratch:
 
     def reserve(self, operand: Operand, count: int, sizes: Tiling) -> None:
         """Make room for a product. Memory that grows moves, so this comes before a capture."""
-        parts, partial, tiles = split(operand, sizes)[0], 0, tiles_of(operand, sizes)
-        if parts > 1:
-            partial = parts * count * operand.rows
+        parts, tiles = split(operand, sizes)[0], tiles_of(operand, sizes)
+        partial = parts * count * operand.rows if parts > 1 else 0
         if self.partial.numel() < partial:
             self.partial = torch.empty(partial, dtype=torch.float32, device=self.device)
         if self.arrived.numel() < tiles:
@@ -141,8 +144,8 @@ def shared_scratch(device: torch.device) -> Scratch:
 
 
 @dataclass(frozen=True)
-class Feed:
-    """What the readers of a vector x [M, D] get, so that norm and gathering are done when they load it.
+class NormedInput:
+    """A vector x [M, D] behind a norm as its readers get it: norm and gathering are done when they load it.
 
     vectors [M, ...]: what each reads, side by side; place int32 [F, D]: where entries go in the vectors, -1 nowhere
     (None: one vector, each where it is); gain [D] and eps: the RMSNorm in between; squares float32 [M, tiles of the
@@ -160,19 +163,19 @@ class Feed:
 class Fusion:
     """What is done around a product, all of it optional (see `triton_matmul`).
 
-    norm: the feed that x is of, if there is a norm to finish; bias [O]; place int32 [O]: output i goes to out[place[i]],
+    norm: what x is the vectors of, if there is a norm to finish; bias [O]; place int32 [O]: output i goes to out[place[i]],
     nowhere if that is -1; epilogue and activation: numbers of `triton_matmul`; gate [M, ...]: what TIMES multiplies by;
-    feed: who reads the residual stream next; best float32 and best_row int32 [M, tiles]: each tile's largest output and
+    next_input: who reads the residual stream next; best float32 and best_row int32 [M, tiles]: each tile's largest output and
     its row.
     """
 
-    norm: Feed | None = None
+    norm: NormedInput | None = None
     bias: Tensor | None = None
     place: Tensor | None = None
     epilogue: int = 0
     activation: int = 0
     gate: Tensor | None = None
-    feed: Feed | None = None
+    next_input: NormedInput | None = None
     best: Tensor | None = None
     best_row: Tensor | None = None
 
@@ -196,11 +199,14 @@ def multiply(operand: Operand, x: Tensor, out: Tensor, fusion: Fusion, scratch: 
     assert 0 < count <= MAX_ROWS and x.stride(1) == 1 and out.stride(1) == 1 and x.shape[1] == operand.stored_columns
     tiles, (parts, segments_a_part) = tiles_of(operand, sizes), split(operand, sizes)
     scratch.reserve(operand, count, sizes)
-    norm, feed = fusion.norm, fusion.feed
-    given = [None] * 3 if feed is None else [feed.gain, feed.vectors, feed.place]
+    norm = fusion.norm
+    following = fusion.next_input
+    written: list[Tensor | None] = [None] * 4
+    if following is not None:
+        written = [following.gain, following.vectors, following.place, following.squares]
     tensors = [
         None if norm is None else norm.squares, operand.data, operand.scale, operand.zero, operand.piece_map, fusion.bias,
-        out, fusion.place, fusion.gate, *given, None if feed is None else feed.squares, fusion.best, fusion.best_row,
+        out, fusion.place, fusion.gate, *written, fusion.best, fusion.best_row,
         scratch.partial if parts > 1 else None, scratch.arrived,
     ]  # fmt: skip
     kernels.product[(tiles, parts)](
@@ -208,22 +214,22 @@ def multiply(operand: Operand, x: Tensor, out: Tensor, fusion: Fusion, scratch: 
         count, operand.rows, operand.columns, operand.segments, operand.groups,
         1 if norm is None else norm.gain.shape[0], 0 if norm is None else norm.squares.shape[1], tiles, parts,
         segments_a_part, x.stride(0), operand.columns, out.stride(0),
-        0 if fusion.gate is None else fusion.gate.stride(0), 0 if feed is None else feed.vectors.stride(0),
+        0 if fusion.gate is None else fusion.gate.stride(0), 0 if following is None else following.vectors.stride(0),
         0.0 if norm is None else norm.eps,
         UNEVEN=operand.bits == 16 and operand.stored_columns > operand.columns, NORM=norm is not None,
         EPILOGUE=fusion.epilogue, ACTIVATION=fusion.activation, HAS_BIAS=fusion.bias is not None,
         PLACED=fusion.place is not None, BEST=fusion.best is not None, SPLIT=parts > 1, PLAIN=plain(), N=sizes.rows,
-        STAGES=sizes.stages, M=MAX_ROWS, **_feed_options(feed), **_layout_options(operand, plain(), x.dtype),
+        STAGES=sizes.stages, M=MAX_ROWS, **_reader_options(following), **_layout_options(operand, plain(), x.dtype),
         **launch_options(sizes.warps),
     )  # fmt: skip
 
 
-def give(source: Tensor, token: Tensor | None, x: Tensor, to: Feed) -> None:
-    """Feed the readers of x [M, D], which is there, or is filled with the rows `token` int64 [M] of `source` [V, D]."""
+def write_normed_input(source: Tensor, token: Tensor | None, x: Tensor, to: NormedInput) -> None:
+    """Write x [M, D] for its readers; it is there, or is filled with the rows `token` int64 [M] of `source` [V, D]."""
     kernels = load_kernels("triton_matmul")
-    kernels.feed[(x.shape[0],)](
+    kernels.write_for_readers[(x.shape[0],)](
         source, x if token is None else token, x, to.gain, to.vectors, x if to.place is None else to.place, to.squares,
-        x.shape[1], to.vectors.stride(0), EMBED=token is not None, BLOCK=1024, **_feed_options(to), **launch_options(4),
+        x.shape[1], to.vectors.stride(0), EMBED=token is not None, BLOCK=1024, **_reader_options(to), **launch_options(4),
     )  # fmt: skip
 
 
@@ -232,10 +238,11 @@ def launch_options(warps: int) -> dict[str, Any]:
     return {"PDL": pdl(), "num_warps": warps, "enable_fp_fusion": True, **({"launch_pdl": True} if pdl() else {})}
 
 
-def _feed_options(feed: Feed | None) -> dict[str, Any]:
-    if feed is None:
-        return {"FEEDS": 0, "FEED_PLACED": False}
-    return {"FEEDS": 1 if feed.place is None else feed.place.shape[0], "FEED_PLACED": feed.place is not None}
+def _reader_options(written: NormedInput | None) -> dict[str, Any]:
+    if written is None:
+        return {"READERS": 0, "READERS_PLACED": False}
+    readers = 1 if written.place is None else written.place.shape[0]
+    return {"READERS": readers, "READERS_PLACED": written.place is not None}
 
 
 def _base(bits: int, plain: bool, dtype: torch.dtype) -> float:
@@ -281,16 +288,17 @@ class TritonMatmul:
     def __init__(self, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> None:
         if isinstance(weight, Tensor):
             self.operand = dense_operand(weight)
-            self.weight: Tensor | QuantizedWeight = self.operand.data
+            self.weight: Tensor | SegmentedWeight = self.operand.data
             self.kernel = f"triton-{_DTYPES[weight.dtype]}"
         else:
-            held = SegmentedWeight(weight)
-            self.operand, self.weight, self.kernel = held.operand, held, f"triton-int{weight.spec.bits}"
+            self.weight = SegmentedWeight.of(weight)
+            self.operand = self.weight.operand
+            self.kernel = f"triton-int{weight.spec.bits}"
         self.prefill_kernel = "torch.linear" if isinstance(weight, Tensor) else "triton-expand + torch.matmul"
 
     @classmethod
     def serves(cls, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> str | None:
-        if weight.device.type != "cuda" and not (ON_CPU and weight.device.type == "cpu"):
+        if not runs_on(weight.device):
             return f"the weight is on {weight.device}"
         if missing():
             return missing()
@@ -301,25 +309,28 @@ class TritonMatmul:
         return None
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows, held = x.reshape(-1, x.shape[-1]), self.operand
+        rows = x.reshape(-1, x.shape[-1])
+        operand = self.operand
         with current(x.device):
             if rows.shape[0] > MAX_ROWS:
-                return self._many(rows).view(*x.shape[:-1], held.rows)
-            out = x.new_empty((*x.shape[:-1], held.rows))
+                return self._many(rows).view(*x.shape[:-1], operand.rows)
+            out = x.new_empty((*x.shape[:-1], operand.rows))
             if rows.shape[0]:
-                arranged = held.arranged(rows).contiguous()
-                multiply(held, arranged, out.view(-1, held.rows), Fusion(), shared_scratch(x.device), tiling(held))
+                arranged = operand.arranged(rows).contiguous()
+                flat, scratch = out.view(-1, operand.rows), shared_scratch(x.device)
+                multiply(operand, arranged, flat, Fusion(), scratch, tiling(operand))
         return out
 
     def _many(self, x: Tensor) -> Tensor:
-        held = self.operand
+        operand = self.operand
         if isinstance(self.weight, Tensor):
             return functional.linear(x, self.weight.to(x.dtype))
-        x = held.arranged(x)
-        tile_rows = max(1, min(held.rows, _TILE_BYTES // (held.stored_columns * x.element_size())))
-        tile, out = x.new_empty((tile_rows, held.stored_columns)), x.new_empty((x.shape[0], held.rows))
-        for first in range(0, held.rows, tile_rows):
-            size = min(tile_rows, held.rows - first)
-            expand_rows(held, first, tile[:size])
+        x = operand.arranged(x)
+        tile_rows = max(1, min(operand.rows, _TILE_BYTES // (operand.stored_columns * x.element_size())))
+        tile = x.new_empty((tile_rows, operand.stored_columns))
+        out = x.new_empty((x.shape[0], operand.rows))
+        for first in range(0, operand.rows, tile_rows):
+            size = min(tile_rows, operand.rows - first)
+            expand_rows(operand, first, tile[:size])
             out[:, first : first + size] = x @ tile[:size].t()
         return out

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halve.quantization import QuantizedWeight, pack, unpack
+from halve.kernels.prepared import PreparedWeight
+from halve.quantization import QuantizedWeight, QuantSpec, unpack
 
 _STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 _DENSE_COLUMNS = 128  # columns of a floating weight that a step of the kernel takes
@@ -161,57 +162,40 @@ def _lay_out(weight: QuantizedWeight, bits: int, elements: int, segments: int, o
     return data
 
 
-class SegmentedWeight(QuantizedWeight):
-    """A quantized weight held only as the Triton kernels read it; its stored form is rebuilt whenever it is asked for."""
+@dataclass(frozen=True)
+class SegmentedWeight(PreparedWeight):
+    """A packed weight as the Triton kernels read it."""
 
-    def __init__(self, weight: QuantizedWeight) -> None:
-        self.__dict__.update(  # not by assignment: frozen, like its base
-            spec=weight.spec,
-            in_features=weight.in_features,
-            group_index=weight.group_index,
-            operand=packed_operand(weight),
-        )
-
+    spec: QuantSpec
+    shape: tuple[int, int]
+    group_index: Tensor | None
     operand: Operand
 
-    @property
-    def out_features(self) -> int:
-        return self.operand.rows
-
-    @property
-    def device(self) -> torch.device:
-        return self.operand.data.device
+    @classmethod
+    def of(cls, weight: QuantizedWeight) -> SegmentedWeight:
+        return cls(weight.spec, weight.shape, weight.group_index, packed_operand(weight))
 
     @property
     def nbytes(self) -> int:
         return self.operand.nbytes + (0 if self.group_index is None else self.group_index.nbytes)
 
-    @property
-    def packed(self) -> Tensor:
-        """The codes as stored, int32 [O, W]."""
-        return pack(self.codes(), self.spec.bits)
-
-    @property
     def scale(self) -> Tensor:
-        """[O, G]"""
         assert self.operand.scale is not None
-        return self.operand.scale.t()
+        return self.operand.scale.t().contiguous()
 
-    @property
     def zero(self) -> Tensor | None:
-        """[O, G] or None"""
-        return None if self.operand.zero is None else self.operand.zero.t().to(torch.int8)
+        return None if self.operand.zero is None else self.operand.zero.t().contiguous().to(torch.int8)
 
     def codes(self) -> Tensor:
-        held = self.operand
-        stored = held.data.transpose(1, 2).flatten(0, 1)[: held.rows, :, None]
-        if held.bits < 8:
-            shift = held.bits * torch.arange(held.per, dtype=torch.int16, device=self.device).view(-1, 1)
-            stored = ((stored >> shift) & ((1 << held.bits) - 1)) - (1 << (held.bits - 1))
+        operand, (rows, columns) = self.operand, self.shape
+        stored = operand.data.transpose(1, 2).flatten(0, 1)[:rows, :, None]
+        if operand.bits < 8:
+            shift = operand.bits * torch.arange(operand.per, dtype=torch.int16, device=stored.device).view(-1, 1)
+            stored = ((stored >> shift) & ((1 << operand.bits) - 1)) - (1 << (operand.bits - 1))
         stored = stored.to(torch.int8).flatten(1)
-        if held.order is None:
-            return stored[:, : held.columns].contiguous()
-        filled = held.order >= 0
-        codes = torch.empty(held.rows, held.columns, dtype=torch.int8, device=self.device)
-        codes[:, held.order[filled].long()] = stored[:, filled]
+        if operand.order is None:
+            return stored[:, :columns].contiguous()
+        filled = operand.order >= 0
+        codes = torch.empty(self.shape, dtype=torch.int8, device=stored.device)
+        codes[:, operand.order[filled].long()] = stored[:, filled]
         return codes

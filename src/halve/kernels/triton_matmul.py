@@ -1,10 +1,10 @@
-"""Triton kernels for products of up to 16 rows of x with a stored weight, for feeding them, and for expanding a weight.
+"""Triton kernels for products of up to 16 rows of x with a stored weight, for writing their inputs, and for expanding a weight.
 
 Weights go through asynchronous copies to the tensor cores, packed ones expanded to the dtype of x in registers, two codes
 an instruction; sums are float32. All that lies around a product is fused into its end, and whoever makes a vector writes
-it as those who read it want it (a *feed*): kept inputs in the order in which the next weight stores its columns, times the
-gain of the norm in between. The norm's other factor, 1 / root of the mean square, is one number a row: the maker leaves
-the sums of squares of its tiles, the reader multiplies its sums at the end.
+it as those who read it want it (`NormedInput`): kept inputs in the order in which the next weight stores its columns,
+times the gain of the norm in between. The norm's other factor, 1 / root of the mean square, is one number a row: the
+maker leaves the sums of squares of its tiles, the reader multiplies its sums at the end.
 
 Rows of a weight are outputs. Columns come in segments of PER * E columns; element e of a segment holds PER codes, code c
 is column c * E + e (chunk c). Packed rows lie in blocks of 16: [blocks, segments, 16, E], so that a tile is read in
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 STORE, ADD, GATE, TIMES = 0, 1, 2, 3  # epilogues: see `_finish`
-# feeds carry x * gain / 8, so that it stays in the range of float16; a power of two changes no digit
+# readers get x * gain / 8, so that it stays in the range of float16; a power of two changes no digit
 _UNIT = tl.constexpr(8.0)
 
 
@@ -91,31 +91,31 @@ def _activation(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _give(
-    y, m, ok, row, row_ok, width, gain_ptr, feed_ptr, feed_place_ptr, feed_stride,
-    FEEDS: tl.constexpr, FEED_PLACED: tl.constexpr,
+def _write_for_readers(
+    y, m, ok, row, row_ok, width, gain_ptr, reader_ptr, reader_place_ptr, reader_stride,
+    READERS: tl.constexpr, READERS_PLACED: tl.constexpr,
 ):  # fmt: skip
-    """Values y [M, N] of x at `row`, as rounded, to its readers: FEEDS vectors side by side, each its own places."""
+    """Values y [M, N] of x at `row`, as rounded, to its readers: READERS vectors side by side, each its own places."""
     gain = tl.load(gain_ptr + row, mask=row_ok, other=0.0).to(tl.float32)
-    y = (y * gain[None, :] * (1.0 / _UNIT)).to(feed_ptr.dtype.element_ty)
-    for feed in tl.static_range(FEEDS):
+    y = (y * gain[None, :] * (1.0 / _UNIT)).to(reader_ptr.dtype.element_ty)
+    for reader in tl.static_range(READERS):
         place = row
-        if FEED_PLACED:
-            place = tl.load(feed_place_ptr + feed * width + row, mask=row_ok, other=-1)
-        tl.store(feed_ptr + m[:, None] * feed_stride + place[None, :], y, mask=ok & (place >= 0)[None, :])
+        if READERS_PLACED:
+            place = tl.load(reader_place_ptr + reader * width + row, mask=row_ok, other=-1)
+        tl.store(reader_ptr + m[:, None] * reader_stride + place[None, :], y, mask=ok & (place >= 0)[None, :])
 
 
 @triton.jit
 def _finish(
-    y, m, m_ok, row, row_ok, tile, rows, bias_ptr, out_ptr, place_ptr, gate_ptr, gain_ptr, feed_ptr, feed_place_ptr,
-    squares_ptr, best_ptr, best_row_ptr, out_stride, gate_stride, feed_stride, tiles,
+    y, m, m_ok, row, row_ok, tile, rows, bias_ptr, out_ptr, place_ptr, gate_ptr, gain_ptr, reader_ptr, reader_place_ptr,
+    squares_ptr, best_ptr, best_row_ptr, out_stride, gate_stride, reader_stride, tiles,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PLACED: tl.constexpr,
-    BEST: tl.constexpr, FEEDS: tl.constexpr, FEED_PLACED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BEST: tl.constexpr, READERS: tl.constexpr, READERS_PLACED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Outputs y [M, N], float32, on their way to memory.
 
     STORE: out = y. ADD: out += y (the residual stream). GATE: out = activation(gate row) * up row. TIMES: out =
-    activation(gate) * y with the gate computed before. PLACED: to out[place[row]], nowhere if that is -1. FEEDS: also to
+    activation(gate) * y with the gate computed before. PLACED: to out[place[row]], nowhere if that is -1. READERS: also to
     the next readers, and the tile's sum of squares. BEST: also the tile's largest value and its row.
     """
     if HAS_BIAS:
@@ -138,10 +138,13 @@ def _finish(
     rounded = y.to(out_ptr.dtype.element_ty)
     tl.store(to, rounded, mask=ok)
     seen = rounded.to(tl.float32)  # equal logits are then equal, and the first of them wins
-    if FEEDS > 0:
+    if READERS > 0:
         square = tl.where(row_ok[None, :], seen * seen, 0.0)
         tl.store(squares_ptr + m * tiles + tile, tl.sum(square, axis=1), mask=m_ok)
-        _give(seen, m, ok, row, row_ok, rows, gain_ptr, feed_ptr, feed_place_ptr, feed_stride, FEEDS, FEED_PLACED)
+        _write_for_readers(
+            seen, m, ok, row, row_ok, rows, gain_ptr, reader_ptr, reader_place_ptr, reader_stride, READERS,
+            READERS_PLACED,
+        )  # fmt: skip
     if BEST:
         seen = tl.where(row_ok[None, :], seen, float("-inf"))
         value = tl.max(seen, axis=1)
@@ -153,13 +156,13 @@ def _finish(
 @triton.jit
 def product(
     x_ptr, x_squares_ptr, data_ptr, scale_ptr, zero_ptr, map_ptr, bias_ptr, out_ptr, place_ptr, gate_ptr, gain_ptr,
-    feed_ptr, feed_place_ptr, squares_ptr, best_ptr, best_row_ptr, partial_ptr, arrived_ptr,
+    reader_ptr, reader_place_ptr, squares_ptr, best_ptr, best_row_ptr, partial_ptr, arrived_ptr,
     count, rows, columns, segments, groups, width, x_tiles, tiles, parts, segments_a_part,
-    x_stride, data_stride, out_stride, gate_stride, feed_stride, eps,
+    x_stride, data_stride, out_stride, gate_stride, reader_stride, eps,
     BITS: tl.constexpr, BASE: tl.constexpr, PER: tl.constexpr, E: tl.constexpr, CHUNKS_A_GROUP: tl.constexpr,
     RUN: tl.constexpr, PIECES: tl.constexpr, HAS_ZERO: tl.constexpr, UNEVEN: tl.constexpr, NORM: tl.constexpr,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, PLACED: tl.constexpr,
-    BEST: tl.constexpr, FEEDS: tl.constexpr, FEED_PLACED: tl.constexpr, SPLIT: tl.constexpr, PLAIN: tl.constexpr,
+    BEST: tl.constexpr, READERS: tl.constexpr, READERS_PLACED: tl.constexpr, SPLIT: tl.constexpr, PLAIN: tl.constexpr,
     PDL: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, or one of `parts` parts of its columns; the part that arrives last adds them up, in order.
@@ -173,11 +176,11 @@ def product(
     row, row_ok = _output_rows(tile, rows, EPILOGUE, N)
     m, e = tl.arange(0, M), tl.arange(0, E)
     m_ok = m < count
-    held = tl.minimum(row, rows - 1)  # beyond the last row it is read again, which costs less than a mask
+    row_read = tl.minimum(row, rows - 1)  # beyond the last row it is read again, which costs less than a mask
     if BITS == 16:
-        data_row = data_ptr + held.to(tl.int64) * data_stride
+        data_row = data_ptr + row_read.to(tl.int64) * data_stride
     else:
-        data_row = data_ptr + (held // 16).to(tl.int64) * (segments * 16 * E) + (held % 16) * E
+        data_row = data_ptr + (row_read // 16).to(tl.int64) * (segments * 16 * E) + (row_read % 16) * E
     first = part * segments_a_part
     if PDL:
         # the launch after this one may begin; what of this one depends on nothing is fetched before that before it ends
@@ -188,7 +191,7 @@ def product(
         tl.extra.cuda.gdc_wait()
     x_row = x_ptr + m[:, None] * x_stride
     if RUN == 0 and HAS_ZERO:
-        shift = (tl.load(zero_ptr + held).to(tl.float32) + BASE).to(dtype)
+        shift = (tl.load(zero_ptr + row_read).to(tl.float32) + BASE).to(dtype)
     acc = tl.zeros((M, N), tl.float32)
     for segment in tl.range(first, tl.minimum(first + segments_a_part, segments), num_stages=STAGES):
         if BITS == 16:
@@ -204,9 +207,9 @@ def product(
             for piece in tl.static_range(PIECES):
                 if RUN > 0 and c % RUN == 0:
                     group = _group(segment * PER + c, piece, map_ptr, groups, CHUNKS_A_GROUP, PIECES)
-                    scale = tl.load(scale_ptr + group * rows + held).to(tl.float32)
+                    scale = tl.load(scale_ptr + group * rows + row_read).to(tl.float32)
                     if HAS_ZERO:
-                        shift = (tl.load(zero_ptr + group * rows + held).to(tl.float32) + BASE).to(dtype)
+                        shift = (tl.load(zero_ptr + group * rows + row_read).to(tl.float32) + BASE).to(dtype)
                 x_ok = m_ok[:, None]
                 if PIECES > 1:
                     x_ok = x_ok & (e // (E // PIECES) == piece)[None, :]
@@ -237,7 +240,7 @@ def product(
         done = True
     if done:
         if BITS < 16 and RUN == 0:
-            acc *= tl.load(scale_ptr + held).to(tl.float32)[None, :]
+            acc *= tl.load(scale_ptr + row_read).to(tl.float32)[None, :]
         if NORM:
             total = tl.zeros((M, 64), tl.float32)
             for start in range(0, x_tiles, 64):
@@ -248,16 +251,16 @@ def product(
             inverse = 1.0 / tl.sqrt(tl.sum(total, axis=1) / width + eps)
             acc *= (inverse * _UNIT)[:, None]
         _finish(
-            acc, m, m_ok, row, row_ok, tile, rows, bias_ptr, out_ptr, place_ptr, gate_ptr, gain_ptr, feed_ptr,
-            feed_place_ptr, squares_ptr, best_ptr, best_row_ptr, out_stride, gate_stride, feed_stride, tiles, EPILOGUE,
-            ACTIVATION, HAS_BIAS, PLACED, BEST, FEEDS, FEED_PLACED, M, N,
+            acc, m, m_ok, row, row_ok, tile, rows, bias_ptr, out_ptr, place_ptr, gate_ptr, gain_ptr, reader_ptr,
+            reader_place_ptr, squares_ptr, best_ptr, best_row_ptr, out_stride, gate_stride, reader_stride, tiles, EPILOGUE,
+            ACTIVATION, HAS_BIAS, PLACED, BEST, READERS, READERS_PLACED, M, N,
         )  # fmt: skip
 
 
 @triton.jit
-def feed(
-    source_ptr, token_ptr, x_ptr, gain_ptr, feed_ptr, feed_place_ptr, squares_ptr, width, feed_stride,
-    EMBED: tl.constexpr, FEEDS: tl.constexpr, FEED_PLACED: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
+def write_for_readers(
+    source_ptr, token_ptr, x_ptr, gain_ptr, reader_ptr, reader_place_ptr, squares_ptr, width, reader_stride,
+    EMBED: tl.constexpr, READERS: tl.constexpr, READERS_PLACED: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the end of a product does for its readers, from a row that is there: of x, or of the embedding (EMBED), which
     then becomes x."""
@@ -277,9 +280,9 @@ def feed(
             tl.store(x_ptr + m[:, None] * width + row[None, :], y, mask=row_ok[None, :])
         y = y.to(tl.float32)
         total += tl.sum(y * y, axis=0)
-        _give(
-            y, m, row_ok[None, :], row, row_ok, width, gain_ptr, feed_ptr, feed_place_ptr, feed_stride, FEEDS,
-            FEED_PLACED,
+        _write_for_readers(
+            y, m, row_ok[None, :], row, row_ok, width, gain_ptr, reader_ptr, reader_place_ptr, reader_stride, READERS,
+            READERS_PLACED,
         )  # fmt: skip
     tl.store(squares_ptr + tl.program_id(0), tl.sum(total, axis=0))
 

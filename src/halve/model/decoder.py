@@ -350,11 +350,11 @@ class Model(nn.Module):
         total = sum(t.nbytes for t in tensors if t is not None)
         total += sum(b.nbytes for b in self.blocks if isinstance(b, Block))
         total += sum(p.nbytes for p in (self.project_in, self.project_out) if p is not None)
-        return total if self.head.weight is self.embed else total + self.head.nbytes
+        return total if self.head.shares(self.embed) else total + self.head.nbytes
 
     def step_bytes(self) -> int:
         """Bytes one decode step has to read: all weights, of the embedding and position tables one row each."""
-        tied = self.head.weight is self.embed
+        tied = self.head.shares(self.embed)
         total = self.weight_bytes() - (0 if tied else self.embed.nbytes) + self.embed[0].nbytes
         return total if self.positions is None else total - self.positions.nbytes + self.positions[0].nbytes
 

@@ -33,7 +33,8 @@ class Linear(nn.Module):
         out_features: int | None = None,
     ) -> None:
         super().__init__()
-        self.weight = weight  # a plain attribute: never trained, and a QuantizedWeight is no Parameter
+        # a plain attribute: never trained, and only a dense weight could be a Parameter
+        self._weight: Tensor | QuantizedWeight | kernels.PreparedWeight = weight
         self.bias = bias
         self.input_index = input_index
         self.output_index = output_index
@@ -45,8 +46,22 @@ class Linear(nn.Module):
         self._matmul: kernels.Matmul | None = None
 
     @property
+    def weight(self) -> Tensor | QuantizedWeight:
+        """The weight as a checkpoint has it; where a kernel keeps a packed one in its own form, rebuilt at every call."""
+        return self._weight.stored() if isinstance(self._weight, kernels.PreparedWeight) else self._weight
+
+    @weight.setter
+    def weight(self, weight: Tensor | QuantizedWeight) -> None:
+        self._weight = weight
+        self._matmul = None
+
+    def shares(self, tensor: Tensor | None) -> bool:
+        """Whether this very tensor is the weight, as in a tied head."""
+        return self._weight is tensor
+
+    @property
     def quantized(self) -> bool:
-        return isinstance(self.weight, QuantizedWeight)
+        return not isinstance(self._weight, Tensor)
 
     @property
     def matmul(self) -> kernels.Matmul | None:
@@ -62,7 +77,7 @@ class Linear(nn.Module):
     def nbytes(self) -> int:
         """Bytes of everything this layer keeps in memory for its weight, bias and indices."""
         extra = (self.bias, self.input_index, self.output_index)
-        return self.weight.nbytes + sum(t.nbytes for t in extra if t is not None)
+        return self._weight.nbytes + sum(t.nbytes for t in extra if t is not None)
 
     def select_backend(self, name: str, dtype: torch.dtype) -> str:
         """Choose the kernel for this layer once; returns the name of the kernel that will run.
@@ -71,7 +86,7 @@ class Linear(nn.Module):
         `name` is "auto" or one of `kernels.BACKENDS`. Raises HalveError when an explicit choice cannot serve this weight.
         """
         self._matmul = kernels.select(name, self.weight, dtype)
-        self.weight = self._matmul.weight
+        self._weight = self._matmul.weight
         return self._matmul.kernel
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,7 +94,8 @@ class Linear(nn.Module):
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [K, S] as numbers."""
-        return self.weight.dequantize(dtype) if isinstance(self.weight, QuantizedWeight) else self.weight.to(dtype)
+        weight = self._weight
+        return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
     def full_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The equivalent full weight [O, I], zeros where channels were removed."""
@@ -104,5 +120,6 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        kind = f"int{self.weight.spec.bits}" if isinstance(self.weight, QuantizedWeight) else str(self.weight.dtype)
-        return f"in={self.in_features}, out={self.out_features}, weight={tuple(self.weight.shape)} {kind}"
+        weight = self._weight
+        kind = str(weight.dtype) if isinstance(weight, Tensor) else f"int{weight.spec.bits}"
+        return f"in={self.in_features}, out={self.out_features}, weight={tuple(weight.shape)} {kind}"

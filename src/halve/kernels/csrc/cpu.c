@@ -231,17 +231,14 @@ int halve_cpu_has_tiles(void) {
 }
 
 /* Ask for large pages behind memory that will be read again and again: fewer look-ups of addresses on the way. With
-   `held` it has contents already, which move. Where the system cannot, nothing changes. */
-void halve_cpu_large_pages(void *memory, int64_t bytes, int held) {
+   `filled` it has contents already, which move. Where the system cannot, nothing changes. */
+void halve_cpu_large_pages(void *memory, int64_t bytes, int filled) {
 #if defined(__linux__)
     enum { PAGE = 1 << 21, HUGEPAGE = 14, COLLAPSE = 25 }; /* MADV_: older headers lack the last */
     const uintptr_t first = ((uintptr_t)memory + PAGE - 1) / PAGE * PAGE, last = ((uintptr_t)memory + (uintptr_t)bytes) / PAGE * PAGE;
-    if (last > first) (void)madvise((void *)first, last - first, held ? COLLAPSE : HUGEPAGE);
+    if (last > first) (void)madvise((void *)first, last - first, filled ? COLLAPSE : HUGEPAGE);
 #endif
 }
-
-/* Size of weight_t, so that cpu.py can tell a library built from other sources. */
-int64_t halve_cpu_weight_size(void) { return sizeof(weight_t); }
 
 typedef struct {
     const weight_t *weight;
@@ -352,4 +349,41 @@ static void pack_blocks(void *data, int64_t first, int64_t last) {
 void halve_cpu_pack(const weight_t *w, const void *packed, int64_t packed_words, int source_bits, void *codes) {
     packing_t packing = {w, packed, packed_words, source_bits, codes};
     for_all((w->rows + ROWS - 1) / ROWS, w->rows * w->words * 4, pack_blocks, &packing);
+}
+
+const declaration_t *halve_cpu_declarations(void) {
+    static const declaration_t table[] = {
+        CONSTANT(ROWS),
+        CONSTANT(MAX_SEGMENT),
+        CONSTANT(MAX_COUNT),
+        STRUCTURE(weight_t),
+        FIELD(weight_t, kernels),
+        FIELD(weight_t, codes),
+        FIELD(weight_t, scale),
+        FIELD(weight_t, zero),
+        FIELD(weight_t, order),
+        FIELD(weight_t, segment_end),
+        FIELD(weight_t, segment_group),
+        FIELD(weight_t, rows),
+        FIELD(weight_t, in_features),
+        FIELD(weight_t, columns),
+        FIELD(weight_t, words),
+        FIELD(weight_t, groups),
+        FIELD(weight_t, segments),
+        FIELD(weight_t, bits),
+        FIELD(weight_t, offset),
+        FIELD(weight_t, scale_kind),
+        FIELD(weight_t, dense_kind),
+        FUNCTION(halve_cpu_kernels, const kernels_t *, const char *),
+        FUNCTION(halve_cpu_name, const char *, const kernels_t *),
+        FUNCTION(halve_cpu_set_threads, void, start_t, count_t),
+        FUNCTION(halve_cpu_has_bf16, int, void),
+        FUNCTION(halve_cpu_has_tiles, int, void),
+        FUNCTION(halve_cpu_large_pages, void, void *, int64_t, int),
+        FUNCTION(halve_cpu_multiply, int, const weight_t *, const void *, void *, int64_t, int),
+        FUNCTION(halve_cpu_expand, void, const weight_t *, int64_t, int64_t, int, void *, int64_t),
+        FUNCTION(halve_cpu_pack, void, const weight_t *, const void *, int64_t, int, void *),
+        {0},
+    };
+    return table;
 }

@@ -22,6 +22,7 @@
 #ifndef HALVE_CPU_H
 #define HALVE_CPU_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 enum { ROWS = 16, MAX_SEGMENT = 128, MAX_COUNT = 64 }; /* MAX_COUNT rows of x at a time: as many as the cache holds */
@@ -78,6 +79,25 @@ typedef struct kernels {
     void (*attend)(const float *q, int count, const void *keys, const void *values, int kind, int64_t first,
                    int64_t last, int64_t size, float *out);
 } kernels_t;
+
+/* ---- what structures.py compares with its own when it loads the library ---- */
+
+typedef struct {
+    const char *owner;    /* a structure, a function or a constant; NULL ends a table */
+    const char *member;   /* a field; of a function its type; else "" */
+    int64_t offset, size; /* in bytes; of a constant, size is its value */
+} declaration_t;
+
+#define STRUCTURE(type) {#type, "", 0, sizeof(type)}
+#define FIELD(type, field) {#type, #field, offsetof(type, field), sizeof(((type *)0)->field)}
+#define CONSTANT(name) {#name, "", 0, name}
+/* does not compile where the type is not the function's */
+#define FUNCTION(name, result, ...)                                                                               \
+    {#name, #result "(" #__VA_ARGS__ ")", 0,                                                                      \
+     sizeof(struct {                                                                                              \
+         _Static_assert(__builtin_types_compatible_p(__typeof__(name), result(__VA_ARGS__)), #name);              \
+         char byte;                                                                                               \
+     }) * 0}
 
 #if defined(__x86_64__)
 #define IN_REGISTER(v) __asm__("" : "+v"(v)) /* keeps the compiler from regrouping sums, which spills them */

@@ -1,7 +1,8 @@
 /* One decode step of a whole model: from token ids to logits in one call, one team of threads.
 
    Activations are float32 throughout; keys and values are stored in the model's dtype. What a layer is made of comes
-   from halve/decode/cpu_step.py; the structures here and there have to agree. */
+   from halve/decode/cpu_step.py; the structures here and in halve/kernels/structures.py have to agree, which is checked
+   when the library is loaded (`halve_step_declarations`). */
 
 #include "cpu.h"
 #include "threads.h"
@@ -301,8 +302,63 @@ void halve_step(const model_t *model, const cache_t *cache, const int64_t *token
     run_team(model->bytes, run_step, &call);
 }
 
-/* Sizes of the structures, so that step.py can tell a library built from other sources. */
-int64_t halve_step_sizes(int which) {
-    const int64_t sizes[] = {sizeof(linear_t), sizeof(norm_t), sizeof(layer_t), sizeof(model_t), sizeof(cache_t)};
-    return sizes[which];
+const declaration_t *halve_step_declarations(void) {
+    static const declaration_t table[] = {
+        STRUCTURE(linear_t),
+        FIELD(linear_t, weight),
+        FIELD(linear_t, bias),
+        FIELD(linear_t, input_index),
+        FIELD(linear_t, output_index),
+        FIELD(linear_t, outputs),
+        STRUCTURE(norm_t),
+        FIELD(norm_t, weight),
+        FIELD(norm_t, bias),
+        STRUCTURE(layer_t),
+        FIELD(layer_t, attention_norm),
+        FIELD(layer_t, mlp_norm),
+        FIELD(layer_t, query_norm),
+        FIELD(layer_t, key_norm),
+        FIELD(layer_t, qkv),
+        FIELD(layer_t, o),
+        FIELD(layer_t, up),
+        FIELD(layer_t, down),
+        FIELD(layer_t, heads),
+        FIELD(layer_t, kv_heads),
+        FIELD(layer_t, width),
+        FIELD(layer_t, window),
+        STRUCTURE(model_t),
+        FIELD(model_t, kernels),
+        FIELD(model_t, layers),
+        FIELD(model_t, embed),
+        FIELD(model_t, positions),
+        FIELD(model_t, cosine),
+        FIELD(model_t, sine),
+        FIELD(model_t, final_norm),
+        FIELD(model_t, head),
+        FIELD(model_t, layer_count),
+        FIELD(model_t, hidden),
+        FIELD(model_t, head_size),
+        FIELD(model_t, position_offset),
+        FIELD(model_t, bytes),
+        FIELD(model_t, eps),
+        FIELD(model_t, kind),
+        FIELD(model_t, rms),
+        FIELD(model_t, has_final_norm),
+        FIELD(model_t, qk_norm),
+        FIELD(model_t, gated),
+        FIELD(model_t, activation),
+        FIELD(model_t, inner),
+        FIELD(model_t, outer),
+        FIELD(model_t, columns),
+        FIELD(model_t, segments),
+        STRUCTURE(cache_t),
+        FIELD(cache_t, keys),
+        FIELD(cache_t, values),
+        FIELD(cache_t, batch),
+        FIELD(cache_t, capacity),
+        FUNCTION(halve_step_scratch, int64_t, const model_t *, const cache_t *),
+        FUNCTION(halve_step, void, const model_t *, const cache_t *, const int64_t *, const int64_t *, float *, void *),
+        {0},
+    };
+    return table;
 }

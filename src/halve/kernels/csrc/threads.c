@@ -3,11 +3,8 @@
 #include <sched.h>
 #include <stddef.h>
 
-typedef void (*start_t)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
-typedef int (*count_t)(void);
-
-static start_t start;        /* GOMP_parallel, or NULL: one thread */
-static count_t thread_count; /* omp_get_num_threads */
+static start_t start;
+static count_t thread_count;
 
 /* less work than this is done before a second thread has woken up */
 enum { SERIAL_BYTES = 1 << 16 };
@@ -17,7 +14,6 @@ enum { SPINS = 20000 };
    items at last, so that all are done at the same time whatever other programs took from some */
 enum { PART = 3 };
 
-/* Hand over GOMP_parallel and omp_get_num_threads, or NULL: one thread. */
 void halve_cpu_set_threads(start_t start_function, count_t count_function) {
     start = start_function;
     thread_count = count_function;

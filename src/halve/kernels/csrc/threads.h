@@ -21,6 +21,12 @@ typedef struct {
     unsigned loops; /* that this thread has finished */
 } member_t;
 
+typedef void (*start_t)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+typedef int (*count_t)(void);
+
+/* Hand over GOMP_parallel and omp_get_num_threads, or NULL: one thread. */
+void halve_cpu_set_threads(start_t start_function, count_t count_function);
+
 typedef void (*items_t)(void *data, int64_t first, int64_t last);
 
 /* Run body over all items, in chunks that threads take as they come free; `bytes` is what it will read or write. */

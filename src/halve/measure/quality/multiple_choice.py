@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halve.decode.generate import Sampling, generate
+from halve.decode.generate import generate
+from halve.decode.sampling import Sampling
 from halve.errors import HalveError
 from halve.measure.quality.answers import strict_answer, system1_answer
 from halve.measure.quality.prompts import (

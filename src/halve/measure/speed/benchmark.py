@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from halve.checkpoint.reader import DTYPES, check_device, compute_dtype
-from halve.decode.generate import decode_kernel
 from halve.errors import HalveError
 from halve.kernels.cpu import load_library
 from halve.measure.machine import bandwidth_gb_per_s, describe_device, last_level_cache_bytes
@@ -131,7 +130,7 @@ def make_record(subject: Subject, settings: Settings, placement: Placement, band
         dtype=dtype_name(compute_dtype(checkpoint, placement.dtype)),
         backend=placement.backend,
         kernels=dict(Counter(str(linear.kernel) for _, linear in model.linears())),
-        decode_kernel=decode_kernel(model),
+        decode_kernel=subject.passes[settings.prompt_tokens][-1].decode_kernel,
         random_weights=placement.random_weights,
         batch=1,
         **(asdict(settings) | {"long_prompt_tokens": settings.long} | figures[settings.prompt_tokens]),

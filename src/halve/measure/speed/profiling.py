@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from halve.decode.generate import Decoder, Sampling
+from halve.decode.generate import Decoder
+from halve.decode.sampling import Sampling
 from halve.errors import OutputError
 from halve.kernels import Matmul
 from halve.measure.speed.timing import random_prompt

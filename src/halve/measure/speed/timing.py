@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from halve.decode.generate import Decoder, Sampling, generate
+from halve.decode.generate import Decoder, generate
+from halve.decode.sampling import Sampling
 from halve.model.decoder import Model
 
 
@@ -41,10 +42,11 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class PassTimes:
-    """One prompt continued once: time to the first token, then every decode step, in milliseconds."""
+    """One prompt continued once: time to the first token, then every decode step, in milliseconds, and what ran the steps."""
 
     ttft_ms: float
     steps_ms: list[float]
+    decode_kernel: str = ""
 
 
 @torch.inference_mode()
@@ -61,7 +63,7 @@ def time_pass(model: Model, prompt: list[int], new_tokens: int) -> PassTimes:
         tokens = decoder.step(tokens)
         watch.mark()
     ttft, *steps = watch.laps_ms()
-    return PassTimes(ttft, steps)
+    return PassTimes(ttft, steps, decoder.kernel)
 
 
 def generation_ms(model: Model, prompt: list[int], new_tokens: int) -> float:

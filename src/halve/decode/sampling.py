@@ -1,0 +1,82 @@
+"""How the next token is chosen from logits: greedily, or drawn from what top-k and top-p leave.
+
+Shape legend: B prompts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halve.errors import HalveError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing.
+
+    Row i of a batch draws from its own stream, seeded `seed + i`, so it gets the tokens it would get alone.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise HalveError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise HalveError(f"top_k={self.top_k} must be 0 (off) or a positive number of tokens")
+        if not 0 < self.top_p <= 1:
+            raise HalveError(f"top_p={self.top_p} must be above 0 and at most 1 (off)")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+class TokenChooser:
+    """Chooses the next token of every row; each row draws from a stream of its own."""
+
+    def __init__(self, sampling: Sampling, batch: int, device: torch.device) -> None:
+        self.sampling = sampling
+        self._generators: list[torch.Generator] = []
+        if not sampling.greedy:
+            for row in range(batch):
+                generator = torch.Generator(device=device)
+                self._generators.append(generator.manual_seed(sampling.seed + row))
+
+    def __call__(self, logits_BV: Tensor) -> Tensor:
+        """int64 [B, 1] from logits [B, V]."""
+        if self.sampling.greedy:
+            return logits_BV.argmax(-1, keepdim=True)
+        return sample(logits_BV.float(), self.sampling, self._generators).unsqueeze(1)
+
+
+def sample(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token per row, int64 [B], from float32 logits [B, V] cut by top-k, then by top-p (nucleus, arXiv 1904.09751).
+
+    The draw is argmax(p / e) with e from Exp(1), which has the distribution of p and one stream per row.
+    """
+    probabilities = torch.softmax(kept_logits(logits_BV / sampling.temperature, sampling), dim=-1)
+    noise = torch.empty_like(probabilities)
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return (probabilities / noise).argmax(-1)
+
+
+def kept_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """The logits with everything outside the top k, then outside the smallest set of probability >= top_p, at -inf."""
+    if 0 < sampling.top_k < logits_BV.shape[-1]:
+        smallest = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < smallest, float("-inf"))
+    if sampling.top_p < 1:
+        ordered, order = logits_BV.sort(dim=-1, descending=True)
+        before = torch.softmax(ordered, dim=-1).cumsum(-1) - torch.softmax(ordered, dim=-1)
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before >= sampling.top_p)
+        logits_BV = logits_BV.masked_fill(dropped, float("-inf"))
+    return logits_BV
