@@ -26,6 +26,7 @@ from halve.kernels.prepared import PreparedWeight
 from halve.kernels.structures import MAX_SEGMENT, ROWS, WeightStruct, bind
 from halve.quantization import QuantizedWeight, QuantSpec
 
+PATH = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")  # of the library, where it was built
 MAX_ROWS = 16  # rows of x beyond which torch's matmul takes over, where it is faster (see CpuMatmul)
 _TILE_BYTES = 4 << 20  # expanded weights at a time: small against the cache, large enough for torch's matmul
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -85,11 +86,10 @@ def open_library(isa: str | None) -> Library | str:
     """The C library built beside this module, for one instruction set (None: the best one here)."""
     if os.environ.get("HALVE_NO_C", "0") not in ("", "0"):
         return "the C kernels are switched off by HALVE_NO_C"
-    path = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
-    if not path.is_file():
+    if not PATH.is_file():
         return "the C kernels were not built: install halve again where there is a C compiler"
     try:
-        return Library(path, isa)
+        return Library(PATH, isa)
     except OSError as error:
         return f"the C kernels do not load: {error}"
     except StaleKernelsError as error:
