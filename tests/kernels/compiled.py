@@ -51,11 +51,11 @@ def error(found: Tensor, wanted: Tensor) -> float:
 def test_products(name: str) -> None:
     for dtype in (torch.bfloat16, torch.float16) if name in ("bf16", "int8", "int4-g128") else (torch.bfloat16,):
         multiply, exact = make(name, dtype)
-        held = multiply.operand
+        operand = multiply.operand
         for count, sizes in ((1, Tiling(64)), (3, Tiling(32, 2, 4, 3)), (1, Tiling(128, 2, 8, 5))):
-            x, out = torch.randn(count, held.columns).to(dtype), torch.zeros(count, 70, dtype=dtype)
+            x, out = torch.randn(count, operand.columns).to(dtype), torch.zeros(count, 70, dtype=dtype)
             scratch = Scratch(torch.device("cpu"))
-            backend.multiply(held, held.arranged(x).contiguous(), out, Fusion(), scratch, sizes)
+            backend.multiply(operand, operand.arranged(x).contiguous(), out, Fusion(), scratch, sizes)
             assert error(out, x.double() @ exact.T) < ROUNDED[dtype], (dtype, count, sizes)
             assert not scratch.arrived.any()
 
@@ -96,14 +96,14 @@ def test_a_decode_step(overlapped: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_order_of_blocks_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Split columns and split attention are added up in their own order, whichever part arrives last."""
-    held = make("int4-g128", torch.bfloat16)[0].operand
+    operand = make("int4-g128", torch.bfloat16)[0].operand
     x, outs = torch.randn(2, 384).bfloat16(), []
     qkv, keys, values = torch.randn(1, 5 * 64), torch.randn(1, 1, 256, 64), torch.randn(1, 1, 256, 64)
     where, tables = torch.tensor([230], dtype=torch.int32), torch.ones(256, 64)
     for backwards in (False, True):
         monkeypatch.setattr(ptx_emulate, "BACKWARDS", backwards)
         out, heads, scratch = torch.zeros(2, 70, dtype=x.dtype), torch.zeros(1, 3 * 64), Scratch(torch.device("cpu"))
-        backend.multiply(held, x, out, Fusion(), scratch, Tiling(32, 3))
+        backend.multiply(operand, x, out, Fusion(), scratch, Tiling(32, 3))
         partial, stats, arrived = torch.empty(16 * 16 * 64), torch.empty(16 * 32), torch.zeros(1, dtype=torch.int32)
         attention = backend.load_kernels("triton_attention")
         attention.attend[(1, 16)](
@@ -117,8 +117,8 @@ def test_the_order_of_blocks_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_reading_past_a_tensor_is_found() -> None:
-    held = packed_operand(quantize(torch.randn(70, 384), QuantSpec(4, 128)))
-    short = replace(held, data=held.data[:-1].clone())
+    operand = packed_operand(quantize(torch.randn(70, 384), QuantSpec(4, 128)))
+    short = replace(operand, data=operand.data[:-1].clone())
     x, out = torch.randn(1, 384).bfloat16(), torch.zeros(1, 70, dtype=torch.bfloat16)
     with pytest.raises(IndexError, match="in no tensor of the launch"):
         backend.multiply(short, x, out, Fusion(), Scratch(torch.device("cpu")), Tiling(64))

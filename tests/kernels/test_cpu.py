@@ -151,13 +151,13 @@ def test_the_stored_form_can_be_had_back(matmul: type[CpuMatmul], bits: int) -> 
     torch.manual_seed(0)
     whole = quantize(torch.randn(OUT, 256), QuantSpec(bits, 32, symmetric=False), torch.bfloat16)
     for weight in (whole, whole.columns(torch.randperm(256)[:101])):
-        held = matmul(weight, torch.float32).weight
-        assert isinstance(held, BlockedWeight) and held.shape == weight.shape
-        stored = held.stored()
+        prepared = matmul(weight, torch.float32).weight
+        assert isinstance(prepared, BlockedWeight) and prepared.shape == weight.shape
+        stored = prepared.stored()
         assert torch.equal(stored.packed, weight.packed)
         assert torch.equal(stored.scale, weight.scale) and stored.scale.dtype == torch.bfloat16
         assert stored.zero is not None and weight.zero is not None and torch.equal(stored.zero, weight.zero)
-        assert torch.equal(held.dequantize(), weight.dequantize())
+        assert torch.equal(prepared.dequantize(), weight.dequantize())
 
 
 def test_tiles_of_expanded_weights(matmul: type[CpuMatmul], monkeypatch: pytest.MonkeyPatch) -> None:

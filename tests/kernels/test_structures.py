@@ -69,7 +69,7 @@ def test_a_field_of_another_size_is_found_where_the_structure_stays_as_large(
         return [*fields[:-1], (fields[-1][0], ctypes.c_int16)]
 
     monkeypatch.setitem(STRUCTURES, "model_t", altered("model_t", widen))
-    with pytest.raises(StaleKernelsError, match="model_t: .*segments"):
+    with pytest.raises(StaleKernelsError, match=r"model_t: .*segments"):
         structures.bind(library)
 
 

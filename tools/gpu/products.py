@@ -96,18 +96,18 @@ def measure_products(shape: str, counts: tuple[int, ...], device: str) -> Iterat
     for name, kind in WEIGHTS.items():
         for columns, rows in SHAPES[shape]:
             first = select(backend, make_weight(kind, columns, rows, device), torch.bfloat16)
-            held = first.weight.nbytes
+            weight_bytes = first.weight.nbytes
             products = [first]
-            for _ in range(copies_of(held, device) - 1):
+            for _ in range(copies_of(weight_bytes, device) - 1):
                 products.append(select(backend, make_weight(kind, columns, rows, device), torch.bfloat16))
             for count in counts:
                 x = torch.randn(count, columns, device=device).bfloat16()
                 found = microseconds([lambda p=p, x=x: p(x) for p in products], device)
-                yield result(name, first.kernel, columns, rows, count, held, found)
+                yield result(name, first.kernel, columns, rows, count, weight_bytes, found)
                 if isinstance(kind, torch.dtype):
                     weights = [p.weight for p in products]
                     calls = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights]  # type: ignore[misc]
-                    yield result(name, "torch.linear", columns, rows, count, held, microseconds(calls, device))
+                    yield result(name, "torch.linear", columns, rows, count, weight_bytes, microseconds(calls, device))
             del products, first
             if name == "int4-g128" and device != "cpu":
                 yield from _torch_int4(columns, rows, counts, device)
@@ -129,10 +129,12 @@ def _torch_int4(columns: int, rows: int, counts: tuple[int, ...], device: str) -
         yield result("int4-g128", "torch._weight_int4pack_mm", columns, rows, count, bytes_each, found)
 
 
-def result(weight: str, kernel: str, columns: int, rows: int, count: int, held: int, time_us: float) -> dict[str, Any]:
+def result(
+    weight: str, kernel: str, columns: int, rows: int, count: int, weight_bytes: int, time_us: float
+) -> dict[str, Any]:
     return {
-        "weight": weight, "kernel": kernel, "columns": columns, "rows": rows, "count": count, "weight_bytes": held,
-        "time_us": time_us, "gb_per_s": held / time_us / 1e3,
+        "weight": weight, "kernel": kernel, "columns": columns, "rows": rows, "count": count, "weight_bytes": weight_bytes,
+        "time_us": time_us, "gb_per_s": weight_bytes / time_us / 1e3,
     }  # fmt: skip
 
 
@@ -204,7 +206,7 @@ def product_errors(device: str) -> Iterator[tuple[str, float]]:
             wanted = x.double() @ exact.t()
             yield f"{name}, {count} rows", float((multiply(x).double() - wanted).norm() / wanted.norm())
             if count <= triton_backend.MAX_ROWS and isinstance(multiply, TritonMatmul):
-                held, out = multiply.operand, torch.empty(count, weight.shape[0], device=device, dtype=x.dtype)
-                sizes, scratch = Tiling(64, held.segments), Scratch(torch.device(device))
-                triton_backend.multiply(held, held.arranged(x).contiguous(), out, Fusion(), scratch, sizes)
+                operand, out = multiply.operand, torch.empty(count, weight.shape[0], device=device, dtype=x.dtype)
+                sizes, scratch = Tiling(64, operand.segments), Scratch(torch.device(device))
+                triton_backend.multiply(operand, operand.arranged(x).contiguous(), out, Fusion(), scratch, sizes)
                 yield f"{name}, {count} rows, split", float((out.double() - wanted).norm() / wanted.norm())

@@ -107,13 +107,13 @@ class Run:
 def tune(run: Run) -> None:
     """Tile sizes for every product of the shapes, into tilings.json, which the other steps use."""
     path = run.out / "tilings.json"
-    held: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"tilings": {}, "microseconds": {}}
+    tuned: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"tilings": {}, "microseconds": {}}
     for shape in [run.shape] if run.shape else ["llama-3.2-3b", "llama-3.1-8b"]:
-        known = set(held["tilings"])
+        known = set(tuned["tilings"])
         for key, best, best_us, rule_us in find_tilings(shape, run.device, known, 1 if run.quick else None):
-            held["tilings"][key] = list(asdict(best).values())
-            held["microseconds"][key] = {"best": best_us, "rule": rule_us}
-            path.write_text(json.dumps(held, indent=2) + "\n")
+            tuned["tilings"][key] = list(asdict(best).values())
+            tuned["microseconds"][key] = {"best": best_us, "rule": rule_us}
+            path.write_text(json.dumps(tuned, indent=2) + "\n")
             print(f"{key}: {best} {best_us:.1f} us, by the rule {rule_us:.1f} us", flush=True)
 
 

@@ -294,7 +294,6 @@ class TritonMatmul:
             self.weight = SegmentedWeight.of(weight)
             self.operand = self.weight.operand
             self.kernel = f"triton-int{weight.spec.bits}"
-        self.prefill_kernel = "torch.linear" if isinstance(weight, Tensor) else "triton-expand + torch.matmul"
 
     @classmethod
     def serves(cls, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> str | None:
