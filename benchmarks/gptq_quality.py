@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from halve import compress, load_model, load_tokenizer
 from halve.checkpoint.reader import open_checkpoint
-from halve.compression.windows import make_windows
+from halve.compression.windows import CalibrationOptions, make_windows
 from halve.measure.records import new_record, write_record
 from halve.model.decoder import Model
 from halve.texts import read_documents
@@ -97,9 +97,8 @@ def run_model(folder: Path, args: argparse.Namespace, documents: list[str], peer
             losses["halve"].append(held_out_loss(load_model(ours), data))
             if args.peer_python:
                 tokenizer = load_tokenizer(folder)
-                drawn = make_windows(
-                    read_documents(text), tokenizer, args.samples, min(args.window, limit), seed, text.name
-                )
+                asked = CalibrationOptions(text.name, args.samples, min(args.window, limit), seed)
+                drawn = make_windows(read_documents(text), tokenizer, asked)
                 save_file({"input_ids": drawn.windows}, str(work / "windows.safetensors"))
                 request = {
                     "model": str(folder),

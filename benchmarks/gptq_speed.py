@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from halve import compress, load_tokenizer
-from halve.compression.windows import make_windows
+from halve.compression.windows import CalibrationOptions, make_windows
 from halve.measure.machine import ask_for_huge_pages, resident_bytes
 from halve.measure.records import new_record, write_record
 from halve.texts import read_documents
@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     model = work / "model"
     make_model(model, args.layers, args.hidden, args.mlp, args.vocabulary, (args.samples * 9 // 8 + 1) * args.window)
     documents = read_documents(model / "text.txt")
-    drawn = make_windows(documents, load_tokenizer(model), args.samples, args.window, 0, "text.txt")
+    drawn = make_windows(documents, load_tokenizer(model), CalibrationOptions("text.txt", args.samples, args.window))
     save_file({"input_ids": drawn.windows}, str(work / "windows.safetensors"))
     step = f"gptq:bits=4,group_size={args.group_size}"
     ours = {"model": str(model), "step": step, "samples": args.samples, "window": args.window, "threads": args.threads}

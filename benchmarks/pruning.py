@@ -23,23 +23,23 @@ from typing import Any
 
 import torch
 
-from halve import compress, load_model, load_tokenizer
+from halve import compress
 from halve.demo.run import EXAMS, READER
-from halve.measure.quality.evaluate import evaluate
+from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded, prepare
+from halve.measure.quality.options import EvaluationOptions
 from halve.measure.records import new_record, read_record, write_record
 
 SCORES = ("l1", "activation", "obs")
 SEPARATOR = "<|endoftext|>"
-CLOZE = {"task": "multiple-choice", "protocol": "pmi", "template": "plain"}
 
 
 @dataclass(frozen=True)
 class Material:
-    """A model, the text it is calibrated on, and what it is examined on: options of `evaluate` by name."""
+    """A model, the text it is calibrated on, and what it is examined on, by name."""
 
     model: Path
     calibration: Path
-    exams: dict[str, dict[str, Any]]
+    exams: dict[str, EvaluationOptions]
 
 
 def variants(fractions: list[float], multiple: int) -> dict[str, tuple[list[str], dict[str, Any]]]:
@@ -81,9 +81,10 @@ def material(options: argparse.Namespace, folder: Path) -> Material:
         sys.exit("MODEL needs --exam and --text")
     model = shutil.copytree(options.model, folder / options.model.name)
     calibration, text, exam = split(options.text, options.exam, options.calibration_documents, folder)
-    exams = {"cloze": CLOZE | {"data": exam}}
-    exams["perplexity"] = {"task": "perplexity", "protocol": "documents", "data": text}
-    return Material(model, calibration, exams)
+    cloze = EvaluationOptions("multiple-choice", exam, "pmi", "plain")
+    return Material(
+        model, calibration, {"cloze": cloze, "perplexity": EvaluationOptions("perplexity", text, "documents")}
+    )
 
 
 def mean_error(manifest: dict[str, Any], name: str) -> float | None:
@@ -110,9 +111,9 @@ def measure(material: Material, recipe: list[str], options: argparse.Namespace) 
                 "mean_held_out_output_error": mean_error(made, "held_out_output_error"),
                 "calibration": made["calibration"],
             }
-        loaded, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+        loaded = LoadedModel.load(folder, dtype=torch.float32)
         for name, asked in material.exams.items():
-            answers = evaluate(loaded, tokenizer, **asked)
+            answers = evaluate_loaded(loaded, prepare(asked))
             if name == "perplexity":
                 figures |= {key: answers[key] for key in ("tokens", "perplexity", "nll_nats_per_token")}
             else:

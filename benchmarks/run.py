@@ -35,7 +35,7 @@ from halve.errors import HalveError
 from halve.measure.machine import bandwidth_gb_per_s, cpu_model
 from halve.measure.records import Record, new_record, write_record
 from halve.measure.speed.benchmark import make_record
-from halve.measure.speed.timed_model import Placement, Settings, Subject
+from halve.measure.speed.timed_model import BenchmarkOptions, Placement, TimedModel
 from halve.measure.speed.timing import PassTimes, kv_bytes_per_step, random_prompt, spread, time_pass
 from halve.model.decoder import Model
 from tools.docs.tables import ROOT, update
@@ -102,7 +102,7 @@ class Peer:
         return json.loads(line)
 
 
-def peers_of(names: Sequence[str], args: argparse.Namespace, settings: Settings) -> list[Peer]:
+def peers_of(names: Sequence[str], args: argparse.Namespace, settings: BenchmarkOptions) -> list[Peer]:
     """Those of the peers that are installed."""
     numbers = [str(settings.prompt_tokens), str(settings.new_tokens), str(torch.get_num_threads())]
     found = []
@@ -148,17 +148,16 @@ def chosen(only: str | None) -> list[list[str]]:
     return [names]
 
 
-def subjects_of(names: Sequence[str], dense: Model, settings: Settings) -> dict[str, Subject]:
+def timed_models_of(names: Sequence[str], dense: Model, settings: BenchmarkOptions) -> dict[str, TimedModel]:
     """Ours among `names`, built from the dense model."""
     checkpoint, found = open_checkpoint(SHAPE, random_weights=True), {}
     for name in names:
         if name in VARIANTS:
-            found[name] = Subject(f"Llama-3.2-1B shape, {VARIANTS[name].title}", checkpoint)
+            found[name] = TimedModel(f"Llama-3.2-1B shape, {VARIANTS[name].title}", checkpoint)
             found[name]._model = build(dense, VARIANTS[name])
             found[name].not_measured = {
                 "accuracy": "the weights are random",
                 "peak_memory_bytes": "several programs were in memory",
-                "system1": "not asked for",
             }
     return found
 
@@ -173,18 +172,20 @@ class Turns:
     idle: float
 
 
-def take_turns(subjects: dict[str, Subject], peers: list[Peer], settings: Settings, patience_s: float) -> Turns:
+def take_turns(
+    models: dict[str, TimedModel], peers: list[Peer], settings: BenchmarkOptions, patience_s: float
+) -> Turns:
     """Warm everything up, then all in turn, round by round."""
-    prompt = random_prompt(next(iter(subjects.values())).model, settings.prompt_tokens, settings.seed)
+    prompt = random_prompt(next(iter(models.values())).model, settings.prompt_tokens, settings.seed)
     runs: dict[str, Callable[[], PassTimes]] = {
-        name: partial(time_pass, subject.model, prompt, settings.new_tokens) for name, subject in subjects.items()
+        name: partial(time_pass, timed.model, prompt, settings.new_tokens) for name, timed in models.items()
     }
     runs |= {peer.name: peer.measure for peer in peers}
     try:
         for peer in peers:
             peer.start()
-        for subject in subjects.values():
-            time_pass(subject.model, prompt, 3)
+        for timed in models.values():
+            time_pass(timed.model, prompt, 3)
         idle, bandwidths = wait_until_idle(), [bandwidth_gb_per_s("cpu")]
         # per pass the lower and the higher bandwidth of those before and after it
         seen: dict[str, list[tuple[float, float, PassTimes]]] = {name: [] for name in runs}
@@ -219,17 +220,17 @@ def take_turns(subjects: dict[str, Subject], peers: list[Peer], settings: Settin
 
 def measure(names: list[str], dense: Model, args: argparse.Namespace) -> dict[str, Record]:
     """Load all of `names` that is installed, measure it in turn; returns the records by name."""
-    settings = Settings(args.prompt_tokens, args.new_tokens, args.runs, 0)
+    settings = BenchmarkOptions(args.prompt_tokens, args.new_tokens, args.runs, 0)
     peers = peers_of([name for name in names if name in PROGRAMS], args, settings)
-    subjects = subjects_of(names, dense, settings)
-    turns = take_turns(subjects, peers, settings, args.patience)
+    models = timed_models_of(names, dense, settings)
+    turns = take_turns(models, peers, settings, args.patience)
     best = max(turns.bandwidths)
     command = "python benchmarks/run.py cpu" + (f" --only {args.only}" if args.only else "")
     placement = Placement("cpu", torch.bfloat16, "auto", True)
     records = {}
-    for name, subject in subjects.items():
-        subject.passes = {settings.prompt_tokens: turns.passes[name]}
-        records[name] = make_record(subject, settings, placement, best, command)
+    for name, timed in models.items():
+        timed.passes = {settings.prompt_tokens: turns.passes[name]}
+        records[name] = make_record(timed, settings, placement, best, command)
         records[name] |= {"program": "halve", "recipe": list(VARIANTS[name].recipe)}
     kv = kv_bytes_per_step(dense, settings.prompt_tokens + settings.new_tokens // 2)
     for peer in peers:
@@ -249,7 +250,7 @@ def measure(names: list[str], dense: Model, args: argparse.Namespace) -> dict[st
 
 
 def peer_record(
-    peer: Peer, passes: list[PassTimes], settings: Settings, bandwidth: float, kv_bytes: int, command: str
+    peer: Peer, passes: list[PassTimes], settings: BenchmarkOptions, bandwidth: float, kv_bytes: int, command: str
 ) -> Record:
     """The figures of a peer under the names that ours have."""
     _, ttft, _ = spread([t.ttft_ms for t in passes])

@@ -15,34 +15,38 @@ import argparse
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from halve import search
 from halve.checkpoint.reader import DTYPES, open_checkpoint
+from halve.compression.windows import CalibrationOptions
 from halve.demo.run import READER
 from halve.errors import HalveError
+from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.race import read_questions
 from halve.measure.quality.splits import shared_articles
+from halve.studies.search.options import Floor, SearchOptions
 from halve.texts import read_documents
 
 RESULTS = Path(__file__).parent / "results" / "search"
-HALF = "0..0.5"
+HALF_RIGHT = Floor(0.5)
 
 
 @dataclass(frozen=True)
-class Subject:
+class Material:
     """A model, its exam and its calibration text, and a group size that divides its inputs."""
 
     group_size: int
     lower_bound: bool  # its interval is narrow enough for the lower end to clear 95 % of the dense accuracy
-    options: dict[str, Any] = field(default_factory=dict)
+    limit: int  # questions of searches for an absolute floor
 
 
-SUBJECTS = {
-    "stories260K": Subject(64, False, {"samples": 64, "window": 512, "limit": 120}),
-    "reader": Subject(128, True, {"samples": 64, "window": 512, "limit": 120}),
+MATERIALS = {
+    "stories260K": Material(64, False, 120),
+    "reader": Material(128, True, 120),
 }
 
 
@@ -52,8 +56,10 @@ class Row:
 
     steps: tuple[str, ...]
     vary: tuple[str, ...]
-    floor: str = "0.5"
-    options: dict[str, Any] = field(default_factory=dict)
+    floor: Floor = HALF_RIGHT
+    dtype: torch.dtype | None = None
+    resolution: float | None = None
+    trials: int | None = None
 
 
 def rows(group_size: int, lower_bound: bool, layers: int) -> dict[str, Row]:
@@ -69,15 +75,13 @@ def rows(group_size: int, lower_bound: bool, layers: int) -> dict[str, Row]:
         drop = "drop-attention:count=1,select=influence"
         found[f"{kind}-drop-attention"] = Row((drop, *quantize), (f"drop-attention.count=1..{layers - 1}",))
     # both sides in bfloat16, so that the type alone saves nothing; on all questions of the search part
-    bf16 = {"dtype": DTYPES["bf16"], "limit": None, "floor_lower_bound": lower_bound}
+    floor, bf16 = Floor(0.95, True, lower_bound), DTYPES["bf16"]
     gptq = f"gptq:group_size={group_size},fallback=channel"
     for side in ("inputs", "outputs"):
-        found[f"95-l1-{side}"] = Row(
-            (f"l1-{side}",), (f"l1-{side}.fraction=0..0.2",), "95%", bf16 | {"resolution": 0.005}
-        )
-    found["95-gptq"] = Row((gptq,), ("gptq.bits=2|3|4|8",), "95%", bf16)
-    found["95-prune-gptq"] = Row(("prune-mlp:multiple_of=4", gptq), ("prune-mlp.fraction=0..0.4", "gptq.bits=2|3|4|8"),
-                                 "95%", bf16 | {"resolution": 0.05, "trials": 16})  # fmt: skip
+        found[f"95-l1-{side}"] = Row((f"l1-{side}",), (f"l1-{side}.fraction=0..0.2",), floor, bf16, 0.005)
+    found["95-gptq"] = Row((gptq,), ("gptq.bits=2|3|4|8",), floor, bf16)
+    both = ("prune-mlp.fraction=0..0.4", "gptq.bits=2|3|4|8")
+    found["95-prune-gptq"] = Row(("prune-mlp:multiple_of=4", gptq), both, floor, bf16, 0.05, 16)
     return found
 
 
@@ -98,7 +102,7 @@ def main() -> None:
     """The program."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("subject", choices=sorted(SUBJECTS))
+    parser.add_argument("subject", choices=sorted(MATERIALS))
     parser.add_argument("--model", type=Path, default=READER)
     parser.add_argument("--exam", type=Path, default=READER / "exam_cloze.jsonl")
     parser.add_argument("--text", type=Path, default=READER / "calibration.txt")
@@ -106,8 +110,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of the rows to run")
     parser.add_argument("--work", type=Path, default=Path("search-work"), help="folder of the searches while they run")
     asked = parser.parse_args()
-    subject = SUBJECTS[asked.subject]
-    searches = rows(subject.group_size, subject.lower_bound, len(open_checkpoint(asked.model).config.layers))
+    material = MATERIALS[asked.subject]
+    searches = rows(material.group_size, material.lower_bound, len(open_checkpoint(asked.model).config.layers))
     RESULTS.mkdir(parents=True, exist_ok=True)
     work = asked.work / asked.subject
     work.mkdir(parents=True, exist_ok=True)
@@ -121,9 +125,13 @@ def main() -> None:
         row = searches[name]
         try:
             search(
-                work / asked.subject, work / name, row.steps, row.vary, floor=row.floor, task="multiple-choice",
-                data=exam, protocol="pmi", template="plain", calibration=calibration,
-                command=f"python benchmarks/search.py {asked.subject} --only {name}", **(subject.options | row.options),
+                work / asked.subject, work / name, row.steps, row.vary, floor=row.floor,
+                evaluation=EvaluationOptions("multiple-choice", exam, "pmi", "plain",
+                                             None if row.floor.relative else material.limit),
+                calibration=CalibrationOptions(str(calibration), samples=64, window=512),
+                options=SearchOptions(resolution=row.resolution, trials=row.trials,
+                                      command=f"python benchmarks/search.py {asked.subject} --only {name}"),
+                dtype=row.dtype,
             )  # fmt: skip
         except HalveError as error:
             print(f"{name}: {error}", flush=True)

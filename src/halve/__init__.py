@@ -12,19 +12,25 @@ if TYPE_CHECKING:
     from halve.checkpoint.tokenizer import load_tokenizer
     from halve.compression.compress import compress
     from halve.compression.torch_layers import prune_linear, quantize_linear
+    from halve.compression.windows import CalibrationOptions
     from halve.decode.generate import generate, generate_text
     from halve.errors import HalveError
     from halve.measure.quality.evaluate import evaluate
+    from halve.measure.quality.options import EvaluationOptions
     from halve.measure.speed.benchmark import benchmark
     from halve.measure.table import compare
     from halve.report.page import write_page
     from halve.studies.layers import analyse_layers
+    from halve.studies.search.options import SearchOptions
     from halve.studies.search.search import search
     from halve.studies.system1.reproduce import reproduce_system1
 
 # where each public name lives; imported on first use, so that `import halve` stays instant
 _PUBLIC = {
+    "CalibrationOptions": "compression.windows",
+    "EvaluationOptions": "measure.quality.options",
     "HalveError": "errors",
+    "SearchOptions": "studies.search.options",
     "analyse_layers": "studies.layers",
     "benchmark": "measure.speed.benchmark",
     "compare": "measure.table",
@@ -43,7 +49,10 @@ _PUBLIC = {
     "write_page": "report.page",
 }
 __all__ = [
+    "CalibrationOptions",
+    "EvaluationOptions",
     "HalveError",
+    "SearchOptions",
     "__version__",
     "analyse_layers",
     "benchmark",

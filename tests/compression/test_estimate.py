@@ -9,6 +9,7 @@ from halve.compression.compress import Request, plan_recipe
 from halve.compression.estimate import estimate
 from halve.compression.plan import state_of
 from halve.compression.recipe import as_steps
+from halve.compression.windows import CalibrationOptions
 
 
 def test_memory_by_hand(make_hf) -> None:
@@ -24,6 +25,8 @@ def test_memory_by_hand(make_hf) -> None:
 
 def test_the_plan_carries_it(make_hf, tmp_path) -> None:
     steps = as_steps(["gptq:bits=4,group_size=16"])
-    short = plan_recipe(Request(str(make_hf("llama")), tmp_path / "o", steps, samples=8, window=16))
-    long = plan_recipe(Request(str(make_hf("llama")), tmp_path / "o", steps, samples=800, window=64))
+    short = plan_recipe(Request(str(make_hf("llama")), tmp_path / "o", steps, CalibrationOptions(samples=8, window=16)))
+    long = plan_recipe(
+        Request(str(make_hf("llama")), tmp_path / "o", steps, CalibrationOptions(samples=800, window=64))
+    )
     assert long.estimate.memory_bytes > short.estimate.memory_bytes

@@ -15,7 +15,7 @@ import torch
 from halve.checkpoint.reader import open_checkpoint
 from halve.checkpoint.tokenizer import load_tokenizer
 from halve.compression.walk import Walk
-from halve.compression.windows import make_windows
+from halve.compression.windows import CalibrationOptions, make_windows
 from halve.errors import DataError
 from halve.texts import read_documents
 
@@ -30,7 +30,7 @@ class Letters:
 
 
 def windows(documents: list[str], samples: int, window: int, seed: int = 0):
-    return make_windows(documents, Letters(), samples, window, seed, "text.txt")  # type: ignore[arg-type]
+    return make_windows(documents, Letters(), CalibrationOptions("text.txt", samples, window, seed))  # type: ignore[arg-type]
 
 
 def test_short_documents_are_packed_with_bos_between() -> None:
@@ -134,7 +134,7 @@ def test_real_files_fill_their_windows(assets: Path, source: str, available: int
     """The record counts what was used: the documents drawn hold the tokens of the windows, one fewer would not."""
     documents = read_documents(assets / "data" / source)
     tokenizer = load_tokenizer(assets / "models" / "stories260K")
-    calibration = make_windows(documents, tokenizer, 32, 256, 0, source)
+    calibration = make_windows(documents, tokenizer, CalibrationOptions(source, 32, 256))
     assert calibration.windows.shape == (32, 256) and calibration.held_out.shape == (1, 256)
     assert (calibration.windows[:, 0] == tokenizer.bos_id).all()
     origin = calibration.origin

@@ -21,8 +21,8 @@ from halve.decode.generate import Decoder
 from halve.decode.gpu_step import GpuStep
 from halve.decode.sampling import Sampling
 from halve.measure.records import Record
-from halve.measure.speed.benchmark import measure_subjects
-from halve.measure.speed.timed_model import Placement, Settings, Subject
+from halve.measure.speed.benchmark import measure_in_turns
+from halve.measure.speed.timed_model import BenchmarkOptions, Placement, TimedModel
 from halve.measure.speed.timing import random_prompt
 from halve.model.decoder import Block, Model
 from halve.model.linear import Linear
@@ -138,12 +138,12 @@ def _multiple(width: int, share: float, of: int = 128) -> int:
 
 
 @dataclass
-class MadeSubject(Subject):
-    """A subject of the benchmark whose model is made and not loaded."""
+class TimedMadeModel(TimedModel):
+    """A model under measurement that is made and not loaded."""
 
     row: Row = field(kw_only=True)
 
-    def load(self, settings: Settings, placement: Placement) -> None:
+    def load(self, settings: BenchmarkOptions, placement: Placement) -> None:
         if placement.device.startswith("cuda"):
             super().load(settings, placement)
             # made in memory, never loaded: what making it took says nothing about loading
@@ -157,13 +157,13 @@ class MadeSubject(Subject):
         self._model = make_model(self.row, self.checkpoint, placement.device, placement.dtype, placement.backend)
 
 
-def measure_row(row: Row, settings: Settings, placement: Placement, command: str) -> Record:
+def measure_row(row: Row, settings: BenchmarkOptions, placement: Placement, command: str) -> Record:
     """One record, as `halve benchmark` makes it of a folder."""
     assert placement.dtype is not None
-    opened = Subject.open(SHAPES / row.shape, settings, placement)
+    opened = TimedModel.open(SHAPES / row.shape, settings, placement)
     checkpoint = open_row(row, placement.device, placement.dtype)
-    subject = MadeSubject(row.name, checkpoint, opened.not_measured, passes=opened.passes, row=row)
-    (record,) = measure_subjects([subject], settings, placement, command)
+    timed = TimedMadeModel(row.name, checkpoint, opened.not_measured, passes=opened.passes, row=row)
+    (record,) = measure_in_turns([timed], settings, placement, command)
     record |= {"model": row.name, "recipe": row.steps(), "shape": row.shape, "baseline": row.baseline}
     record["notes"].append("the model was made in memory: peak memory is that of running it, loading is not in it")
     return record

@@ -23,7 +23,7 @@ import torch
 
 from halve.kernels import triton_backend
 from halve.measure.records import new_record, write_record
-from halve.measure.speed.timed_model import Placement, Settings
+from halve.measure.speed.timed_model import BenchmarkOptions, Placement
 from tools.gpu.models import SHAPES, Row, measure_row, step_error
 from tools.gpu.peers import WAYS, measure_peer
 from tools.gpu.products import bandwidths, find_tilings, measure_products, product_errors
@@ -72,10 +72,10 @@ class Run:
         print(f"{name}: {'measured before' if path.exists() else 'measuring'}", flush=True)
         return None if path.exists() else path
 
-    def settings(self, prompt_tokens: int = 128) -> Settings:
+    def settings(self, prompt_tokens: int = 128) -> BenchmarkOptions:
         if self.quick:
-            return Settings(min(prompt_tokens, 32), 4, 1, 0)
-        return Settings(prompt_tokens, 64, 5, 0)
+            return BenchmarkOptions(min(prompt_tokens, 32), 4, 1, 0)
+        return BenchmarkOptions(prompt_tokens, 64, 5, 0)
 
     def rows(self, rows: list[Row], step: str, prompt_tokens: int = 128) -> None:
         for row in rows:

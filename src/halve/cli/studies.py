@@ -1,4 +1,4 @@
-"""Commands that measure many models, or many layers, at once; cli.py puts them in the command line."""
+"""Commands that measure many models, or many layers, at once, and show what was found."""
 
 from __future__ import annotations
 
@@ -7,8 +7,47 @@ from typing import Annotated
 
 import typer
 
-from halve.cli.options import Calibration, Device, Dtype, Model, Overwrite, Samples, Seed, dtype_of
+from halve.cli.options import (
+    Calibration,
+    Device,
+    Dtype,
+    Model,
+    Overwrite,
+    Protocol,
+    Samples,
+    Seed,
+    Template,
+    Window,
+    dtype_of,
+    listed,
+)
 from halve.errors import HalveError
+from halve.measure.quality.protocols import PROTOCOLS
+from halve.measure.quality.tasks import QUESTION_TASKS
+from halve.studies.search.options import OBJECTIVES, Floor, SearchOptions
+from halve.studies.system1.protocol import SYSTEM1, protocol_named
+
+
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for models, records and the plot.")] = Path(
+        "halve-demo"
+    ),
+    overwrite: Overwrite = False,
+) -> None:
+    """Compress the bundled model in several ways; reload, examine and time each; one table, one plot."""
+    from halve.demo.run import demo as run
+    from halve.demo.run import speed_table
+
+    run(out, overwrite=overwrite).print()
+    print(
+        "A model this small is bound by overhead, not by memory: its speeds and peak memory say little, its accuracy and "
+        "bytes are what this table shows."
+    )
+    speeds = speed_table()
+    if speeds is not None:
+        print("\nSpeed at the shape of Llama-3.2-1B (random weights), from the records of this checkout:")
+        speeds.print()
+    print(f"models, records, accuracy-size.png and the page report.html are in {out}")
 
 
 def layers(
@@ -16,7 +55,7 @@ def layers(
     data: Annotated[str, typer.Option(help=".txt, .jsonl, a RACE folder, or c4 | wikitext2 from the hub.")],
     out: Annotated[Path, typer.Option(help="Folder for the tables (CSV, JSON) and the plot.")],
     samples: Annotated[int, typer.Option(help="Windows of text.")] = 32,
-    window: Annotated[int, typer.Option(help="Tokens a window (at most the model's context).")] = 2048,
+    window: Window = 2048,
     mark: Annotated[
         int | None, typer.Option(help="Point out the best run of this many layers in the plot.", show_default=False)
     ] = None,
@@ -30,6 +69,105 @@ def layers(
     print(f"tables and plot are in {out}")
 
 
+def search(
+    model: Model,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder of the search: new, empty, or of the same search.")
+    ],
+    step: Annotated[list[str], typer.Option(help="NAME:key=value,... One step of the recipe; repeat for several.")],
+    vary: Annotated[
+        list[str],
+        typer.Option(
+            help="STEP.key=LOW..HIGH or STEP.key=A|B|C; STEP is a step's name, or its position where it is twice."
+        ),
+    ],
+    floor: Annotated[str, typer.Option(help="Accuracy to keep: 0.5, or 95% of the dense model's.")],
+    minimise: Annotated[str, typer.Option(help=f"{listed(OBJECTIVES)}.")] = "bytes",
+    floor_lower_bound: Annotated[
+        bool, typer.Option("--floor-lower-bound", help="The lower end of the 95 % interval has to clear the floor.")
+    ] = False,
+    task: Annotated[str, typer.Option(help=f"{listed(QUESTION_TASKS)}.")] = "race-h",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Questions to search on; without --held-out-data divided by article. race-h without it searches on the "
+            "validation set and confirms on the test.",
+            show_default=False,
+        ),
+    ] = None,
+    held_out_data: Annotated[
+        str | None, typer.Option(help="Questions the winner is confirmed on.", show_default=False)
+    ] = None,
+    search_share: Annotated[float, typer.Option(help="Share of --data to search on, where it is divided.")] = 0.5,
+    leave_out_shared: Annotated[
+        bool, typer.Option("--leave-out-shared", help="Leave out search questions whose article is in the final test.")
+    ] = False,
+    protocol: Protocol = None,
+    template: Template = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The first N questions to search on only.", show_default=False)
+    ] = None,
+    resolution: Annotated[
+        float | None,
+        typer.Option(help="Distance of the values tried (default: 0.01; whole numbers are exact).", show_default=False),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="Points to try where several options vary (default: 40).", show_default=False)
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="SQL URL of the study, to share it between machines (default: OUT/study.db).", show_default=False
+        ),
+    ] = None,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep every trial's model; else the winner's alone.")
+    ] = False,
+    calibration: Calibration = "c4",
+    samples: Samples = 128,
+    window: Window = 2048,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find how far a recipe can go with the accuracy of MODEL above a floor: the smallest, or fastest, such model.
+
+    One varied option is bisected, several are searched by Optuna. The winner, in OUT/winner, is confirmed on questions
+    no trial has seen. The same command goes on with an interrupted search, and run twice at once shares the work.
+    """
+    from halve.cli import terminal
+    from halve.compression.windows import CalibrationOptions
+    from halve.measure.quality.options import EvaluationOptions
+    from halve.studies.search.search import search as run
+
+    record = run(
+        model,
+        out,
+        step,
+        vary,
+        floor=Floor.parse(floor, floor_lower_bound),
+        evaluation=EvaluationOptions(task, data, protocol_named(protocol), template, limit, seed=seed),
+        calibration=CalibrationOptions(calibration, samples, window, seed),
+        options=SearchOptions(
+            minimise,
+            held_out_data,
+            search_share,
+            leave_out_shared,
+            resolution,
+            trials,
+            storage,
+            keep_checkpoints,
+            seed,
+        ),
+        device=device,
+        dtype=dtype_of(dtype),
+        overwrite=overwrite,
+        on_trial=terminal.trial,
+    )
+    terminal.search(record, out)
+
+
 def reproduce(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="system1: GPTQ and L1 pruning of Llama-3.2-3B.")],
     model: Annotated[str, typer.Option(help="Folder or hub id; a config.json with --random-weights.")],
@@ -40,15 +178,13 @@ def reproduce(
         str | None,
         typer.Option(help="Questions in RACE's layout (default: RACE-H's test set from the hub).", show_default=False),
     ] = None,
-    protocol: Annotated[str, typer.Option(help="How the right way asks: letter, continuation, pmi, generate.")] = (
-        "letter"
-    ),
+    protocol: Annotated[str, typer.Option(help=f"How the right way asks: {listed(PROTOCOLS)}.")] = ("letter"),
     template: Annotated[
         str | None, typer.Option(help="race (default) or plain, for continuation and pmi.", show_default=False)
     ] = None,
     own_protocol: Annotated[
         str, typer.Option(help="The same of its own way; another one for a model that cannot answer in letters.")
-    ] = "system1",
+    ] = SYSTEM1.name,
     limit: Annotated[int | None, typer.Option(help="The first N questions only.", show_default=False)] = None,
     calibration: Calibration = "c4",
     samples: Samples = 128,
@@ -68,7 +204,7 @@ def reproduce(
     Says first how much memory, disk and time it takes, and refuses what cannot do. An interrupted run is continued by
     the same command.
     """
-    from halve.cli import terminal as show
+    from halve.cli import terminal
     from halve.studies.system1.reproduce import Study, check, reproduce_system1
     from halve.studies.system1.tables import tables
 
@@ -91,116 +227,14 @@ def reproduce(
     }
     if dry_run:
         needs = check(Study(model, out, **options))[1]
-        show.needs(needs)
+        terminal.needs(needs)
         needs.check(out, device)
         return
-    record = reproduce_system1(model, out, on_needs=show.needs, overwrite=overwrite, **options)
+    record = reproduce_system1(model, out, on_needs=terminal.needs, overwrite=overwrite, **options)
     for title, table in tables(record):
         print(f"\n{title}")
         table.print()
     print(f"models, records and reproduce.json are in {out}")
-
-
-def search(
-    model: Model,
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder of the search: new, empty, or of the same search.")
-    ],
-    step: Annotated[list[str], typer.Option(help="NAME:key=value,... One step of the recipe; repeat for several.")],
-    vary: Annotated[
-        list[str],
-        typer.Option(
-            help="STEP.key=LOW..HIGH or STEP.key=A|B|C; STEP is a step's name, or its position where it is twice."
-        ),
-    ],
-    floor: Annotated[str, typer.Option(help="Accuracy to keep: 0.5, or 95% of the dense model's.")],
-    minimise: Annotated[str, typer.Option(help="bytes, decode_ms or peak_memory.")] = "bytes",
-    floor_lower_bound: Annotated[
-        bool, typer.Option("--floor-lower-bound", help="The lower end of the 95 % interval has to clear the floor.")
-    ] = False,
-    task: Annotated[str, typer.Option(help="race-h or multiple-choice.")] = "race-h",
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Questions to search on; without --held-out-data divided by article. race-h without it searches on the "
-            "validation set and confirms on the test.",
-            show_default=False,
-        ),
-    ] = None,
-    held_out_data: Annotated[
-        str | None, typer.Option(help="Questions the winner is confirmed on.", show_default=False)
-    ] = None,
-    search_share: Annotated[float, typer.Option(help="Share of --data to search on, where it is divided.")] = 0.5,
-    leave_out_shared: Annotated[
-        bool, typer.Option("--leave-out-shared", help="Leave out search questions whose article is in the final test.")
-    ] = False,
-    protocol: Annotated[str | None, typer.Option(help="As for evaluate.", show_default=False)] = None,
-    template: Annotated[str | None, typer.Option(help="As for evaluate.", show_default=False)] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="The first N questions to search on only.", show_default=False)
-    ] = None,
-    resolution: Annotated[
-        float | None,
-        typer.Option(help="Distance of the values tried (default: 0.01; whole numbers are exact).", show_default=False),
-    ] = None,
-    trials: Annotated[
-        int | None, typer.Option(help="Points to try where several options vary (default: 40).", show_default=False)
-    ] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            help="SQL URL of the study, to share it between machines (default: OUT/study.db).", show_default=False
-        ),
-    ] = None,
-    keep_checkpoints: Annotated[
-        bool, typer.Option("--keep-checkpoints", help="Keep every trial's model; else the winner's alone.")
-    ] = False,
-    calibration: Calibration = "c4",
-    samples: Samples = 128,
-    window: Annotated[int, typer.Option(help="Tokens a window (at most the model's context).")] = 2048,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Find how far a recipe can go with the accuracy of MODEL above a floor: the smallest, or fastest, such model.
-
-    One varied option is bisected, several are searched by Optuna. The winner, in OUT/winner, is confirmed on questions
-    no trial has seen. The same command goes on with an interrupted search, and run twice at once shares the work.
-    """
-    from halve.cli import terminal as show
-    from halve.studies.search.search import search as run
-
-    record = run(
-        model,
-        out,
-        step,
-        vary,
-        floor=floor,
-        minimise=minimise,
-        task=task,
-        data=data,
-        held_out_data=held_out_data,
-        search_share=search_share,
-        leave_out_shared=leave_out_shared,
-        protocol=protocol,
-        template=template,
-        limit=limit,
-        floor_lower_bound=floor_lower_bound,
-        resolution=resolution,
-        trials=trials,
-        storage=storage,
-        keep_checkpoints=keep_checkpoints,
-        calibration=calibration,
-        samples=samples,
-        window=window,
-        seed=seed,
-        device=device,
-        dtype=dtype_of(dtype),
-        overwrite=overwrite,
-        on_trial=show.trial,
-    )
-    show.search(record, out)
 
 
 def report(

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from halve.measure.quality.tasks import figure_of
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -101,7 +103,9 @@ def result(done: Result) -> None:
 
 def evaluation(record: dict[str, Any]) -> None:
     """One line of figures, with the protocol they were measured by."""
-    if record["task"] != "perplexity":
+    figure = figure_of(record)
+    asked = [record["task"], *([record["protocol"]] if record.get("protocol") else [])]
+    if figure == "accuracy":
         accuracy = record["accuracy"]
         text = "undefined (no question answered)" if accuracy is None else f"{accuracy:.1%}"
         if record.get("accuracy_ci95"):
@@ -109,12 +113,14 @@ def evaluation(record: dict[str, Any]) -> None:
             text += f" (95 % interval {low:.1%} to {high:.1%})"
         print(f"accuracy {text}: {record['answered']} of {record['questions']} questions answered", end="")
         print(f", {record.get('overflow', 0)} did not fit the context, {record.get('cut', 0)} articles cut", end="")
-        print(f" [{record['task']}, {record['protocol']}]")
-    else:
+        print(f" [{', '.join(asked)}]")
+    elif figure == "perplexity":
         print(
             f"perplexity {record['perplexity']:.4f} ({record['nll_nats_per_token']:.4f} nats/token over "
             f"{record['tokens']:,} tokens) [{record['protocol']}, window {record.get('window')}]"
         )
+    else:
+        print(f"{figure} {record[figure]:g} [{', '.join(asked)}]")
 
 
 def benchmark(record: dict[str, Any]) -> None:

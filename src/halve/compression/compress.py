@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from halve.compression.plan import StepPlan, state_of
 from halve.compression.recipe import as_steps, make_step, step_json
 from halve.compression.step_run import Request, run_step, working_dtype
 from halve.compression.walk import Walk
-from halve.compression.windows import HELD_OUT_SHARE, Calibration, make_windows
+from halve.compression.windows import HELD_OUT_SHARE, Calibration, CalibrationOptions, make_windows
 from halve.errors import CheckpointError, OutputError
 from halve.files import write_json, write_text
 from halve.model.families import projection_linears, vector_shapes
@@ -85,9 +85,10 @@ def plan_recipe(request: Request) -> RecipePlan:
     config = checkpoint.config
     other = sum(math.prod(s) for s in vector_shapes(checkpoint.family, config).values()) * store.itemsize
     other += sum(s.out_features * s.in_features for s in projection_linears(checkpoint.family, config)) * store.itemsize
-    window = min(request.window, config.max_positions)
+    window = min(request.calibration.window, config.max_positions)
     passes = [(plan.before, method.calibrates) for plan, method in zip(plans, request.steps, strict=True)]
-    tokens = (request.samples + max(1, request.samples // HELD_OUT_SHARE)) * window
+    samples = request.calibration.samples
+    tokens = (samples + max(1, samples // HELD_OUT_SHARE)) * window
     cost = estimate(passes, tokens, working_dtype(request, checkpoint).itemsize, request.device)
     return RecipePlan(checkpoint, plans, other, window, cost)
 
@@ -111,7 +112,8 @@ def compress(
     `dtype` is that of computation and of the tensors written (default: the checkpoint's). An interrupted run is
     continued by the same call. Raises HalveError before any work when the request cannot succeed.
     """
-    request = Request(str(model), Path(out), as_steps(steps), str(calibration), samples, window, seed, device, dtype)
+    options = CalibrationOptions(str(calibration), samples, window, seed)
+    request = Request(str(model), Path(out), as_steps(steps), options, device, dtype)
     plan = plan_recipe(request)
     work = _prepare_output(request, plan, overwrite)
     windows = _calibration(request, plan)
@@ -148,9 +150,9 @@ def _calibration(request: Request, plan: RecipePlan) -> Calibration | None:
     """The windows, when a step needs them; missing or empty text is found here, before any weight is read."""
     if not any(method.calibrates for method in request.steps):
         return None
-    documents = read_documents(request.calibration)
+    documents = read_documents(request.calibration.source)
     tokenizer = load_tokenizer(request.model)
-    return make_windows(documents, tokenizer, request.samples, plan.window, request.seed, request.calibration)
+    return make_windows(documents, tokenizer, replace(request.calibration, window=plan.window))
 
 
 def _notes(windows: Calibration | None, reports: list[dict[str, Any]]) -> list[str]:
@@ -191,12 +193,12 @@ def _prepare_output(request: Request, plan: RecipePlan, overwrite: bool) -> Path
 
 def _claim(work: Path, request: Request, plan: RecipePlan, overwrite: bool) -> None:
     """Make the work folder ours: empty, or left by an interrupted run of the very same request."""
-    files = sorted(plan.checkpoint.folder.glob("*.safetensors"))
+    files, asked = sorted(plan.checkpoint.folder.glob("*.safetensors")), request.calibration
     identity = {
         "halve": __version__,
         "steps": [step_json(m) for m in request.steps],
-        "settings": [request.samples, plan.window, request.seed, request.device, str(request.dtype)],
-        "calibration": _fingerprint(request.calibration) if any(m.calibrates for m in request.steps) else None,
+        "settings": [asked.samples, plan.window, asked.seed, request.device, str(request.dtype)],
+        "calibration": _fingerprint(asked.source) if any(m.calibrates for m in request.steps) else None,
         "source": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
         "config": plan.checkpoint.raw,
     }

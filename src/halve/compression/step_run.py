@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from halve.checkpoint.writer import CheckpointWriter
 from halve.compression.methods import Method
 from halve.compression.plan import StepPlan
 from halve.compression.walk import BlockView, Walk
-from halve.compression.windows import Calibration
+from halve.compression.windows import Calibration, CalibrationOptions
 from halve.model.families import block_linears, projection_linears, vector_shapes
 from halve.progress import track
 
@@ -27,10 +27,7 @@ class Request:
     model: str
     out: Path
     steps: list[Method]
-    calibration: str = "c4"
-    samples: int = 128
-    window: int = 2048
-    seed: int = 0
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     device: str = "cpu"
     dtype: torch.dtype | None = None
 

@@ -16,6 +16,23 @@ HELD_OUT_SHARE = 32  # calibration windows to one that is held out
 
 
 @dataclass(frozen=True)
+class CalibrationOptions:
+    """What to calibrate on: text (file, RACE folder, or c4 | wikitext2 from the hub), number of windows, tokens a window
+    (at most the model's context), seed of the draw. Raises DataError."""
+
+    source: str = "c4"
+    samples: int = 128
+    window: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.window < 2:
+            raise DataError(
+                f"samples={self.samples}, window={self.window}: need at least 1 sample and 2 tokens a window"
+            )
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Windows of tokens int64 [N, T] to calibrate on, others [M, T] to judge by, and where they came from."""
 
@@ -24,18 +41,15 @@ class Calibration:
     origin: dict[str, object]
 
 
-def make_windows(
-    documents: list[str], tokenizer: Tokenizer, samples: int, window: int, seed: int, source: str
-) -> Calibration:
-    """Documents shuffled by `seed`, packed end to end, cut into windows that each begin with BOS.
+def make_windows(documents: list[str], tokenizer: Tokenizer, options: CalibrationOptions) -> Calibration:
+    """Documents shuffled by the seed, packed end to end, cut into windows that each begin with BOS.
 
     One window more for every HELD_OUT_SHARE (at least one) is held out for judging. Too little text gives fewer windows, and
     `origin` says so. Raises DataError when there is not enough for one window and one held out.
     """
-    if samples < 1 or window < 2:
-        raise DataError(f"samples={samples}, window={window}: need at least 1 sample and 2 tokens a window")
+    samples, window = options.samples, options.window
     order = list(range(len(documents)))
-    random.Random(seed).shuffle(order)
+    random.Random(options.seed).shuffle(order)
     held = max(1, samples // HELD_OUT_SHARE)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     body, stream, used = window - len(bos), [], 0
@@ -47,14 +61,14 @@ def make_windows(
     rows = [bos + stream[i : i + body] for i in range(0, len(stream) - body + 1, body)][: samples + held]
     if len(rows) < 2:
         raise DataError(
-            f"calibration text {source!r} has {len(stream)} tokens: two windows of {window} need {2 * body}; "
+            f"calibration text {options.source!r} has {len(stream)} tokens: two windows of {window} need {2 * body}; "
             "use more text or a smaller --window"
         )
     held = min(held, max(1, len(rows) // HELD_OUT_SHARE)) if len(rows) < samples + held else held
     tokens = torch.tensor(rows)
     taken = tokens[: len(rows) - held], tokens[len(rows) - held :]
     origin = {
-        "source": Path(source).name,
+        "source": Path(options.source).name,
         "documents_available": len(documents),
         "documents_used": used,
         "windows_asked": samples,
@@ -62,6 +76,6 @@ def make_windows(
         "window_tokens": window,
         "tokens": taken[0].numel(),
         "held_out_tokens": taken[1].numel(),
-        "seed": seed,
+        "seed": options.seed,
     }
     return Calibration(taken[0], taken[1], origin)

@@ -6,7 +6,10 @@ from typing import Protocol
 
 
 class TokenizerLike(Protocol):
-    """What text generation needs of a tokenizer."""
+    """What generation and evaluation need of a tokenizer."""
+
+    @property
+    def bos_id(self) -> int | None: ...
 
     @property
     def eos_ids(self) -> tuple[int, ...]: ...

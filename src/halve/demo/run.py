@@ -7,18 +7,17 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from halve.checkpoint.reader import load_model
-from halve.checkpoint.tokenizer import load_tokenizer
 from halve.compression.compress import compress
 from halve.errors import OutputError
 from halve.measure.machine import usable_cores
-from halve.measure.quality.evaluate import evaluate
-from halve.measure.records import Record, checkpoint_recipe, new_record, read_records, write_record
-from halve.measure.speed.benchmark import Placement, Settings, benchmark_side_by_side
+from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded, prepare
+from halve.measure.quality.options import EvaluationOptions
+from halve.measure.records import Record, read_records, write_record
+from halve.measure.speed.benchmark import benchmark_side_by_side
+from halve.measure.speed.timed_model import BenchmarkOptions, Placement
 from halve.measure.table import Comparison, compare
 from halve.progress import progress
 from halve.report.page import write_page
@@ -29,7 +28,7 @@ SPEED_RECORDS = Path(__file__).parents[3] / "benchmarks" / "results"  # there in
 
 
 @dataclass(frozen=True)
-class Variant:
+class DemoVariant:
     """One way of compressing the bundled model."""
 
     name: str
@@ -38,16 +37,16 @@ class Variant:
 
 INT8, GPTQ_8, GPTQ_4 = "rtn:bits=8", "gptq:bits=8,group_size=128", "gptq:bits=4,group_size=128"
 VARIANTS = (
-    Variant("int8", (INT8,)),
-    Variant("gptq-8bit", (GPTQ_8,)),
-    Variant("gptq-4bit", (GPTQ_4,)),
+    DemoVariant("int8", (INT8,)),
+    DemoVariant("gptq-8bit", (GPTQ_8,)),
+    DemoVariant("gptq-4bit", (GPTQ_4,)),
     # quantized, then pruned by L1 norm: every linear, or the head alone
-    Variant("8bit-l1-35", (GPTQ_8, "l1-inputs:fraction=0.35")),
-    Variant("8bit-head-l1-35", (GPTQ_8, "l1-inputs:fraction=0.35,targets=lm_head")),
-    Variant("4bit-l1-10", (GPTQ_4, "l1-inputs:fraction=0.1")),
-    Variant("4bit-head-l1-10", (GPTQ_4, "l1-inputs:fraction=0.1,targets=lm_head")),
-    Variant("prune-mlp-4bit", ("prune-mlp:fraction=0.33,multiple_of=128", GPTQ_4)),
-    Variant("drop-layer-int8", ("drop-layers:count=1", INT8)),
+    DemoVariant("8bit-l1-35", (GPTQ_8, "l1-inputs:fraction=0.35")),
+    DemoVariant("8bit-head-l1-35", (GPTQ_8, "l1-inputs:fraction=0.35,targets=lm_head")),
+    DemoVariant("4bit-l1-10", (GPTQ_4, "l1-inputs:fraction=0.1")),
+    DemoVariant("4bit-head-l1-10", (GPTQ_4, "l1-inputs:fraction=0.1,targets=lm_head")),
+    DemoVariant("prune-mlp-4bit", ("prune-mlp:fraction=0.33,multiple_of=128", GPTQ_4)),
+    DemoVariant("drop-layer-int8", ("drop-layers:count=1", INT8)),
 )
 
 
@@ -56,16 +55,13 @@ class Exam:
     """One measurement of quality on the bundled data."""
 
     name: str
-    options: dict[str, Any]
+    options: EvaluationOptions
 
 
 EXAMS = (
-    Exam("questions", {"task": "multiple-choice", "data": READER / "exam_questions.jsonl", "protocol": "pmi"}),
-    Exam(
-        "cloze",
-        {"task": "multiple-choice", "data": READER / "exam_cloze.jsonl", "protocol": "pmi", "template": "plain"},
-    ),
-    Exam("perplexity", {"task": "perplexity", "data": READER / "held_out_stories.txt", "protocol": "documents"}),
+    Exam("questions", EvaluationOptions("multiple-choice", READER / "exam_questions.jsonl", "pmi")),
+    Exam("cloze", EvaluationOptions("multiple-choice", READER / "exam_cloze.jsonl", "pmi", "plain")),
+    Exam("perplexity", EvaluationOptions("perplexity", READER / "held_out_stories.txt", "documents")),
 )
 
 
@@ -87,24 +83,24 @@ def demo(out: str | Path = "halve-demo", *, overwrite: bool = False) -> Comparis
     # a model this small keeps one core busy at best: as many at a time as there are cores
     workers = ProcessPoolExecutor(min(usable_cores(), len(models)), get_context("spawn"), torch.set_num_threads, (1,))
     with progress("demo", total=2 * len(models)) as advance, workers:
-        jobs = [workers.submit(make_and_examine, *job, records) for job in zip((None, *VARIANTS), models, strict=True)]
-        for job in as_completed(jobs):
-            job.result()
+        made = [(variant, folder, records) for variant, folder in zip((None, *VARIANTS), models, strict=True)]
+        for done in as_completed([workers.submit(make_and_examine, *arguments) for arguments in made]):
+            done.result()
             advance(1)
-        settings = Settings(prompt_tokens=128, new_tokens=64, runs=5, long_prompt_tokens=0)
-        timed = benchmark_side_by_side(models, settings, Placement(), command="halve demo")
+        options = BenchmarkOptions(prompt_tokens=128, new_tokens=64, runs=5, long_prompt_tokens=0)
+        timed = benchmark_side_by_side(models, options, Placement(), command="halve demo")
         for model, record in zip(models, timed, strict=True):
             record["side_by_side"]["models"] = [m.name for m in models]
             write_record(records / f"{model.name}-speed.json", record | {"model": model.name})
             advance(1)
-    made = read_records([records])
-    table = compare(sorted(made, key=lambda r: [m.name for m in models].index(r["model"]))).only(COLUMNS)
-    plot(made, out / "accuracy-size.png")
+    found = read_records([records])
+    table = compare(sorted(found, key=lambda r: [m.name for m in models].index(r["model"]))).only(COLUMNS)
+    plot(found, out / "accuracy-size.png")
     write_page(out, title="The bundled reader, compressed")
     return table
 
 
-def make_and_examine(variant: Variant | None, model: Path, records: Path) -> None:
+def make_and_examine(variant: DemoVariant | None, model: Path, records: Path) -> None:
     """Make one variant in the folder `model` (None: it is there), and write its records into the folder `records`."""
     if variant is not None:
         compress(READER, model, variant.steps, calibration=READER / "calibration.txt", samples=64)
@@ -117,18 +113,8 @@ def examine(model: Path) -> list[Record]:
 
     Computed in float32: the stored weights are what is examined, and few CPUs are quick in bfloat16.
     """
-    loaded, tokenizer = load_model(model, dtype=torch.float32), load_tokenizer(model)
-    return [
-        new_record(
-            "evaluation",
-            model.name,  # not where it lies on this machine
-            command="halve demo",
-            recipe=checkpoint_recipe(model),
-            dtype="float32",
-            **evaluate(loaded, tokenizer, **exam.options),
-        )
-        for exam in EXAMS
-    ]
+    loaded = LoadedModel.load(model, dtype=torch.float32, name=model.name)  # not where it lies on this machine
+    return [evaluate_loaded(loaded, prepare(exam.options), command="halve demo") for exam in EXAMS]
 
 
 def plot(records: list[Record], path: Path) -> None:

@@ -45,6 +45,11 @@ def describe_device(device: torch.device | str) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16, float32, ..."""
+    return str(dtype).removeprefix("torch.")
+
+
 def cpu_model() -> str:
     """The processor's marketing name, as far as the system tells."""
     info = _read("/proc/cpuinfo")

@@ -14,6 +14,7 @@ from typing import Any
 
 from halve.errors import DataError
 from halve.measure.quality.statistics import paired_records
+from halve.measure.quality.tasks import figure_of
 from halve.measure.records import Record
 
 MISSING = "-"
@@ -108,29 +109,29 @@ class _Group:
 def compare(records: Iterable[Record]) -> Comparison:
     """Put evaluation and benchmark records of the same model into one row, in the order given.
 
-    Latency is the time to one generated token, system 1's protocol. Where two records measure the same thing the newer
-    counts. A paired test clustered by article compares each row's answers with the first row's, where both records
-    hold them. Raises DataError when there is nothing to show.
+    Latency is the time to one generated token, in records of a study that times it. Where two records measure the same
+    thing the newer counts. A paired test clustered by article compares each row's answers with the first row's, where both
+    records hold them. Raises DataError when there is nothing to show.
     """
     groups, notes = _grouped(records)
     titles = _evaluation_titles(groups)
     rows: list[Row] = []
     for group in groups:
-        setups = list(group.benchmarks.values())
-        for benchmark in setups or [None]:
-            row: Row = {"model": _label(group, groups, benchmark, setups)}
+        benchmarks = list(group.benchmarks.values())
+        for benchmark in benchmarks or [None]:
+            row: Row = {"model": _label(group, groups, benchmark, benchmarks)}
             _fill_speed(row, benchmark, groups[0].name)
             _fill_quality(row, group, groups[0], notes)
             rows.append(row)
     if not rows:
         raise DataError("no evaluation and no benchmark among the records: make one with --json FILE")
     columns = [Column("model", ("model",), str), *SPEED_COLUMNS]
-    for setup, title in titles.items():
-        columns += _quality_columns(setup, title)
+    for setup, (figure, title) in titles.items():
+        columns += _quality_columns(setup, figure, title)
     shown_benchmarks = [b for group in groups for b in group.benchmarks.values()]
     shown = [c for c in columns if any(row.get(c.keys[0]) is not None for row in rows)]
-    how = [f"{title}: {setup.removeprefix('perplexity, ')}" for setup, title in titles.items()]
-    return Comparison(shown, rows, list(dict.fromkeys(how + notes + circumstances(shown_benchmarks))))
+    setups = [f"{title}: {setup.removeprefix(f'{figure}, ')}" for setup, (figure, title) in titles.items()]
+    return Comparison(shown, rows, list(dict.fromkeys(setups + notes + circumstances(shown_benchmarks))))
 
 
 def _grouped(records: Iterable[Record]) -> tuple[list[_Group], list[str]]:
@@ -166,22 +167,23 @@ def evaluation_setup(record: Record) -> str:
     return ", ".join(words)
 
 
-def _evaluation_titles(groups: Sequence[_Group]) -> dict[str, str]:
-    """Column title of every evaluation setup among the records; how it was measured stands below the table."""
-    kinds: dict[str, str] = {}
+def _evaluation_titles(groups: Sequence[_Group]) -> dict[str, tuple[str, str]]:
+    """Figure and column title of every evaluation setup among the records; how it was measured stands below the table."""
+    figures: dict[str, str] = {}
     for group in groups:
         for setup, record in group.evaluations.items():
-            kinds.setdefault(setup, "perplexity" if record.get("task") == "perplexity" else "accuracy")
+            figures.setdefault(setup, figure_of(record))
     titles = {}
-    for kind in set(kinds.values()):
-        alike = [setup for setup in kinds if kinds[setup] == kind]
-        titles |= {setup: kind if len(alike) == 1 else f"{kind} {n}" for n, setup in enumerate(alike, 1)}
-    return {setup: titles[setup] for setup in kinds}
+    for setup, figure in figures.items():
+        alike = [other for other in figures if figures[other] == figure]
+        titles[setup] = figure, figure if len(alike) == 1 else f"{figure} {alike.index(setup) + 1}"
+    return titles
 
 
-def _quality_columns(setup: str, title: str) -> list[Column]:
-    if title.startswith("perplexity"):
-        return [Column(title, (f"perplexity ({setup})",), show_perplexity)]
+def _quality_columns(setup: str, figure: str, title: str) -> list[Column]:
+    if figure != "accuracy":
+        show = show_perplexity if figure == "perplexity" else "{:.4g}".format
+        return [Column(title, (f"{figure} ({setup})",), show)]
     keys = (f"accuracy ({setup})", f"accuracy_ci95_low ({setup})", f"accuracy_ci95_high ({setup})")
     paired = tuple(f"{name} ({setup})" for name in ("difference_to_first", "p_value"))
     return [Column(title, keys, show_accuracy), Column("to the first row", paired, show_difference)]
@@ -205,6 +207,7 @@ def _fill_speed(row: Row, benchmark: Record | None, first: str) -> None:
     for column in SPEED_COLUMNS:
         for key in column.keys:
             row[key] = benchmark.get(key)
+    # the key under which a study records its own timing of a whole one-token call, see studies/system1/protocol.py
     row["latency_ms"] = (benchmark.get("system1") or {}).get("latency_ms")
     # a ratio is taken only from runs that took turns on one machine
     beside = benchmark.get("side_by_side")
@@ -214,9 +217,9 @@ def _fill_speed(row: Row, benchmark: Record | None, first: str) -> None:
 
 def _fill_quality(row: Row, group: _Group, first: _Group, notes: list[str]) -> None:
     for setup, record in group.evaluations.items():
-        if record.get("task") == "perplexity":
-            unbounded = "perplexity" in record.get("not_measured", {}) or "perplexity" in record.get("not_finite", {})
-            row[f"perplexity ({setup})"] = math.inf if unbounded else record.get("perplexity")
+        if (figure := figure_of(record)) != "accuracy":
+            unbounded = figure in record.get("not_measured", {}) or figure in record.get("not_finite", {})
+            row[f"{figure} ({setup})"] = math.inf if unbounded else record.get(figure)
             continue
         undefined = "undefined" if record.get("questions") else None
         row[f"accuracy ({setup})"] = undefined if record.get("accuracy") is None else record["accuracy"]

@@ -16,7 +16,7 @@ from halve.checkpoint.reader import check_device, open_checkpoint
 from halve.checkpoint.tokenizer import load_tokenizer
 from halve.compression.distances import LayerTurns, best_start, measure_every_run
 from halve.compression.walk import Walk
-from halve.compression.windows import make_windows
+from halve.compression.windows import CalibrationOptions, make_windows
 from halve.errors import OutputError
 from halve.files import write_text
 from halve.texts import read_documents
@@ -103,8 +103,8 @@ def analyse_layers(
     layers = len(checkpoint.config.layers)
     if mark is not None and not 1 <= mark < layers:
         raise OutputError(f"mark={mark}: the model has {layers} layers: use 1 to {layers - 1}")
-    length = min(window, checkpoint.config.max_positions)
-    calibration = make_windows(read_documents(data), load_tokenizer(model), samples, length, seed, str(data))
+    asked = CalibrationOptions(str(data), samples, min(window, checkpoint.config.max_positions), seed)
+    calibration = make_windows(read_documents(data), load_tokenizer(model), asked)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

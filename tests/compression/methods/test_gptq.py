@@ -23,7 +23,7 @@ from halve.compression.methods.gptq import Gptq, gptq, quadratic
 from halve.compression.plan import state_of
 from halve.compression.second_moment import Hessian
 from halve.compression.walk import BlockView, Walk
-from halve.compression.windows import Calibration, make_windows
+from halve.compression.windows import Calibration, CalibrationOptions, make_windows
 from halve.errors import DataError, RecipeError
 from halve.quantization import QuantizedWeight, QuantSpec, quantize
 from halve.texts import read_documents
@@ -416,7 +416,7 @@ def test_every_real_layer_errs_less_than_rounding(assets: Path, name: str) -> No
     """At identical inputs, those of the dense model, the total output error of each linear is below round-to-nearest's."""
     folder = assets / "models" / name
     documents = read_documents(assets / "data" / "tinystories_317.txt")
-    windows = make_windows(documents, load_tokenizer(folder), 8, 128, 0, "stories")
+    windows = make_windows(documents, load_tokenizer(folder), CalibrationOptions("stories", 8, 128))
     walk = Walk(open_checkpoint(folder), windows, torch.float32, torch.float32, "cpu")
     for index in range(5):
         view = walk.block(index)

@@ -142,11 +142,11 @@ def test_reported_error_is_that_of_the_layer(stories: Path, real: dict, tmp_path
     result = compress(stories, tmp_path / "out", ["prune-mlp:fraction=0.25,multiple_of=1"], **real)
     before, after = load_model(stories), load_model(tmp_path / "out")
     from halve.checkpoint.tokenizer import load_tokenizer
-    from halve.compression.windows import make_windows
+    from halve.compression.windows import CalibrationOptions, make_windows
     from halve.texts import read_documents
 
     documents = read_documents(real["calibration"])
-    windows = make_windows(documents, load_tokenizer(stories), 8, 128, 0, "text")
+    windows = make_windows(documents, load_tokenizer(stories), CalibrationOptions("text", 8, 128))
     caught: list[torch.Tensor] = []
     for model in (before, after):
         model.blocks[0].linears["down_proj"].register_forward_hook(lambda _m, _x, y: caught.append(y.double()))  # type: ignore[index]

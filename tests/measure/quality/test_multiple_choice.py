@@ -13,16 +13,25 @@ import torch
 
 from halve.checkpoint.reader import load_model
 from halve.checkpoint.tokenizer import load_tokenizer
+from halve.decode.generate import Sampling
 from halve.errors import HalveError, OutputError
 from halve.measure.quality import multiple_choice
-from halve.measure.quality.evaluate import evaluate
-from halve.measure.quality.multiple_choice import Settings, summarise
+from halve.measure.quality.evaluate import prepare
+from halve.measure.quality.multiple_choice import ChoiceOptions, summarise
+from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.prompts import EncodedPrompt
+from halve.measure.quality.protocols import PROTOCOLS, ChoiceProtocol
+from halve.measure.quality.protocols.generate import open_prompt, strict_answer
 from halve.measure.quality.race import Question, read_questions
 from halve.model.decoder import Model
 
 CONTEXT = 160
 ARTICLES = ["Tom has a cat.", "Ann went to town to buy bread. It rained.", "Long ago " * 12 + "a king lived."]
+
+
+def evaluate(model: Model, tokenizer: Any, progress_file: Path | None = None, **options: Any) -> dict[str, Any]:
+    """The figures of a model in memory."""
+    return prepare(EvaluationOptions(**options))(model, tokenizer, progress_file)
 
 
 @pytest.fixture(scope="module")
@@ -172,11 +181,13 @@ def test_sampled_answers_depend_on_the_seed_only(
     model: Model, data: Path, characters: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = raw_results(monkeypatch)
-    request: dict[str, Any] = {"task": "race-h", "data": data, "protocol": "system1", "limit": 4}
+    protocol = ChoiceProtocol("sampled", open_prompt, read=strict_answer, sampling=Sampling(1.5), stops=False)
+    request: dict[str, Any] = {"task": "race-h", "data": data, "protocol": protocol, "limit": 4}
     records = [evaluate(model, characters, **request, seed=seed) for seed in (1, 1, 2)]
     assert results[:4] == results[4:8] != results[8:]
     assert records[0] == records[1]
     assert all(result is not None and len(result["text"]) <= 20 for result in results)
+    assert records[2]["sampling"] == {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "seed": 2}
 
 
 def _summary(texts: list[str | None], protocol: str) -> dict[str, Any]:
@@ -184,35 +195,13 @@ def _summary(texts: list[str | None], protocol: str) -> dict[str, Any]:
     questions = [Question(f"article{i // 2}", "text", "What?", ("a", "b", "c", "d"), 1) for i in range(len(texts))]
     encoded = [EncodedPrompt((), (), overflow=text is None) for text in texts]
     results = [None if text is None else {"text": text} for text in texts]
-    return summarise(questions, encoded, results, Settings("race-h", protocol, "race", None, 4096, 0))
-
-
-def test_system1_divides_by_the_answered_questions() -> None:
-    record = _summary(["answer is because", "The answer is C", "no idea", "B) or D)", None, ""], "system1")
-    assert (record["questions"], record["answered"], record["correct"], record["overflow"]) == (6, 3, 2, 1)
-    assert record["accuracy"] == pytest.approx(2 / 3)
-    assert record["answers"] == {"article0": "10", "article1": "-1", "article2": "--"}
-    assert record["sampling"] == {"temperature": 0.6, "top_k": 50, "top_p": 0.9, "seed": 0}
-
-
-def test_system1_is_undefined_when_nothing_was_answered() -> None:
-    record = _summary(["no idea", "", None], "system1")
-    assert record["accuracy"] is None and record["accuracy_ci95"] is None
-    assert record["not_measured"]["accuracy"] == "undefined: none of the 3 questions was answered"
+    return summarise(questions, encoded, results, ChoiceOptions("race-h", PROTOCOLS[protocol], "race", None, 4096, 0))
 
 
 def test_generate_counts_the_unanswered_as_wrong() -> None:
     record = _summary(["B", "answer is B", "B.", "C", None], "generate")
     assert (record["questions"], record["answered"], record["correct"]) == (5, 3, 2)
     assert record["accuracy"] == pytest.approx(2 / 5)
-
-
-def test_system1_takes_the_first_hundred_questions(model: Model, tmp_path: Path, characters: Any) -> None:
-    path = tmp_path / "many.jsonl"
-    record = {"article": "Tom.", "questions": ["Who?"] * 3, "options": [["a", "b"]] * 3, "answers": ["A"] * 3}
-    path.write_text((json.dumps(record) + "\n") * 40)
-    result = evaluate(model, characters, task="race-h", data=path, protocol="system1")
-    assert (result["questions"], result["articles"], result["limit"]) == (100, 34, 100)
 
 
 def test_ties_lengths_and_kinds_by_hand() -> None:
@@ -227,7 +216,7 @@ def test_ties_lengths_and_kinds_by_hand() -> None:
         questions,
         encoded,
         [{"scores": s} for s in scores],
-        Settings("multiple-choice", "continuation", "race", None, 1, 0),
+        ChoiceOptions("multiple-choice", PROTOCOLS["continuation"], "race", None, 1, 0),
     )
     # sums: the first picks "b" (wrong), the second the first of two equal ones (right), the third "a" (wrong)
     assert record["answers"] == {"x": "01", "y": "0"}

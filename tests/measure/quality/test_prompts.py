@@ -9,12 +9,10 @@ from typing import Any
 from halve.measure.quality.prompts import (
     Prompt,
     encode_prompt,
-    letter_prompt,
-    open_prompt,
-    option_prompt,
-    plain_prompt,
-    system1_prompt,
 )
+from halve.measure.quality.protocols.continuation import option_prompt, plain_prompt
+from halve.measure.quality.protocols.generate import open_prompt
+from halve.measure.quality.protocols.letter import letter_prompt
 from halve.measure.quality.race import Question
 
 QUESTION = Question("a", "Tom has a cat.", "What has Tom?", ("a dog", "a cat", "an owl"), 1)
@@ -50,11 +48,6 @@ def test_prompts_are_the_protocols_to_the_letter() -> None:
     assert options.continuations == (" a dog", " a cat", " an owl")
     plain = plain_prompt(QUESTION)
     assert (plain.context, plain.continuations) == ("Tom has a cat.", (" a dog", " a cat", " an owl"))
-    assert system1_prompt(QUESTION).context == (
-        "Article: Tom has a cat.\nQuestion: What has Tom?\nSelect the best choice from the following options:\n"
-        "A) a dog\nB) a cat\nC) an owl\n"
-    )
-    assert system1_prompt(QUESTION).continuations == ()
 
 
 def test_an_options_tokens_are_those_after_the_context(characters: Any) -> None:
@@ -138,8 +131,8 @@ def test_overflow_begins_where_question_and_options_alone_do_not_fit(characters:
 
 
 def test_generation_keeps_room_for_the_answer_only(characters: Any) -> None:
-    context = system1_prompt(QUESTION).context
-    encoded = encode_prompt(characters, system1_prompt(QUESTION), len(context) + 1)
+    context = open_prompt(QUESTION).context
+    encoded = encode_prompt(characters, open_prompt(QUESTION), len(context) + 1)
     assert (len(encoded.sequences), encoded.cut) == (1, 0)
     assert characters.decode(list(encoded.sequences[0])) == context
 

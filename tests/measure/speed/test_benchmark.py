@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +19,11 @@ from halve.kernels import cpu
 from halve.measure import machine
 from halve.measure.records import read_record, write_record
 from halve.measure.speed import benchmark as module
-from halve.measure.speed import timed_model as subject
-from halve.measure.speed import timing
-from halve.measure.speed.benchmark import Placement, Settings, benchmark, benchmark_side_by_side
+from halve.measure.speed import timed_model, timing
+from halve.measure.speed.benchmark import benchmark, benchmark_side_by_side
 from halve.measure.speed.peak_memory import peak_memory
 from halve.measure.speed.profiling import memory_timeline
+from halve.measure.speed.timed_model import BenchmarkOptions, ExtraTiming, Placement
 from halve.measure.speed.timing import PassTimes, kv_bytes_per_step, random_prompt, spread, time_pass
 
 CONTRACT = """prefill_tokens_per_s ttft_ms decode_ms_median decode_ms_p10 decode_ms_p90 decode_tokens_per_s weight_bytes
@@ -35,7 +35,7 @@ CONTRACT = """prefill_tokens_per_s ttft_ms decode_ms_median decode_ms_p10 decode
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No second process and a bandwidth of 8 GB/s: for tests of everything else."""
     monkeypatch.setattr(module, "bandwidth_gb_per_s", lambda device: 8.0)
-    monkeypatch.setattr(subject, "peak_memory", lambda *_, **__: {"baseline": 100, "loaded": 150, "peak": 180})
+    monkeypatch.setattr(timed_model, "peak_memory", lambda *_, **__: {"baseline": 100, "loaded": 150, "peak": 180})
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +62,10 @@ def test_a_real_run_has_every_figure(folder: Path, tmp_path: Path) -> None:
     assert math.isclose(record["prefill_tokens_per_s"], 16_000 / record["ttft_ms"])
     assert record["long_prompt"]["prompt_tokens"] == 200
     assert record["long_prompt"]["ttft_ms"] > 0
-    assert record["system1"]["tokens_per_s"] > 0
     # Python with PyTorch alone is above 100 MB, this model is below 1 MB
     assert 1e8 < record["baseline_memory_bytes"] <= record["peak_memory_bytes"] < 2e9
     assert 0.2 < record["bandwidth_gb_per_s"] < 5_000
-    assert "accuracy" in record["not_measured"] and "system1" not in record["not_measured"]
+    assert "accuracy" in record["not_measured"] and "system1" not in record
 
 
 @pytest.mark.usefixtures("quick")
@@ -104,12 +103,31 @@ def test_prefill_and_decode_are_timed_apart(folder: Path, monkeypatch: pytest.Mo
     assert times.steps_ms == pytest.approx([20.0] * 4)
 
 
+class Twice(ExtraTiming):
+    """A study's timing that notes when it is asked."""
+
+    name = "twice"
+    new_tokens = 50
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def time(self, model: object, prompt: list[int]) -> tuple[float, ...]:
+        self.asked += 1
+        return float(len(prompt)), float(self.asked)
+
+    def figures(self, rounds: Sequence[tuple[float, ...]]) -> dict[str, float]:
+        return {"tokens": sum(tokens for tokens, _ in rounds), "first": rounds[0][1]}
+
+
 @pytest.mark.usefixtures("quick")
-def test_system1_figures_by_hand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "generation_ms", lambda model, prompt, tokens: 30.0 if tokens == 1 else 530.0)
-    record = benchmark(folder, prompt_tokens=8, new_tokens=2, runs=2, long_prompt_tokens=0)
-    assert record["system1"]["latency_ms"] == 30.0
-    assert record["system1"]["tokens_per_s"] == pytest.approx(200.0)  # 100 tokens in half a second
+def test_a_study_may_time_something_besides_in_every_round(folder: Path, make_hf: Callable[..., Path]) -> None:
+    options = BenchmarkOptions(prompt_tokens=8, new_tokens=2, runs=2, long_prompt_tokens=0)
+    (record,) = benchmark_side_by_side([folder], options, extra=Twice())
+    assert record["twice"] == {"tokens": 16.0, "first": 2.0}  # the warm-up is thrown away
+    (record,) = benchmark_side_by_side([make_hf("llama")], BenchmarkOptions(16, 2, 1, 0), extra=Twice())
+    assert record["twice"] is None
+    assert record["not_measured"]["twice"] == "16 prompt tokens + 50 new tokens exceed the model's context of 64"
 
 
 def test_percentiles_by_hand() -> None:
@@ -120,19 +138,17 @@ def test_percentiles_by_hand() -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_short_context_says_what_it_leaves_out(make_hf: Callable[..., Path]) -> None:
     record = benchmark(make_hf("llama"), prompt_tokens=16, new_tokens=8, runs=1)
-    assert record["long_prompt"] is None and record["system1"] is None
+    assert record["long_prompt"] is None
     assert "context of 64" in record["not_measured"]["long_prompt"]
-    assert "16 prompt tokens + 101 new tokens" in record["not_measured"]["system1"]
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_long_prompt_that_takes_too_long_is_left_out_unless_asked_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subject, "LONG_PROMPT_TOKENS", 128)
-    monkeypatch.setattr(subject, "generation_ms", lambda model, prompt, tokens: float(tokens))
+    monkeypatch.setattr(timed_model, "LONG_PROMPT_TOKENS", 128)
     # 8 tokens take 3 s, so 128 take 48 s, and the warm-up and 9 runs 480 s = 8 minutes
-    monkeypatch.setattr(subject, "time_pass", lambda model, prompt, new: PassTimes(3000.0, [1.0] * (new - 1)))
+    monkeypatch.setattr(timed_model, "time_pass", lambda model, prompt, new: PassTimes(3000.0, [1.0] * (new - 1)))
     measure = partial(benchmark, folder, prompt_tokens=8, new_tokens=3)
     record = measure(runs=9)
     assert record["long_prompt"] is None
@@ -197,7 +213,7 @@ def test_a_failed_memory_measurement_is_said_and_costs_nothing_else(
     def killed(*_: object, **__: object) -> None:
         raise HalveError("the memory measurement ended with code -9")
 
-    monkeypatch.setattr(subject, "peak_memory", killed)
+    monkeypatch.setattr(timed_model, "peak_memory", killed)
     record = benchmark(folder, prompt_tokens=8, new_tokens=4, runs=1, long_prompt_tokens=0)
     assert record["peak_memory_bytes"] is None
     assert "code -9" in record["not_measured"]["peak_memory_bytes"]
@@ -229,16 +245,15 @@ def test_side_by_side_takes_turns_and_gives_ratios(
         order.append(layers)
         return PassTimes(1.0, [2.0 * layers] * (new_tokens - 1))
 
-    monkeypatch.setattr(subject, "time_pass", timed)
-    monkeypatch.setattr(subject, "generation_ms", lambda model, prompt, tokens: float(tokens))
-    settings = Settings(prompt_tokens=8, new_tokens=4, runs=2, long_prompt_tokens=0)
-    first, second = benchmark_side_by_side([folder, other], settings, Placement())
+    monkeypatch.setattr(timed_model, "time_pass", timed)
+    options = BenchmarkOptions(prompt_tokens=8, new_tokens=4, runs=2, long_prompt_tokens=0)
+    first, second = benchmark_side_by_side([folder, other], options, Placement())
     assert order == [3, 3, 1, 1] + [3, 1] * 2  # the warm-up of each, then two rounds
     assert first["side_by_side"]["decode_speed_to_first"] == 1.0
     assert second["side_by_side"]["decode_speed_to_first"] == pytest.approx(3.0)
     assert second["side_by_side"]["models"] == [str(folder), str(other)]
     with pytest.raises(HalveError, match="single model, 2 were given"):
-        benchmark_side_by_side([folder, other], settings, profile_plot=Path("x.png"))
+        benchmark_side_by_side([folder, other], options, profile_plot=Path("x.png"))
 
 
 @pytest.mark.usefixtures("quick")

@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from halve import search
+from halve import CalibrationOptions, EvaluationOptions, SearchOptions, search
 from halve.checkpoint.reader import open_checkpoint
 from halve.compression.compress import compress
 from halve.errors import DataError, HalveError, OutputError, RecipeError
 from halve.measure.records import read_record
+from halve.studies.search.options import Floor
 
 ONE = {"steps": ["l1-inputs"], "vary": ["l1-inputs.fraction=0..0.9"], "floor": 0.6, "resolution": 0.05}
 SEVERAL = {
@@ -36,14 +37,24 @@ WORDS = "the a cat dog sat ran on mat and then red blue bird sang to in house tr
 
 @dataclass(frozen=True)
 class Subject:
-    """A model folder, its exam, and the options that ask it."""
+    """A model folder, and the exam it is asked."""
 
     model: Path
     exam: Path
 
     @property
-    def options(self) -> dict[str, Any]:
-        return {"task": "multiple-choice", "data": self.exam, "protocol": "continuation", "template": "plain"}
+    def evaluation(self) -> EvaluationOptions:
+        return EvaluationOptions("multiple-choice", self.exam, "continuation", "plain")
+
+    def search(self, out: Path, steps: list[str], vary: list[str], floor: str | float, **asked: Any) -> dict[str, Any]:
+        """Search with flat options, as the command line has them."""
+        evaluation = EvaluationOptions(asked.pop("task"), self.exam) if "task" in asked else self.evaluation
+        calibration = CalibrationOptions(str(asked.pop("calibration", "c4")))
+        limit = Floor.parse(floor, asked.pop("floor_lower_bound", False))
+        options = SearchOptions(**asked)
+        return search(
+            self.model, out, steps, vary, floor=limit, evaluation=evaluation, calibration=calibration, options=options
+        )
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +62,7 @@ def subject(make_hf, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     """A small random model and an exam that it answers without a mistake, so that pruning it costs accuracy."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from halve import evaluate, load_model, load_tokenizer
+    from halve import evaluate
 
     folder = tmp_path_factory.mktemp("search")
     model = Path(shutil.copytree(make_hf("llama"), folder / "tiny"))
@@ -74,12 +85,11 @@ def subject(make_hf, tmp_path_factory: pytest.TempPathFactory) -> Subject:
         for n in range(80)
     ]
     exam = folder / "exam.jsonl"
-    loaded, words = load_model(model), load_tokenizer(model)
     for letter in "ABCD":  # the answer is what the model says
         for item in items:
             item["answers"] = item["answers"] if "right" in item else [letter]
         exam.write_text("".join(json.dumps({k: v for k, v in i.items() if k != "right"}) + "\n" for i in items))
-        found = evaluate(loaded, words, task="multiple-choice", data=exam, protocol="continuation", template="plain")
+        found = evaluate(model, task="multiple-choice", data=exam, protocol="continuation", template="plain")
         for item in items:
             if found["answers"][item["id"]] == "1":
                 item["right"] = True
@@ -89,9 +99,10 @@ def subject(make_hf, tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 WORKER = """
 import json, sys, time
-from halve import search
+from halve import EvaluationOptions, SearchOptions, search
 from halve.studies.search import study, trial
-asked, out, log, wait = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
+model, exam, out, log, wait = *sys.argv[1:5], float(sys.argv[5])
+steps, vary, floor, options = json.loads(sys.argv[6])
 study.SIGN_S, study.DEAD_S = 0.2, 20.0
 real = trial.compress
 def compress(model, folder, *rest, **options):
@@ -100,22 +111,25 @@ def compress(model, folder, *rest, **options):
     time.sleep(wait)
     return real(model, folder, *rest, **options)
 trial.compress = compress
-search(out=out, **asked)
+evaluation = EvaluationOptions("multiple-choice", exam, "continuation", "plain")
+search(model, out, steps, vary, floor=floor, evaluation=evaluation, options=SearchOptions(**options))
 """
 
 
 def worker(subject: Subject, request: dict, out: Path, log: Path, wait: float) -> subprocess.Popen:
     """A process that searches, writes every compression it begins to `log` and takes `wait` seconds more for each."""
-    asked = json.dumps({"model": str(subject.model), **request, **subject.options}, default=str)
+    options = {key: value for key, value in request.items() if key not in ("steps", "vary", "floor")}
+    asked = json.dumps([request["steps"], request["vary"], request["floor"], options])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", WORKER, asked, str(out), str(log), str(wait)], env=environment)
+    words = [str(word) for word in (subject.model, subject.exam, out, log, wait, asked)]
+    return subprocess.Popen([sys.executable, "-c", WORKER, *words], env=environment)
 
 
 @pytest.fixture(scope="module")
 def found(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished search of one option."""
     out = tmp_path_factory.mktemp("found") / "out"
-    search(subject.model, out, **ONE, **subject.options)
+    subject.search(out, **ONE)
     return out
 
 
@@ -175,16 +189,16 @@ def test_the_same_call_again_measures_nothing(subject: Subject, found: Path, mon
 
     before = read_record(found / "search.json")
     monkeypatch.setattr(trial, "compress", refuse)
-    monkeypatch.setattr(trial, "load_model", refuse)
-    again = search(subject.model, found, **ONE, **subject.options)
+    monkeypatch.setattr(trial, "evaluate_loaded", refuse)
+    again = subject.search(found, **ONE)
     assert again["trials"] == before["trials"] and again["winner"] == before["winner"]
     with pytest.raises(OutputError, match="another request"):
-        search(subject.model, found, **ONE | {"floor": 0.7}, **subject.options)
+        subject.search(found, **ONE | {"floor": 0.7})
 
 
 def test_shared_steps_run_once_and_give_the_same_model(subject: Subject, tmp_path: Path) -> None:
     request = SEVERAL | {"vary": ["l1-outputs.fraction=0.25|0.5"], "trials": None, "resolution": None, "floor": 0.01}
-    record = search(subject.model, tmp_path / "out", **request, **subject.options, keep_checkpoints=True)
+    record = subject.search(tmp_path / "out", **request, keep_checkpoints=True)
     assert (tmp_path / "out" / "prefix" / "halve.json").exists() and record["winner"]["values"] == [0.5]
     steps = [*SEVERAL["steps"][:2], "l1-outputs:targets=*.o_proj,fraction=0.5"]
     compress(subject.model, tmp_path / "whole", steps)
@@ -230,7 +244,7 @@ def test_a_killed_search_is_finished_by_the_same_call(
     assert len(finished) == 3 and not (out / "search.json").exists()
     monkeypatch.setattr(study, "SIGN_S", 0.1)
     monkeypatch.setattr(study, "DEAD_S", 0.5)
-    record = search(subject.model, out, **ONE, **subject.options)
+    record = subject.search(out, **ONE)
     assert all((out / "trials" / name).read_bytes() == content for name, content in finished.items())
     whole = read_record(found / "search.json")
     assert {row["values"][0]: row["accuracy"] for row in record["trials"]} == {
@@ -240,7 +254,7 @@ def test_a_killed_search_is_finished_by_the_same_call(
 
 
 def test_the_lower_end_of_the_interval_asks_for_more(subject: Subject, found: Path, tmp_path: Path) -> None:
-    record = search(subject.model, tmp_path / "out", **ONE, **subject.options, floor_lower_bound=True)
+    record = subject.search(tmp_path / "out", **ONE, floor_lower_bound=True)
     assert record["winner"]["accuracy_ci95"][0] >= 0.6
     assert record["winner"]["bytes"] >= read_record(found / "search.json")["winner"]["bytes"]
 
@@ -252,7 +266,7 @@ def test_what_is_timed_has_a_record_of_its_own(
         "halve.measure.speed.benchmark.bandwidth_gb_per_s", lambda device: 1.0
     )  # takes seconds, is of no interest here
     request = {"steps": ["drop-layers:count=1,select=deepest"], "vary": ["drop-layers.count=1|2"], "floor": 0.01}
-    record = search(subject.model, tmp_path / "out", **request, **subject.options, minimise="decode_ms")
+    record = subject.search(tmp_path / "out", **request, minimise="decode_ms")
     for row in record["trials"]:
         speed = read_record(tmp_path / "out" / row["records"][1])
         assert speed["kind"] == "benchmark" and speed["decode_ms_median"] == row["objective"]
@@ -261,7 +275,7 @@ def test_what_is_timed_has_a_record_of_its_own(
 def test_nothing_clears_the_floor(subject: Subject, tmp_path: Path) -> None:
     request = {"steps": ["l1-inputs"], "vary": ["l1-inputs.fraction=0.8|0.9"], "floor": 0.99}
     with pytest.raises(HalveError, match=r"none of the 2 trials clears the floor of 99.0%: the best is l1-inputs"):
-        search(subject.model, tmp_path / "out", **request, **subject.options)
+        subject.search(tmp_path / "out", **request)
     record = read_record(tmp_path / "out" / "search.json")
     assert record["winner"] is None and len(record["trials"]) == 2
 
@@ -296,14 +310,14 @@ def test_wrong_requests_are_refused_before_anything_is_written(
 ) -> None:
     change = {key: subject.exam if value == "EXAM" else value for key, value in change.items()}
     with pytest.raises(error) as caught:
-        search(subject.model, tmp_path / "out", **(ONE | subject.options | change))
+        subject.search(tmp_path / "out", **(ONE | change))
     assert words in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_floor_above_the_dense_model_is_refused(subject: Subject, tmp_path: Path) -> None:
     with pytest.raises(HalveError, match=r"the dense model itself reaches"):
-        search(subject.model, tmp_path / "out", **ONE | {"floor": 0.99}, **subject.options, floor_lower_bound=True)
+        subject.search(tmp_path / "out", **ONE | {"floor": 0.99}, floor_lower_bound=True)
 
 
 def test_on_the_command_line(

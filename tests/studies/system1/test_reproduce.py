@@ -15,10 +15,11 @@ from halve.demo.run import READER
 from halve.errors import DataError, HalveError, OutputError
 from halve.measure.records import read_record
 from halve.measure.speed import benchmark as benchmarking
-from halve.measure.speed import timed_model as subject
-from halve.measure.speed.timed_model import Settings
+from halve.measure.speed import timed_model
+from halve.measure.speed.timed_model import BenchmarkOptions
 from halve.studies.system1 import published, variants
 from halve.studies.system1 import reproduce as system1
+from halve.studies.system1.protocol import System1Timing
 from halve.studies.system1.reproduce import Study, _Run, reproduce_system1
 from halve.studies.system1.tables import tables
 from halve.studies.system1.variants import OWN, RIGHT, Variant
@@ -32,11 +33,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few fractions and short timings; the peak memory, which takes a process a model, is made up."""
     monkeypatch.setattr(variants, "FRACTIONS", (0.001, 0.1))
     monkeypatch.setattr(published, "FRACTIONS", (published.FRACTIONS[2], published.FRACTIONS[5]))  # 4 bit in, bf16 out
-    monkeypatch.setattr(Study, "settings", lambda self: Settings(8, 3, min(self.runs, 1), 0))
-    for module in (subject, system1):
-        monkeypatch.setattr(module, "SYSTEM1_TOKENS", 5)
-    monkeypatch.setattr(benchmarking, "SYSTEM1_TOKENS", 5)
-    monkeypatch.setattr(subject, "peak_memory", lambda *a, **k: {"peak": 123_000_000})
+    monkeypatch.setattr(Study, "timing", lambda self: BenchmarkOptions(8, 3, min(self.runs, 1), 0))
+    monkeypatch.setattr(System1Timing, "new_tokens", 5)
+    monkeypatch.setattr(timed_model, "peak_memory", lambda *a, **k: {"peak": 123_000_000})
     monkeypatch.setattr(benchmarking, "bandwidth_gb_per_s", lambda device: 10.0)
     monkeypatch.setattr("halve.studies.system1.needs.bandwidth_gb_per_s", lambda device: 10.0)
 
@@ -101,8 +100,8 @@ def test_the_bundled_reader_from_nothing_to_both_tables_and_again(
     def fail(*arguments: Any, **options: Any) -> None:
         raise AssertionError("everything is done already")
 
-    for name in ("compress", "load_model", "benchmark_side_by_side", "prepare"):
-        monkeypatch.setattr(system1, name, fail if name != "prepare" else lambda **k: fail)
+    for name in ("compress", "benchmark_side_by_side", "evaluate_loaded"):
+        monkeypatch.setattr(system1, name, fail)
     again = reproduce_system1(READER, out, floor=0.2, **QUICK)
     assert (again["models"], again["fractions"]) == (record["models"], record["fractions"])
     shown = "".join(table.markdown() for _, table in tables(read_record(out / "reproduce.json")))
@@ -140,7 +139,7 @@ def test_the_largest_fraction_is_the_last_before_the_first_that_fails(
     monkeypatch.setattr(run, "build", lambda variant: READER)
     asked: list[Variant] = []
 
-    def accuracy(variant: Variant, way: variants.Way) -> dict[str, Any]:
+    def accuracy(variant: Variant, procedure: variants.Procedure) -> dict[str, Any]:
         asked.append(variant)
         return {"accuracy": {0.0: 0.8, 0.01: 0.7, 0.1: 0.6}.get(variant.fraction, 0.5)}
 
@@ -150,7 +149,7 @@ def test_the_largest_fraction_is_the_last_before_the_first_that_fails(
     assert found["largest"] == 0.1  # 0.2 has exactly the floor, which is not above it
     assert [point["fraction"] for point in found["tried"]] == [0.0, 0.01, 0.1, 0.2]
     assert {variant.targets for variant in asked[1:]} == {("Linear", "lm_head")}
-    monkeypatch.setattr(run, "accuracy", lambda variant, way: {"accuracy": None})
+    monkeypatch.setattr(run, "accuracy", lambda variant, procedure: {"accuracy": None})
     assert run.largest(cell, OWN) == {"largest": None, "tried": [{"fraction": 0.0, "accuracy": None}]}
 
 

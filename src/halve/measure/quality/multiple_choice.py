@@ -8,57 +8,26 @@ function of the raw results.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from halve.decode.generate import generate
-from halve.decode.sampling import Sampling
+from halve.decode.text_stream import TokenizerLike
 from halve.errors import HalveError
-from halve.measure.quality.answers import strict_answer, system1_answer
-from halve.measure.quality.prompts import (
-    TEMPLATES,
-    EncodedPrompt,
-    Prompt,
-    Tokenizer,
-    encode_prompt,
-    letter_prompt,
-    open_prompt,
-    system1_prompt,
-)
+from halve.measure.quality.prompts import EncodedPrompt, encode_prompt
+from halve.measure.quality.protocols import ChoiceProtocol
+from halve.measure.quality.protocols.continuation import TEMPLATES
 from halve.measure.quality.race import Question, QuestionSet
 from halve.measure.quality.resume import Progress, fingerprint
-from halve.measure.quality.scoring import BATCH_TOKENS, Node, check_ids, question_nodes, score, sequence_node
+from halve.measure.quality.scoring import Node, check_ids, question_nodes, score, sequence_node
 from halve.measure.quality.statistics import accuracy_interval
+from halve.measure.quality.task import Evaluation, Figures
 from halve.model.decoder import Model
 from halve.progress import progress as progress_bar
 from halve.progress import track
 
-MAX_NEW_TOKENS = 20
-SYSTEM1_QUESTIONS = 100
-# The first system leaves Llama-3.2's own generation settings in force
-SYSTEM1_SAMPLING = {"temperature": 0.6, "top_k": 50, "top_p": 0.9}
 MAX_KINDS = 20  # a field with more values than this is a label, not a kind
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a question is asked and its answer taken. prompt None: the template decides."""
-
-    prompt: Callable[[Question], Prompt] | None
-    read: Callable[[str, int], int | None] | None = None  # generated text -> option; None: options are scored
-    prior: bool = False  # subtract the log-likelihood each option has without context
-    over_answered: bool = False  # accuracy = right / answered instead of right / all
-    default_limit: int | None = None
-
-
-PROTOCOLS = {
-    "letter": Protocol(letter_prompt),
-    "continuation": Protocol(None),
-    "pmi": Protocol(None, prior=True),
-    "generate": Protocol(open_prompt, read=strict_answer),
-    "system1": Protocol(system1_prompt, read=system1_answer, over_answered=True, default_limit=SYSTEM1_QUESTIONS),
-}
 
 # How an option's log-likelihood may be weighed; `continuation` goes by the first
 NORMALISATIONS: dict[str, Callable[[str], int]] = {
@@ -69,65 +38,63 @@ NORMALISATIONS: dict[str, Callable[[str], int]] = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a run depends on besides model and questions."""
+class ChoiceOptions:
+    """What a run depends on besides model and questions: the options of a request with their defaults filled in."""
 
     task: str
-    protocol: str
+    protocol: ChoiceProtocol
     template: str
     limit: int | None
     batch_tokens: int
     seed: int
 
+    def json(self) -> dict[str, Any]:
+        """For records and for telling runs apart."""
+        return vars(self) | {"protocol": self.protocol.name}
 
-def settings(
-    task: str, protocol: str | None, template: str | None, limit: int | None, batch_tokens: int | None, seed: int
-) -> Settings:
-    """Settings with their defaults filled in. Raises HalveError when the protocol has no use for the template."""
-    protocol = protocol or "letter"
-    chosen = PROTOCOLS[protocol]
-    template = template or "race"
-    if template not in TEMPLATES:
-        raise HalveError(f"template '{template}': unknown; choose one of {', '.join(TEMPLATES)}")
-    if chosen.prompt is not None and template != "race":
-        free = ", ".join(name for name, p in PROTOCOLS.items() if p.prompt is None)
-        raise HalveError(f"template '{template}': protocol {protocol} has its own prompt; use it with {free}")
-    return Settings(task, protocol, template, limit or chosen.default_limit, batch_tokens or BATCH_TOKENS, seed)
+
+def choice_evaluation(data: QuestionSet, options: ChoiceOptions) -> Evaluation:
+    """The questions of a set, to be put to any model."""
+    return lambda model, tokenizer, progress_file: run(model, tokenizer, data, options, progress_file)
 
 
 def run(
-    model: Model, tokenizer: Tokenizer, data: QuestionSet, how: Settings, progress_file: Path | None = None
-) -> dict[str, Any]:
-    """Ask every question and return the record; an interrupted run goes on from `progress_file`."""
-    questions = data.questions[: how.limit]
-    protocol = PROTOCOLS[how.protocol]
-    ask = protocol.prompt or TEMPLATES[how.template]
-    room = model.config.max_positions - (0 if protocol.read is None else MAX_NEW_TOKENS)
+    model: Model,
+    tokenizer: TokenizerLike,
+    data: QuestionSet,
+    options: ChoiceOptions,
+    progress_file: Path | None = None,
+) -> Figures:
+    """Ask every question and return the figures; an interrupted run goes on from `progress_file`."""
+    questions = data.questions[: options.limit]
+    protocol = options.protocol
+    ask = protocol.prompt or TEMPLATES[options.template]
+    room = model.config.max_positions - (0 if protocol.read is None else protocol.max_new_tokens)
     encoded = [encode_prompt(tokenizer, ask(q), room) for q in track(questions, len(questions), "tokenize")]
     check_ids(model, (s for e in encoded for s in e.sequences))
-    batches = list(_batches(questions, encoded, how.batch_tokens, shared=protocol.read is None))
-    label = f"{how.task} {how.protocol}"
+    batches = list(_batches(questions, encoded, options.batch_tokens, shared=protocol.read is None))
+    label = f"{options.task} {protocol.name}"
     with (
-        Progress(progress_file, _identity(model, data, how) if progress_file else {}) as progress,
+        Progress(progress_file, _identity(model, data, options) if progress_file else {}) as progress,
         progress_bar(label, sum(len(group) for batch in batches for group in batch)) as advance,
     ):
         for number, batch in enumerate(batches):
             indices = [index for group in batch for index in group]
             if not all(str(index) in progress.results for index in indices):
                 if protocol.read is None:
-                    raw = _score_batch(model, tokenizer, batch, encoded, how)
+                    raw = _score_batch(model, tokenizer, batch, encoded, options)
                 else:
-                    raw = _generate_batch(model, tokenizer, indices, encoded, how, number)
+                    raw = _generate_batch(model, tokenizer, indices, encoded, options, number)
                 progress.add({str(index): raw[index] for index in indices})
             advance(len(indices))
         results = [progress.results.get(str(index)) for index in range(len(questions))]
-        record = summarise(questions, encoded, results, how)
+        record = summarise(questions, encoded, results, options)
         progress.finish()
     return record | {"data": data.name, "data_sha256": data.sha256}
 
 
-def _identity(model: Model, data: QuestionSet, how: Settings) -> dict[str, Any]:
-    return vars(how) | {"model": fingerprint(model), "data": data.sha256}
+def _identity(model: Model, data: QuestionSet, options: ChoiceOptions) -> dict[str, Any]:
+    return options.json() | {"model": fingerprint(model), "data": data.sha256}
 
 
 def _batches(
@@ -161,10 +128,10 @@ def _batches(
 
 def _score_batch(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerLike,
     batch: list[list[int]],
     encoded: Sequence[EncodedPrompt],
-    how: Settings,
+    options: ChoiceOptions,
 ) -> dict[int, dict[str, Any]]:
     roots: list[Node] = []
     places: dict[int, slice] = {}
@@ -177,14 +144,14 @@ def _score_batch(
             asked.append((prompt.sequences, prompt.starts, slots))
             slots += len(prompt.sequences)
         roots += question_nodes(asked)
-    prior = PROTOCOLS[how.protocol].prior
+    prior = options.protocol.prior
     if prior:
         start = _start_token(tokenizer)
         for index, place in places.items():
             prompt = encoded[index]
             for offset, (tokens, begin) in enumerate(zip(prompt.sequences, prompt.starts, strict=True)):
                 roots.append(sequence_node((start, *tokens[begin:]), slots + place.start + offset))
-    sums = score(model, roots, slots * (2 if prior else 1), how.batch_tokens).tolist()
+    sums = score(model, roots, slots * (2 if prior else 1), options.batch_tokens).tolist()
     results = {index: {"scores": sums[place]} for index, place in places.items()}
     if prior:
         for index, place in places.items():
@@ -192,7 +159,7 @@ def _score_batch(
     return results
 
 
-def _start_token(tokenizer: Tokenizer) -> int:
+def _start_token(tokenizer: TokenizerLike) -> int:
     """What stands for "no context": the BOS, or the end-of-text token of a model that has no BOS."""
     if tokenizer.bos_id is not None:
         return tokenizer.bos_id
@@ -203,18 +170,19 @@ def _start_token(tokenizer: Tokenizer) -> int:
 
 def _generate_batch(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerLike,
     indices: list[int],
     encoded: Sequence[EncodedPrompt],
-    how: Settings,
+    options: ChoiceOptions,
     number: int,
 ) -> dict[int, dict[str, Any]]:
-    sampling, stop_ids = None, tokenizer.eos_ids
-    if how.protocol == "system1":
-        # streams are numbered by row, so every batch begins at a seed of its own; no end-of-text token stops it
-        sampling, stop_ids = Sampling(seed=how.seed + (number << 32), **SYSTEM1_SAMPLING), ()
+    protocol, sampling = options.protocol, options.protocol.sampling
+    if sampling is not None:
+        # streams are numbered by row, so every batch begins at a seed of its own
+        sampling = replace(sampling, seed=options.seed + (number << 32))
+    stop_ids = tokenizer.eos_ids if protocol.stops else ()
     prompts = [encoded[index].sequences[0] for index in indices]
-    answers = generate(model, prompts, max_new_tokens=MAX_NEW_TOKENS, sampling=sampling, stop_ids=stop_ids)
+    answers = generate(model, prompts, max_new_tokens=protocol.max_new_tokens, sampling=sampling, stop_ids=stop_ids)
     return {index: {"text": tokenizer.decode(a.tokens)} for index, a in zip(indices, answers, strict=True)}
 
 
@@ -222,10 +190,10 @@ def summarise(
     questions: Sequence[Question],
     encoded: Sequence[EncodedPrompt],
     results: Sequence[dict[str, Any] | None],
-    how: Settings,
-) -> dict[str, Any]:
-    """The record of raw results, None where a question overflowed the context."""
-    protocol = PROTOCOLS[how.protocol]
+    options: ChoiceOptions,
+) -> Figures:
+    """The figures of raw results, None where a question overflowed the context."""
+    protocol = options.protocol
     picked = [_pick(question, result, protocol) for question, result in zip(questions, results, strict=True)]
     right = [pick == question.answer for pick, question in zip(picked, questions, strict=True)]
     answered = [pick is not None for pick in picked]
@@ -235,10 +203,10 @@ def summarise(
     if accuracy is None:
         not_measured["accuracy"] = f"undefined: none of the {len(questions)} questions was answered"
     record: dict[str, Any] = {
-        "task": how.task,
-        "protocol": how.protocol,
-        "template": how.template if protocol.prompt is None else None,
-        "limit": how.limit,
+        "task": options.task,
+        "protocol": protocol.name,
+        "template": options.template if protocol.prompt is None else None,
+        "limit": options.limit,
         "accuracy": accuracy,
         "accuracy_ci95": interval,
         "questions": len(questions),
@@ -255,8 +223,8 @@ def summarise(
     }
     if protocol.prompt is None:
         record["log_likelihood"] = _normalised(questions, results)
-    if how.protocol == "system1":
-        record["sampling"] = SYSTEM1_SAMPLING | {"seed": how.seed}
+    if protocol.sampling is not None:
+        record["sampling"] = asdict(protocol.sampling) | {"seed": options.seed}
     kinds = _by_kind(questions, right, answered)
     if kinds:
         record["by_kind"] = kinds
@@ -264,7 +232,7 @@ def summarise(
     return record
 
 
-def _pick(question: Question, result: dict[str, Any] | None, protocol: Protocol) -> int | None:
+def _pick(question: Question, result: dict[str, Any] | None, protocol: ChoiceProtocol) -> int | None:
     """Index of the chosen option, None when there is no answer."""
     if result is None:
         return None

@@ -1,23 +1,15 @@
-"""From a question to token sequences: templates, context and option tokenized together, and the cut to the context.
+"""From a prompt to token sequences: context and option tokenized together, and the cut to the context.
 
 Token sequences are lists of ids; `starts[i]` is where the option's tokens begin in `sequences[i]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol as Interface
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from halve.decode.generate import TokenizerLike
+from halve.decode.text_stream import TokenizerLike
 from halve.measure.quality.race import LETTERS, Question
-
-
-class Tokenizer(TokenizerLike, Interface):
-    """What evaluation needs of a tokenizer; `halve.tokenizer.Tokenizer` has it."""
-
-    @property
-    def bos_id(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -52,46 +44,12 @@ class EncodedPrompt:
     overflow: bool = False
 
 
-def letter_prompt(question: Question) -> Prompt:
-    """The question with lettered options and the cue "Answer:"; continued by " A", " B", ..."""
-    letters = LETTERS[: len(question.options)]
-    tail = f"\nQuestion: {question.text}\n{_lettered(question)}\nAnswer:"
-    return Prompt("Article: ", question.article, tail, tuple(f" {letter}" for letter in letters), one_cut=True)
-
-
-def open_prompt(question: Question) -> Prompt:
-    """The prompt of `letter_prompt`, for text to be generated after it."""
-    return replace(letter_prompt(question), continuations=())
-
-
-def option_prompt(question: Question) -> Prompt:
-    """The question with the cue "Answer:", options not listed; continued by each option's text."""
-    return Prompt("Article: ", question.article, f"\nQuestion: {question.text}\nAnswer:", _options(question))
-
-
-def plain_prompt(question: Question) -> Prompt:
-    """The article alone, continued by each option's text; the question's text is not used."""
-    return Prompt("", question.article, "", _options(question))
-
-
-def system1_prompt(question: Question) -> Prompt:
-    """Lettered options and an instruction, no "Answer:" cue: what the first system, of the `system1` protocol, asks."""
-    choose = "Select the best choice from the following options:"
-    return Prompt("Article: ", question.article, f"\nQuestion: {question.text}\n{choose}\n{_lettered(question)}\n")
-
-
-TEMPLATES: dict[str, Callable[[Question], Prompt]] = {"race": option_prompt, "plain": plain_prompt}
-
-
-def _lettered(question: Question) -> str:
+def lettered(question: Question) -> str:
+    """The options, a line each: "A) a dog"."""
     return "\n".join(f"{letter}) {option}" for letter, option in zip(LETTERS, question.options, strict=False))
 
 
-def _options(question: Question) -> tuple[str, ...]:
-    return tuple(f" {option}" for option in question.options)
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, room: int) -> EncodedPrompt:
+def encode_prompt(tokenizer: TokenizerLike, prompt: Prompt, room: int) -> EncodedPrompt:
     """Tokens of context + continuation together, at most `room` of them; the article loses tokens from its left to fit.
 
     An option's tokens are those after the longest common prefix with the context alone: a tokenizer may merge
@@ -119,7 +77,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, room: int) -> EncodedPro
     return EncodedPrompt(tuple(tuple(s) for s in sequences), tuple(starts), max(excess))
 
 
-def _article_span(tokenizer: Tokenizer, prompt: Prompt, context: list[int]) -> tuple[int, int]:
+def _article_span(tokenizer: TokenizerLike, prompt: Prompt, context: list[int]) -> tuple[int, int]:
     """Where the article's tokens begin in the context's, and how many there are."""
     first = common_prefix(context, tokenizer.encode(prompt.head, bos=True))
     bare = tokenizer.encode(prompt.head + prompt.tail, bos=True)

@@ -19,10 +19,10 @@ import torch
 from halve.checkpoint.reader import DTYPES, check_device, compute_dtype
 from halve.errors import HalveError
 from halve.kernels.cpu import load_library
-from halve.measure.machine import bandwidth_gb_per_s, describe_device, last_level_cache_bytes
+from halve.measure.machine import bandwidth_gb_per_s, describe_device, dtype_name, last_level_cache_bytes
 from halve.measure.records import Record, check_output_path, new_record
 from halve.measure.speed.profiling import profile_run
-from halve.measure.speed.timed_model import SYSTEM1_TOKENS, Placement, Settings, Subject, dtype_name
+from halve.measure.speed.timed_model import BenchmarkOptions, ExtraTiming, Placement, TimedModel
 from halve.measure.speed.timing import PassTimes, spread, step_floor_ms
 from halve.model.decoder import Model
 from halve.progress import progress
@@ -50,79 +50,82 @@ def benchmark(
     the memory timeline and adds time and memory by operation to the record. Raises HalveError when the tokens do not
     fit the context, the device is not there, or the backend cannot run a layer.
     """
-    settings = Settings(prompt_tokens, new_tokens, runs, long_prompt_tokens, seed)
+    options = BenchmarkOptions(prompt_tokens, new_tokens, runs, long_prompt_tokens, seed)
     placement = Placement(device, dtype, backend, random_weights)
     plot = None if profile_plot is None else check_output_path(profile_plot)
-    (record,) = benchmark_side_by_side([model], settings, placement, command=command, profile_plot=plot)
+    (record,) = benchmark_side_by_side([model], options, placement, command=command, profile_plot=plot)
     return record
 
 
 def benchmark_side_by_side(
     models: Sequence[str | os.PathLike[str]],
-    settings: Settings | None = None,
+    options: BenchmarkOptions | None = None,
     placement: Placement | None = None,
     *,
+    extra: ExtraTiming | None = None,
     command: str | None = None,
     profile_plot: Path | None = None,
 ) -> list[Record]:
     """Measure several models with all of them in memory and their runs taking turns, so that ratios between them hold.
 
-    Returns one record per model; with several, each has its decode speed relative to the first. `profile_plot` needs a
-    single model. Raises HalveError as `benchmark` does.
+    Returns one record per model; with several, each has its decode speed relative to the first. `extra`: what a study
+    times in the same rounds. `profile_plot` needs a single model. Raises HalveError as `benchmark` does.
     """
-    settings, placement = settings or Settings(), placement or Placement()
+    options, placement = options or BenchmarkOptions(), placement or Placement()
     if profile_plot is not None and len(models) != 1:
         raise HalveError(f"profiling takes a single model, {len(models)} were given: profile them one by one")
     check_device(placement.device)
-    subjects = [Subject.open(model, settings, placement) for model in models]
-    command = command or _command([subject.name for subject in subjects], settings, placement)
-    return measure_subjects(subjects, settings, placement, command, profile_plot)
+    timed_models = [TimedModel.open(model, options, placement, extra) for model in models]
+    command = command or _command([timed.name for timed in timed_models], options, placement)
+    return measure_in_turns(timed_models, options, placement, command, profile_plot)
 
 
-def measure_subjects(
-    subjects: Sequence[Subject],
-    settings: Settings,
+def measure_in_turns(
+    models: Sequence[TimedModel],
+    options: BenchmarkOptions,
     placement: Placement,
     command: str,
     profile_plot: Path | None = None,
 ) -> list[Record]:
-    """Load, warm up and time subjects in turn; one record each. For `benchmark_side_by_side`, and scripts that make models."""
-    with progress("benchmark", len(subjects) * (2 + settings.runs) + 2) as advance:
-        for subject in subjects:
-            subject.load(settings, placement)
+    """Load, warm up and time models in turn; one record each. For `benchmark_side_by_side`, and scripts that make models."""
+    with progress("benchmark", len(models) * (2 + options.runs) + 2) as advance:
+        for timed in models:
+            timed.load(options, placement)
             advance(1)
         bandwidth = bandwidth_gb_per_s(placement.device)
         advance(1)
-        for subject in subjects:
-            subject.warm_up(settings)
+        for timed in models:
+            timed.warm_up(options)
             advance(1)
-        for _ in range(settings.runs):
-            for subject in subjects:
-                subject.measure(settings)
+        for _ in range(options.runs):
+            for timed in models:
+                timed.measure(options)
                 advance(1)
         # measured before and after, best taken: another program may have been at the memory bus for one of them
         bandwidth = max(bandwidth, bandwidth_gb_per_s(placement.device))
         advance(1)
-    records = [make_record(subject, settings, placement, bandwidth, command) for subject in subjects]
+    records = [make_record(timed, options, placement, bandwidth, command) for timed in models]
     if profile_plot is not None:
         records[0]["profile"] = profile_run(
-            subjects[0].model, settings.prompt_tokens, settings.new_tokens, settings.seed, profile_plot
+            models[0].model, options.prompt_tokens, options.new_tokens, options.seed, profile_plot
         )
     if len(records) > 1:
         _add_ratios(records)
     return records
 
 
-def make_record(subject: Subject, settings: Settings, placement: Placement, bandwidth: float, command: str) -> Record:
-    """The record of a measured subject; `bandwidth` in GB/s, measured in the same run."""
-    model, checkpoint = subject.model, subject.checkpoint
+def make_record(
+    timed: TimedModel, options: BenchmarkOptions, placement: Placement, bandwidth: float, command: str
+) -> Record:
+    """The record of a measured model; `bandwidth` in GB/s, measured in the same run."""
+    model, checkpoint = timed.model, timed.checkpoint
     figures = {
-        prompt_tokens: _speed(model, prompt_tokens, settings.new_tokens, times, bandwidth)
-        for prompt_tokens, times in subject.passes.items()
+        prompt_tokens: _speed(model, prompt_tokens, options.new_tokens, times, bandwidth)
+        for prompt_tokens, times in timed.passes.items()
     }
     return new_record(
         "benchmark",
-        subject.name,
+        timed.name,
         command=command,
         recipe=[] if placement.random_weights else checkpoint.manifest.get("recipe", []),
         device=placement.device,
@@ -133,16 +136,16 @@ def make_record(subject: Subject, settings: Settings, placement: Placement, band
         decode_kernel=subject.passes[settings.prompt_tokens][-1].decode_kernel,
         random_weights=placement.random_weights,
         batch=1,
-        **(asdict(settings) | {"long_prompt_tokens": settings.long} | figures[settings.prompt_tokens]),
-        long_prompt=None if settings.long == settings.prompt_tokens else figures.get(settings.long),
-        system1=_system1(subject),
+        **(asdict(options) | {"long_prompt_tokens": options.long} | figures[options.prompt_tokens]),
+        long_prompt=None if options.long == options.prompt_tokens else figures.get(options.long),
+        **_extra_figures(timed),
         weight_bytes=model.weight_bytes(),
         step_weight_bytes=model.step_bytes(),
-        **_memory_figures(subject),
+        **_memory_figures(timed),
         bandwidth_gb_per_s=bandwidth,
         bandwidth_kind="copy, reads and writes counted" if placement.device.startswith("cuda") else "read",
-        notes=_notes(subject, placement),
-        not_measured=subject.not_measured,
+        notes=_notes(timed, placement),
+        not_measured=timed.not_measured,
     )
 
 
@@ -169,24 +172,14 @@ def _speed(
     }
 
 
-def _system1(subject: Subject) -> dict[str, float] | None:
-    """System 1's two figures: the latency of one token, and tokens/s = 100 / (t(101) - t(1))."""
-    if not subject.first_token_ms:
-        return None
-    low, first, high = spread(subject.first_token_ms)
-    rates = [
-        1e3 * (SYSTEM1_TOKENS - 1) / (many - one)
-        for one, many in zip(subject.first_token_ms, subject.many_tokens_ms, strict=True)
-    ]
-    return {
-        "latency_ms": first,
-        "latency_ms_p10": low,
-        "latency_ms_p90": high,
-        "tokens_per_s": spread(rates)[1],
-    }
+def _extra_figures(timed: TimedModel) -> dict[str, dict[str, float] | None]:
+    """The figures of what a study had timed in the same rounds."""
+    if timed.extra is None:
+        return {}
+    return {timed.extra.name: timed.extra.figures(timed.extra_rounds) if timed.extra_rounds else None}
 
 
-def _memory_figures(subject: Subject) -> dict[str, int | None]:
+def _memory_figures(timed: TimedModel) -> dict[str, int | None]:
     names = {
         "peak_memory_bytes": "peak",
         "peak_memory_loading_bytes": "peak_loading",
@@ -195,23 +188,23 @@ def _memory_figures(subject: Subject) -> dict[str, int | None]:
         "loaded_memory_bytes": "loaded",
         "baseline_memory_bytes": "baseline",
     }
-    held = subject.memory
+    held = timed.memory
     figures = {key: held.get(name) for key, name in names.items() if name in held or name == "peak"}
     if "peak" in held and "baseline" in held:
         figures["peak_memory_above_baseline_bytes"] = held["peak"] - held["baseline"]
     return figures
 
 
-def _notes(subject: Subject, placement: Placement) -> list[str]:
+def _notes(timed: TimedModel, placement: Placement) -> list[str]:
     """What a reader of the figures has to know."""
-    model = subject.model
+    model = timed.model
     notes = ["decode percentiles are over the steps of all runs, prefill percentiles over the runs"]
-    if placement.random_weights and subject.checkpoint.raw.get("quantization_config"):
+    if placement.random_weights and timed.checkpoint.raw.get("quantization_config"):
         notes.append("random weights are dense: the config's quantization is not applied")
     if placement.device.startswith("cuda"):
         notes.append("peak memory is the allocator's; it includes loading")
         return notes
-    if "peak" in subject.memory:
+    if "peak" in timed.memory:
         notes.append("peak memory is the resident memory of a separate process, Python and PyTorch included")
     if isinstance(reason := load_library(), str):
         notes.append(f"PyTorch's own operations ran: {reason}")
@@ -224,15 +217,15 @@ def _notes(subject: Subject, placement: Placement) -> list[str]:
     return notes
 
 
-def _command(names: list[str], settings: Settings, placement: Placement) -> str:
+def _command(names: list[str], options: BenchmarkOptions, placement: Placement) -> str:
     """The command line that measures the same again."""
     words = ["halve", "benchmark", *names]
-    words += ["--prompt-tokens", str(settings.prompt_tokens), "--new-tokens", str(settings.new_tokens)]
-    words += [] if settings.runs == Settings().runs else ["--runs", str(settings.runs)]
-    words += [] if settings.long_prompt_tokens is None else ["--long-prompt-tokens", str(settings.long)]
+    words += ["--prompt-tokens", str(options.prompt_tokens), "--new-tokens", str(options.new_tokens)]
+    words += [] if options.runs == BenchmarkOptions().runs else ["--runs", str(options.runs)]
+    words += [] if options.long_prompt_tokens is None else ["--long-prompt-tokens", str(options.long)]
     words += ["--device", placement.device]
-    options = {dtype: option for option, dtype in DTYPES.items()}
-    words += ["--dtype", options[placement.dtype]] if placement.dtype in options else []
+    names_of_dtypes = {dtype: name for name, dtype in DTYPES.items()}
+    words += ["--dtype", names_of_dtypes[placement.dtype]] if placement.dtype in names_of_dtypes else []
     words += [] if placement.backend == "auto" else ["--backend", placement.backend]
     words += ["--random-weights"] if placement.random_weights else []
     return shlex.join(words)

@@ -1,28 +1,30 @@
 """One model under measurement: loaded, warmed up and timed round by round, its peak memory noted.
 
-`benchmarking` drives one or several of them and turns what they saw into records.
+`benchmark` drives one or several of them and turns what they saw into records.
 """
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from halve.checkpoint.reader import Checkpoint, load_model, open_checkpoint
 from halve.errors import HalveError
+from halve.measure.machine import dtype_name
 from halve.measure.speed.peak_memory import peak_memory
-from halve.measure.speed.timing import PassTimes, generation_ms, random_prompt, time_pass
+from halve.measure.speed.timing import PassTimes, random_prompt, time_pass
 from halve.model.decoder import Model
 
 LONG_PROMPT_TOKENS = 2048
 LONG_PROMPT_BUDGET_S = 300  # left out by default where it would take longer: a large model on a small CPU takes hours
-SYSTEM1_TOKENS = 101  # system 1's protocol: t(1 token), and 100 / (t(101 tokens) - t(1 token))
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchmarkOptions:
     """What is measured and how; recorded as it is."""
 
     prompt_tokens: int = 128
@@ -54,8 +56,26 @@ class Placement:
     random_weights: bool = False
 
 
+class ExtraTiming(ABC):
+    """What a study has timed in every round besides the passes of a benchmark; `name` is its key in the record.
+
+    Left out, with the reason, where `new_tokens` after the prompt do not fit the context.
+    """
+
+    name: str
+    new_tokens: int
+
+    @abstractmethod
+    def time(self, model: Model, prompt: list[int]) -> tuple[float, ...]:
+        """The times of one round in milliseconds."""
+
+    @abstractmethod
+    def figures(self, rounds: Sequence[tuple[float, ...]]) -> dict[str, float]:
+        """What the record holds of the times of all rounds."""
+
+
 @dataclass
-class Subject:
+class TimedModel:
     """One model under measurement and what was seen of it so far."""
 
     name: str
@@ -63,41 +83,47 @@ class Subject:
     not_measured: dict[str, str] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     passes: dict[int, list[PassTimes]] = field(default_factory=dict)  # by prompt length
-    first_token_ms: list[float] = field(default_factory=list)
-    many_tokens_ms: list[float] = field(default_factory=list)
+    extra: ExtraTiming | None = None
+    extra_rounds: list[tuple[float, ...]] = field(default_factory=list)  # the times of `extra`, by round
     _model: Model | None = None
     _cuda_bytes: int = 0  # what the allocator holds for this model
 
     @classmethod
-    def open(cls, name: str | os.PathLike[str], settings: Settings, placement: Placement) -> Subject:
+    def open(
+        cls,
+        name: str | os.PathLike[str],
+        options: BenchmarkOptions,
+        placement: Placement,
+        extra: ExtraTiming | None = None,
+    ) -> TimedModel:
         """Check everything that can be wrong with the request, before weights are read; raises HalveError."""
         checkpoint = open_checkpoint(os.fspath(name), placement.random_weights, placement.dtype)
-        context, new = checkpoint.config.max_positions, settings.new_tokens
-        if settings.prompt_tokens + new > context:
+        context, new = checkpoint.config.max_positions, options.new_tokens
+        if options.prompt_tokens + new > context:
             raise HalveError(
-                f"{settings.prompt_tokens} prompt tokens + {new} new tokens exceed the context of {name}, {context}: "
+                f"{options.prompt_tokens} prompt tokens + {new} new tokens exceed the context of {name}, {context}: "
                 f"lower --prompt-tokens or --new-tokens"
             )
-        subject = cls(os.fspath(name), checkpoint, passes={settings.prompt_tokens: []})
+        timed = cls(os.fspath(name), checkpoint, passes={options.prompt_tokens: []}, extra=extra)
         beyond = f"new tokens exceed the model's context of {context}"
-        if settings.long == 0:
-            subject.not_measured["long_prompt"] = "not asked for"
-        elif settings.long + new > context:
-            subject.not_measured["long_prompt"] = f"{settings.long} prompt tokens + {new} {beyond}"
+        if options.long == 0:
+            timed.not_measured["long_prompt"] = "not asked for"
+        elif options.long + new > context:
+            timed.not_measured["long_prompt"] = f"{options.long} prompt tokens + {new} {beyond}"
         else:
-            subject.passes.setdefault(settings.long, [])
-        if settings.prompt_tokens + SYSTEM1_TOKENS > context:
-            subject.not_measured["system1"] = f"{settings.prompt_tokens} prompt tokens + {SYSTEM1_TOKENS} {beyond}"
+            timed.passes.setdefault(options.long, [])
+        if extra is not None and options.prompt_tokens + extra.new_tokens > context:
+            timed.not_measured[extra.name] = f"{options.prompt_tokens} prompt tokens + {extra.new_tokens} {beyond}"
         reason = "the weights are random" if placement.random_weights else "a benchmark measures speed and memory only"
-        subject.not_measured |= {"accuracy": reason, "perplexity": reason}
-        return subject
+        timed.not_measured |= {"accuracy": reason, "perplexity": reason}
+        return timed
 
     @property
     def model(self) -> Model:
         assert self._model is not None
         return self._model
 
-    def load(self, settings: Settings, placement: Placement) -> None:
+    def load(self, options: BenchmarkOptions, placement: Placement) -> None:
         """Load the model; on the CPU a process of its own does it first, for the peak memory, and is gone by then."""
         if torch.device(placement.device).type == "cuda":
             self._load_on_cuda(placement)
@@ -105,8 +131,8 @@ class Subject:
         try:
             self.memory = peak_memory(
                 self.name,
-                prompt_tokens=settings.prompt_tokens,
-                new_tokens=settings.new_tokens,
+                prompt_tokens=options.prompt_tokens,
+                new_tokens=options.new_tokens,
                 dtype=None if placement.dtype is None else dtype_name(placement.dtype),
                 backend=placement.backend,
                 random_weights=placement.random_weights,
@@ -137,54 +163,48 @@ class Subject:
             "peak_loading": torch.cuda.max_memory_allocated(device) - before,
         }
 
-    def measure(self, settings: Settings) -> None:
-        """One round: every prompt length and system 1's two generations, each timed once."""
+    def measure(self, options: BenchmarkOptions) -> None:
+        """One round: every prompt length timed once, and what a study times besides."""
         for prompt_tokens, times in self.passes.items():
-            prompt = random_prompt(self.model, prompt_tokens, settings.seed)
-            times.append(time_pass(self.model, prompt, settings.new_tokens))
-        if "system1" not in self.not_measured:
-            prompt = random_prompt(self.model, settings.prompt_tokens, settings.seed)
-            self.first_token_ms.append(generation_ms(self.model, prompt, 1))
-            self.many_tokens_ms.append(generation_ms(self.model, prompt, SYSTEM1_TOKENS))
+            prompt = random_prompt(self.model, prompt_tokens, options.seed)
+            times.append(time_pass(self.model, prompt, options.new_tokens))
+        if self.extra is not None and self.extra.name not in self.not_measured:
+            prompt = random_prompt(self.model, options.prompt_tokens, options.seed)
+            self.extra_rounds.append(self.extra.time(self.model, prompt))
 
-    def warm_up(self, settings: Settings) -> None:
+    def warm_up(self, options: BenchmarkOptions) -> None:
         """A round whose times are thrown away; on CUDA its first pass gives the peak memory."""
-        prompt = random_prompt(self.model, settings.prompt_tokens, settings.seed)
+        prompt = random_prompt(self.model, options.prompt_tokens, options.seed)
         if self.model.device.type == "cuda":
-            self._watch_cuda_memory(prompt, settings)
+            self._watch_cuda_memory(prompt, options)
         else:
             time_pass(self.model, prompt, 2)
-        if settings.long_prompt_tokens is None and settings.long in self.passes:
-            self._leave_out_a_slow_prompt(prompt, settings)
-        self.measure(settings)
-        for times in (*self.passes.values(), self.first_token_ms, self.many_tokens_ms):
+        if options.long_prompt_tokens is None and options.long in self.passes:
+            self._leave_out_a_slow_prompt(prompt, options)
+        self.measure(options)
+        for times in (*self.passes.values(), self.extra_rounds):
             times.clear()
 
-    def _leave_out_a_slow_prompt(self, prompt: list[int], settings: Settings) -> None:
+    def _leave_out_a_slow_prompt(self, prompt: list[int], options: BenchmarkOptions) -> None:
         ttft_ms = time_pass(self.model, prompt, 2).ttft_ms  # the pass before took the compiling and first touches
-        needed_s = ttft_ms / 1e3 * settings.long / settings.prompt_tokens * (settings.runs + 1)
-        if needed_s > LONG_PROMPT_BUDGET_S and settings.long != settings.prompt_tokens:
-            del self.passes[settings.long]
+        needed_s = ttft_ms / 1e3 * options.long / options.prompt_tokens * (options.runs + 1)
+        if needed_s > LONG_PROMPT_BUDGET_S and options.long != options.prompt_tokens:
+            del self.passes[options.long]
             self.not_measured["long_prompt"] = (
-                f"{settings.long} prompt tokens would take about {needed_s / 60:.0f} minutes: "
-                f"ask for them with --long-prompt-tokens {settings.long}"
+                f"{options.long} prompt tokens would take about {needed_s / 60:.0f} minutes: "
+                f"ask for them with --long-prompt-tokens {options.long}"
             )
 
-    def _watch_cuda_memory(self, prompt: list[int], settings: Settings) -> None:
+    def _watch_cuda_memory(self, prompt: list[int], options: BenchmarkOptions) -> None:
         """Note the allocator's peak during one prompt and its continuation, other models' bytes taken off."""
         device = self.model.device
         others = torch.cuda.memory_allocated(device) - self._cuda_bytes
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        time_pass(self.model, prompt, settings.new_tokens)
+        time_pass(self.model, prompt, options.new_tokens)
         running = torch.cuda.max_memory_allocated(device) - others
         self.memory |= {
             "peak_running": running,
             "peak": max(running, self.memory["peak_loading"]),
             "peak_reserved": torch.cuda.max_memory_reserved(device) - others,
         }
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """bfloat16, float32, ..."""
-    return str(dtype).removeprefix("torch.")

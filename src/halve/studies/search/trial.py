@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from halve.checkpoint.reader import load_model, open_checkpoint
 from halve.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from halve.compression.compress import Request, compress, plan_recipe
 from halve.compression.methods import Method
-from halve.measure.quality import multiple_choice
+from halve.compression.windows import CalibrationOptions
+from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded
+from halve.measure.quality.multiple_choice import ChoiceOptions, choice_evaluation
 from halve.measure.quality.race import QuestionSet
-from halve.measure.records import Record, new_record, read_record, write_record
+from halve.measure.records import Record, read_record, write_record
 from halve.measure.speed.benchmark import benchmark
-from halve.measure.speed.timed_model import dtype_name
+from halve.studies.search.options import OBJECTIVES, SearchOptions
 from halve.studies.search.vary import Point, Varied, apply, label
 
-OBJECTIVES = {"bytes": "weight_bytes", "decode_ms": "decode_ms_median", "peak_memory": "peak_memory_bytes"}
 TRIALS, PREFIX = "trials", "prefix"
 
 
@@ -34,31 +34,19 @@ def _tokenizer(model: str) -> Tokenizer:
 
 
 @dataclass(frozen=True)
-class Calibrating:
-    """How every step that needs text is calibrated, and where things run."""
-
-    calibration: str
-    samples: int
-    window: int
-    seed: int
-    device: str
-    dtype: torch.dtype | None
-
-
-@dataclass(frozen=True)
-class Bench:
-    """One search's way of measuring models, below the folder `out`."""
+class TrialRunner:
+    """Makes and measures the models of one search, below the folder `out`."""
 
     model: str
     name: str  # of the model, in records
     out: Path
     steps: list[Method]
     varied: list[Varied]
-    objective: str
-    how: multiple_choice.Settings
-    calibrating: Calibrating
-    keep: bool
-    command: str | None
+    exam: ChoiceOptions  # what models are asked
+    calibration: CalibrationOptions
+    options: SearchOptions
+    device: str
+    dtype: torch.dtype | None
     timing: tuple[int, int]  # prompt and new tokens of a benchmark
 
     @property
@@ -71,10 +59,7 @@ class Bench:
 
     def planned_bytes(self, point: Point) -> int:
         """Bytes of the result, from shapes alone. Raises RecipeError when the recipe does not fit the model."""
-        c = self.calibrating
-        request = Request(
-            self.model, self.out / "plan", self.recipe(point), c.calibration, c.samples, c.window, dtype=c.dtype
-        )
+        request = Request(self.model, self.out / "plan", self.recipe(point), self.calibration, dtype=self.dtype)
         return plan_recipe(request).bytes_after
 
     def measure(self, point: Point, questions: QuestionSet) -> dict[str, Any]:
@@ -83,7 +68,7 @@ class Bench:
         with self.alone(folder):
             made = self._made(folder, point)
             records = self._examine(made, folder, f"{self.name} {name}", questions)
-            if not self.keep:
+            if not self.options.keep_checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
         return self.figures(records)
 
@@ -96,34 +81,27 @@ class Bench:
     def confirm(self, model: Path | str, path: Path, name: str, questions: QuestionSet) -> Record:
         """The evaluation record at `path` of all the final questions, made if it is not there or of another model."""
         if path.exists():
-            held = read_record(path)
-            if held["model"] == name:
-                return held
-        return self._evaluate(model, path, name, questions, replace(self.how, limit=None))
+            record = read_record(path)
+            if record["model"] == name:
+                return record
+        return self._evaluate(model, path, name, questions, replace(self.exam, limit=None))
 
     def _evaluate(
-        self, model: Path | str, path: Path, name: str, questions: QuestionSet, how: multiple_choice.Settings
+        self, model: Path | str, path: Path, name: str, questions: QuestionSet, exam: ChoiceOptions
     ) -> Record:
-        loaded = load_model(model, dtype=self.calibrating.dtype, device=self.calibrating.device)
         tokenizer = _tokenizer(self.model)  # every folder holds a copy of the same
-        figures = multiple_choice.run(loaded, tokenizer, questions, how, path.with_suffix(".progress.jsonl"))
-        record = new_record(
-            "evaluation",
-            name,
-            command=self.command,
-            recipe=open_checkpoint(model).manifest.get("recipe", []),
-            device=self.calibrating.device,
-            dtype=dtype_name(loaded.dtype),
-            weight_bytes=loaded.weight_bytes(),
-            **figures,
-        )
+        loaded = LoadedModel.load(model, device=self.device, dtype=self.dtype, name=name, tokenizer=tokenizer)
+        progress_file, command = path.with_suffix(".progress.jsonl"), self.options.command
+        evaluation = choice_evaluation(questions, exam)
+        record = evaluate_loaded(loaded, evaluation, command=command, progress_file=progress_file)
+        record["weight_bytes"] = loaded.model.weight_bytes()
         write_record(path, record)
         return record
 
     def figures(self, records: dict[str, Record]) -> dict[str, Any]:
         """What a trial is judged by, from its records (by file name below `out`)."""
         evaluation, *speed = records.values()
-        objective = (speed[0] if speed else evaluation)[OBJECTIVES[self.objective]]
+        objective = (speed[0] if speed else evaluation)[OBJECTIVES[self.options.minimise]]
         return {
             "accuracy": evaluation["accuracy"] or 0.0,
             "accuracy_ci95": evaluation["accuracy_ci95"] or [0.0, 1.0],
@@ -159,22 +137,22 @@ class Bench:
     def _examine(self, made: Callable[[], Path], place: Path, name: str, questions: QuestionSet) -> dict[str, Record]:
         """The records of one model, those on disk read back; the model is made only when one is missing."""
         evaluation, speed = place.with_name(f"{place.name}.json"), place.with_name(f"{place.name}-speed.json")
-        timed = self.objective != "bytes"
+        timed = self.options.minimise != "bytes"
         complete = evaluation.exists() and (speed.exists() or not timed)
         model = place if complete else made()
         if not evaluation.exists():
-            self._evaluate(model, evaluation, name, questions, self.how)
+            self._evaluate(model, evaluation, name, questions, self.exam)
         records = {evaluation: read_record(evaluation)}
         if timed and not speed.exists():
             measured = benchmark(
                 model,
-                device=self.calibrating.device,
-                dtype=self.calibrating.dtype,
+                device=self.device,
+                dtype=self.dtype,
                 prompt_tokens=self.timing[0],
                 new_tokens=self.timing[1],
                 long_prompt_tokens=0,
-                seed=self.calibrating.seed,
-                command=self.command,
+                seed=self.options.seed,
+                command=self.options.command,
             )
             write_record(speed, measured | {"model": name})
         if timed:
@@ -182,16 +160,16 @@ class Bench:
         return {str(path.relative_to(self.out)): record for path, record in records.items()}
 
     def _compress(self, model: Path | str, folder: Path, steps: Sequence[Method]) -> None:
-        c = self.calibrating
+        asked = self.calibration
         compress(
             model,
             folder,
             steps,
-            calibration=c.calibration,
-            samples=c.samples,
-            window=c.window,
-            seed=c.seed,
-            device=c.device,
-            dtype=c.dtype,
+            calibration=asked.source,
+            samples=asked.samples,
+            window=asked.window,
+            seed=asked.seed,
+            device=self.device,
+            dtype=self.dtype,
             overwrite=True,  # of an unfinished run of another request; a finished folder is not made again
         )

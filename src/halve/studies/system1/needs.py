@@ -16,14 +16,14 @@ from halve.compression.estimate import forward_seconds
 from halve.compression.plan import state_of
 from halve.errors import HalveError, OutputError
 from halve.measure.machine import available_bytes, bandwidth_gb_per_s
-from halve.measure.quality.prompts import letter_prompt
+from halve.measure.quality.protocols.letter import letter_prompt
 from halve.measure.quality.race import Question
 from halve.measure.quality.scoring import BATCH_TOKENS
-from halve.measure.speed.timed_model import SYSTEM1_TOKENS, Settings
+from halve.measure.speed.timed_model import BenchmarkOptions
 from halve.studies.system1 import published, variants
+from halve.studies.system1.protocol import QUESTIONS, SYSTEM1, System1Timing
 from halve.studies.system1.variants import FRACTIONS, Variant
 
-_GENERATED = 20  # tokens of an answer in the first system's protocol
 _SAMPLE = 20  # articles tokenized to learn how long a token is
 _RUNNING = 1.25  # memory of running a model, over its weights
 
@@ -86,7 +86,7 @@ def estimate_needs(
     disk += max(working) + dense_bytes  # a step's folders, and a trial's model
     parameters = dense.parameters + head
     bandwidth = bandwidth_gb_per_s(device) * 1e9
-    steps = (Settings().new_tokens + SYSTEM1_TOKENS) * (Settings().runs + 1)
+    steps = (BenchmarkOptions().new_tokens + System1Timing.new_tokens) * (BenchmarkOptions().runs + 1)
     seconds += sum(size * steps / bandwidth for size in sizes.values())
     if questions:
         seconds += _exam_seconds(request, questions, parameters, dense_bytes / bandwidth, fractions)
@@ -103,8 +103,8 @@ def _exam_seconds(
     per_character = sum(len(tokenizer.encode(text, bos=True)) for text in sample) / sum(map(len, sample))
     articles = {question.article for question in questions}
     read = sum(map(len, articles)) + sum(len(p.context) - len(p.article) for p in prompts)
-    own = sum(len(prompt.context) for prompt in prompts[:100])
-    steps = _GENERATED * math.ceil(own * per_character / BATCH_TOKENS)
+    own = sum(len(prompt.context) for prompt in prompts[:QUESTIONS])
+    steps = SYSTEM1.max_new_tokens * math.ceil(own * per_character / BATCH_TOKENS)
     once = forward_seconds(parameters, int((read + own) * per_character), request.device) + steps * step_seconds
     tried = len(published.FRACTIONS) * len(FRACTIONS) if fractions else 0
     return once * (len(published.MODELS) + tried)

@@ -17,22 +17,24 @@ from typing import Any
 import torch
 
 from halve.checkpoint.random_model import write_random_model
-from halve.checkpoint.reader import Checkpoint, check_device, load_model, open_checkpoint
+from halve.checkpoint.reader import Checkpoint, check_device, open_checkpoint
 from halve.checkpoint.tokenizer import load_tokenizer
 from halve.compression.compress import Request, compress
 from halve.compression.plan import state_of
+from halve.compression.windows import CalibrationOptions
 from halve.errors import HalveError, OutputError
 from halve.files import write_json
-from halve.measure.quality.evaluate import prepare
-from halve.measure.quality.multiple_choice import SYSTEM1_QUESTIONS
+from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded, prepare
+from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.race import HUB_RACE, load_question_set
-from halve.measure.records import Record, checkpoint_recipe, new_record, read_record, write_record
+from halve.measure.records import Record, new_record, read_record, write_record
 from halve.measure.speed.benchmark import benchmark_side_by_side
-from halve.measure.speed.timed_model import SYSTEM1_TOKENS, Placement, Settings
+from halve.measure.speed.timed_model import BenchmarkOptions, Placement
 from halve.progress import progress
 from halve.studies.system1 import published, variants
 from halve.studies.system1.needs import Needs, estimate_needs, memory_there
-from halve.studies.system1.variants import OWN, WAYS, Variant, Way
+from halve.studies.system1.protocol import QUESTIONS, System1Timing, protocol_named
+from halve.studies.system1.variants import OWN, PROCEDURES, Procedure, Variant
 from halve.texts import read_documents
 
 RECORD = "reproduce.json"
@@ -74,22 +76,22 @@ class Study:
             return self.model
         return (path.parent if path.is_file() else path).resolve().name
 
-    def exam(self, way: Way) -> dict[str, Any]:
-        """Options of `evaluate` for one way of judging."""
-        how: dict[str, Any] = {"task": "race-h" if self.data is None else "multiple-choice", "data": self.data}
-        if way is OWN:
-            return how | {
-                "protocol": self.own_protocol,
-                "limit": min(self.limit or SYSTEM1_QUESTIONS, SYSTEM1_QUESTIONS),
-            }
-        return how | {"protocol": self.protocol, "template": self.template, "limit": self.limit}
+    def exam(self, procedure: Procedure) -> EvaluationOptions:
+        """What a model is asked by one procedure."""
+        task = "race-h" if self.data is None else "multiple-choice"
+        if procedure is OWN:
+            limit = min(self.limit or QUESTIONS, QUESTIONS)
+            return EvaluationOptions(task, self.data, protocol_named(self.own_protocol), limit=limit)
+        return EvaluationOptions(task, self.data, protocol_named(self.protocol), self.template, self.limit)
 
-    def settings(self) -> Settings:
-        return Settings(runs=self.runs, long_prompt_tokens=0)
+    def timing(self) -> BenchmarkOptions:
+        """How every model is timed."""
+        return BenchmarkOptions(runs=self.runs, long_prompt_tokens=0)
 
     def request(self) -> Request:
         """The calibration, and what it is for, as `compress` takes it."""
-        return Request(self.model, self.out, [], self.calibration, self.samples, device=self.device)
+        calibration = CalibrationOptions(self.calibration, self.samples)
+        return Request(self.model, self.out, [], calibration, device=self.device)
 
     def path(self, *parts: str) -> Path:
         return self.out.joinpath(*parts)
@@ -124,14 +126,15 @@ def reproduce_system1(
 def check(study: Study) -> tuple[Checkpoint, Needs]:
     """Open the model and the data, and estimate what the study takes; reads no weight."""
     check_device(study.device)
-    checkpoint, timed = open_checkpoint(study.model, study.random_weights), study.settings()
-    context, needed = checkpoint.config.max_positions, timed.prompt_tokens + max(timed.new_tokens, SYSTEM1_TOKENS)
+    checkpoint, timing = open_checkpoint(study.model, study.random_weights), study.timing()
+    context = checkpoint.config.max_positions
+    needed = timing.prompt_tokens + max(timing.new_tokens, System1Timing.new_tokens)
     if context < needed:
         raise HalveError(f"{study.name}: a context of {context} is too short, the timings take {needed} tokens")
     questions = []
     if not study.random_weights:
-        for way in WAYS:
-            prepare(**study.exam(way))
+        for procedure in PROCEDURES:
+            prepare(study.exam(procedure))
         questions = load_question_set(study.data, HUB_RACE).questions[: study.limit]
         load_tokenizer(study.model)
         read_documents(study.calibration)
@@ -174,24 +177,24 @@ class _Run:
         study = self.study
         for part in ("models", "records"):
             study.path(part).mkdir(exist_ok=True)
-        models, examined = variants.kept(), [] if study.random_weights else list(WAYS)
-        cells = len(published.FRACTIONS) * len(WAYS) if examined and study.fractions else 0
+        models, examined = variants.kept(), [] if study.random_weights else list(PROCEDURES)
+        cells = len(published.FRACTIONS) * len(PROCEDURES) if examined and study.fractions else 0
         with progress("reproduce", len(models) + len(examined) * len(published.MODELS) + 1 + cells) as advance:
             for variant in models:
                 self.build(variant)
                 advance(1)
             for row in published.MODELS:
-                for way in examined:
-                    self.examine(variants.of_row(row, way), way)
+                for procedure in examined:
+                    self.examine(variants.of_row(row, procedure), procedure)
                     advance(1)
             speeds = self.time(models)
             advance(1)
             rows = [self.row(row, speeds) for row in published.MODELS]
             fractions = []
             for cell in published.FRACTIONS if cells else ():
-                found = {way.key: self.largest(cell, way) for way in WAYS}
+                found = {procedure.key: self.largest(cell, procedure) for procedure in PROCEDURES}
                 fractions.append(asdict(cell) | found)
-                advance(len(WAYS))
+                advance(len(PROCEDURES))
         return self.record(rows, fractions, speeds)
 
     def build(self, variant: Variant) -> Path:
@@ -213,18 +216,15 @@ class _Run:
             compress(self.build(Variant(None)), folder, variant.quantizer(study.random_weights), **asked)
         return folder
 
-    def examine(self, variant: Variant, way: Way) -> Record:
+    def examine(self, variant: Variant, procedure: Procedure) -> Record:
         """The record of one exam of one model, reloaded from its folder."""
-        study, path = self.study, self.study.path("records", f"{variant.name}-{way.key}.json")
+        study, path = self.study, self.study.path("records", f"{variant.name}-{procedure.key}.json")
         if path.exists():
             return read_record(path)
         folder = self.build(variant)
-        run = prepare(**study.exam(way), progress_file=path.with_suffix(".progress.jsonl"))
-        model = load_model(folder, dtype=study.dtype, device=study.device)
-        figures = run(model, load_tokenizer(folder))
-        dtype = str(model.dtype).removeprefix("torch.")
-        recipe = checkpoint_recipe(folder)
-        record = new_record("evaluation", variant.name, recipe=recipe, device=study.device, dtype=dtype, **figures)
+        evaluation = prepare(study.exam(procedure))
+        loaded = LoadedModel.load(folder, device=study.device, dtype=study.dtype, name=variant.name)
+        record = evaluate_loaded(loaded, evaluation, progress_file=path.with_suffix(".progress.jsonl"))
         write_record(path, record)
         if variant not in variants.kept():
             shutil.rmtree(folder)
@@ -241,7 +241,8 @@ class _Run:
             if all(paths[variant].exists() for variant in group):
                 continue
             folders = [self.build(variant) for variant in group]
-            timed = benchmark_side_by_side(folders, study.settings(), Placement(study.device, study.dtype), command="")
+            placement = Placement(study.device, study.dtype)
+            timed = benchmark_side_by_side(folders, study.timing(), placement, extra=System1Timing(), command="")
             for variant, record in zip(group, timed, strict=True):
                 if "side_by_side" in record:
                     record["side_by_side"]["models"] = [v.name for v in group]
@@ -255,11 +256,11 @@ class _Run:
     def row(self, row: published.PublishedModel, speeds: dict[Variant, Record]) -> dict[str, Any]:
         """One row of the first table: published, its own way, the right way."""
         found: dict[str, Any] = {"bits": row.bits, "pruned": row.pruned, "published": asdict(row)}
-        for way in WAYS:
-            variant = variants.of_row(row, way)
+        for procedure in PROCEDURES:
+            variant = variants.of_row(row, procedure)
             speed = speeds[variant]
             system1 = speed.get("system1") or {}
-            own = way is OWN
+            own = procedure is OWN
             figures = {
                 "model": variant.name,
                 "latency_ms": system1.get("latency_ms") if own else speed["ttft_ms"],
@@ -268,18 +269,18 @@ class _Run:
                 "weight_bytes": speed["weight_bytes"],
                 "floor_share": speed["floor_share"],
             }
-            found[way.key] = figures | ({} if self.study.random_weights else self.accuracy(variant, way))
+            found[procedure.key] = figures | ({} if self.study.random_weights else self.accuracy(variant, procedure))
         return found
 
-    def accuracy(self, variant: Variant, way: Way) -> dict[str, Any]:
-        record = self.examine(variant, way)
+    def accuracy(self, variant: Variant, procedure: Procedure) -> dict[str, Any]:
+        record = self.examine(variant, procedure)
         keys = ("accuracy", "accuracy_ci95", "correct", "answered", "questions", "overflow", "cut")
         return {key: record.get(key) for key in keys}
 
-    def largest(self, cell: published.PublishedFraction, way: Way) -> dict[str, Any]:
+    def largest(self, cell: published.PublishedFraction, procedure: Procedure) -> dict[str, Any]:
         """The largest fraction tried with the accuracy above the floor; each larger one until the first that fails."""
-        start = variants.of_cell(cell, way)
-        tried = [{"fraction": 0.0} | self.accuracy(start.base, way)]
+        start = variants.of_cell(cell, procedure)
+        tried = [{"fraction": 0.0} | self.accuracy(start.base, procedure)]
         base = open_checkpoint(self.build(start.base))
         state = state_of(base, base.dtype)
         for fraction in variants.FRACTIONS:
@@ -290,7 +291,7 @@ class _Run:
             after = plan.after.linears
             kept = [(s.kept_in, s.kept_out) == (after[k].kept_in, after[k].kept_out) for k, s in state.linears.items()]
             if not all(kept):  # of few channels a small fraction is none
-                tried.append({"fraction": fraction} | self.accuracy(variant, way))
+                tried.append({"fraction": fraction} | self.accuracy(variant, procedure))
         passed = [point["fraction"] for point in tried if self.passes(point)]
         return {"largest": max(passed, default=None), "tried": tried}
 
@@ -302,9 +303,8 @@ class _Run:
         missing = {"accuracy": NOT_MEASURED} if study.random_weights else {}
         if not fractions:
             missing["fractions"] = NOT_MEASURED if study.random_weights else "not asked for"
-        exams = {} if study.random_weights else {way.key: study.exam(way) for way in WAYS}
-        for exam in exams.values():
-            exam["data"] = None if exam["data"] is None else Path(exam["data"]).name
+        asked_of = [] if study.random_weights else PROCEDURES
+        exams = {procedure.key: study.exam(procedure).json() for procedure in asked_of}
         asked = ("floor", "samples", "runs", "random_weights", "device")
         return new_record(
             "reproduction",

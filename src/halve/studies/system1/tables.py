@@ -7,7 +7,8 @@ from typing import Any
 from halve.measure.records import Record
 from halve.measure.table import Column, Comparison, Row, circumstances, show_accuracy, show_bytes
 from halve.studies.system1 import published, variants
-from halve.studies.system1.variants import WAYS
+from halve.studies.system1.protocol import SYSTEM1
+from halve.studies.system1.variants import PROCEDURES
 
 _NOT_MEASURED = "not measured"
 MODEL_COLUMNS = [
@@ -24,7 +25,7 @@ FRACTION_COLUMNS = [
     Column("model", ("model",), str),
     Column("pruned", ("side",), str),
     Column("published", ("published",), str),
-    *(Column(way.title, (way.key,), str) for way in WAYS),
+    *(Column(procedure.title, (procedure.key,), str) for procedure in PROCEDURES),
 ]
 
 
@@ -34,9 +35,9 @@ def model_table(record: Record) -> Comparison:
     for held in record["models"]:
         name = variants.label(held["bits"], held["pruned"])
         rows.append(held["published"] | {"model": name, "way": "published"})
-        for way in WAYS:
-            figures = held[way.key]
-            row = figures | {"model": name, "way": way.title}
+        for procedure in PROCEDURES:
+            figures = held[procedure.key]
+            row = figures | {"model": name, "way": procedure.title}
             row["low"], row["high"] = figures.get("accuracy_ci95") or (None, None)
             if record["random_weights"]:
                 row["accuracy"] = _NOT_MEASURED
@@ -53,7 +54,7 @@ def fraction_table(record: Record) -> Comparison:
     for cell in record["fractions"]:
         row: Row = {"model": variants.label(cell["bits"]), "side": cell["side"]}
         row["published"] = _percent(cell["largest"]) if cell["largest"] else f"below {_percent(published.SMALLEST)}"
-        rows.append(row | {way.key: _largest(cell[way.key]) for way in WAYS})
+        rows.append(row | {procedure.key: _largest(cell[procedure.key]) for procedure in PROCEDURES})
     floor = _percent(record["floor"])
     notes = [
         f"Each cell: the largest fraction tried with an accuracy above {floor}, and the next one tried. Its own way prunes "
@@ -97,12 +98,12 @@ def _notes(record: Record) -> list[str]:
         "Its own way: the head alone pruned, wall time of one token, 100 / (t(101) - t(1)) tokens/s. The right way: every "
         "linear pruned, time to the first token, median decode speed."
     )
-    for way in WAYS:
-        exam = record["exams"].get(way.key)
+    for procedure in PROCEDURES:
+        exam = record["exams"].get(procedure.key)
         if exam:
             count = f"first {exam['limit']} questions" if exam["limit"] else "all questions"
-            over = "right / answered" if exam["protocol"] == "system1" else "right / all, 95 % interval"
+            over = "right / answered" if exam["protocol"] == SYSTEM1.name else "right / all, 95 % interval"
             notes.append(
-                f"Accuracy, {way.title}: {exam['protocol']}, {exam['data'] or 'RACE-H test'}, {count}, {over}."
+                f"Accuracy, {procedure.title}: {exam['protocol']}, {exam['data'] or 'RACE-H test'}, {count}, {over}."
             )
     return notes + circumstances([record | {"kind": "benchmark"}]) + record["notes"]

@@ -1,4 +1,4 @@
-"""The models behind the two tables, as recipes, and the two ways of judging them."""
+"""The models behind the two tables, as recipes, and the two procedures that fill them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEAD, EVERYTHING = ("lm_head",), ("Linear", "lm_head")
 
 
 @dataclass(frozen=True)
-class Way:
+class Procedure:
     """How a table is filled. `quantized` and `dense`: the linears that are pruned in a quantized model and in bf16."""
 
     key: str
@@ -29,9 +29,9 @@ class Way:
 
 
 # The first system prunes what is an `nn.Linear`: all 197 matrices in bf16, the head alone once the others are packed.
-OWN = Way("own", "its own way", HEAD, EVERYTHING)
-RIGHT = Way("right", "the right way", EVERYTHING, EVERYTHING)
-WAYS = (OWN, RIGHT)
+OWN = Procedure("own", "its own way", HEAD, EVERYTHING)
+RIGHT = Procedure("right", "the right way", EVERYTHING, EVERYTHING)
+PROCEDURES = (OWN, RIGHT)
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,19 @@ class Variant:
         return [make_step(PRUNERS[self.side], {"fraction": self.fraction, "targets": list(self.targets)})]
 
 
-def of_row(row: published.PublishedModel, way: Way) -> Variant:
-    """The model that a row of the first table stands for, in one way."""
-    return Variant(row.bits, "inputs", row.pruned, way.targets(row.bits) if row.pruned else ())
+def of_row(row: published.PublishedModel, procedure: Procedure) -> Variant:
+    """The model that a row of the first table stands for, by one procedure."""
+    return Variant(row.bits, "inputs", row.pruned, procedure.targets(row.bits) if row.pruned else ())
 
 
-def of_cell(cell: published.PublishedFraction, way: Way) -> Variant:
+def of_cell(cell: published.PublishedFraction, procedure: Procedure) -> Variant:
     """What is pruned, more and more of it, for a cell of the second table."""
-    return Variant(cell.bits, cell.side, 0.0, way.targets(cell.bits))
+    return Variant(cell.bits, cell.side, 0.0, procedure.targets(cell.bits))
 
 
 def kept() -> list[Variant]:
     """Every model of the first table, unpruned ones first, so that pruned ones find theirs."""
-    found = dict.fromkeys(of_row(row, way) for row in published.MODELS for way in WAYS)
+    found = dict.fromkeys(of_row(row, procedure) for row in published.MODELS for procedure in PROCEDURES)
     return sorted(found, key=lambda v: (v.fraction > 0, v.name))
 
 

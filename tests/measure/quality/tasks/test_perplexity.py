@@ -14,11 +14,17 @@ import torch
 from halve.checkpoint.reader import load_model
 from halve.checkpoint.tokenizer import load_tokenizer
 from halve.errors import DataError, HalveError
-from halve.measure.quality import perplexity
-from halve.measure.quality.evaluate import evaluate
+from halve.measure.quality.evaluate import prepare
+from halve.measure.quality.options import EvaluationOptions
+from halve.measure.quality.tasks import perplexity
 from halve.model.decoder import Model
 
 TEXT = "Tom has a cat.\nThe cat is black and it sleeps all day. " * 4
+
+
+def evaluate(model: Model, tokenizer: Any, progress_file: Path | None = None, **options: Any) -> dict[str, Any]:
+    """The figures of a model in memory."""
+    return prepare(EvaluationOptions(**options))(model, tokenizer, progress_file)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Perplexity of a text: non-overlapping windows of the running text, or documents one by one."""
+"""`perplexity` of a text: non-overlapping windows of the running text, or documents one by one."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from halve.decode.text_stream import TokenizerLike
 from halve.errors import DataError, HalveError
-from halve.measure.quality.prompts import Tokenizer
 from halve.measure.quality.resume import Progress, fingerprint
 from halve.measure.quality.scoring import BATCH_TOKENS, check_ids, score, sequence_node
+from halve.measure.quality.task import Evaluation, Figures, Task
 from halve.model.decoder import Model
 from halve.progress import track
 
-PROTOCOLS = ("windows", "documents")
+if TYPE_CHECKING:
+    from halve.measure.quality.options import EvaluationOptions
+
+PROTOCOLS = {"windows": "stretches of the running text", "documents": "each on its own"}
 SEPARATOR = "<|endoftext|>"  # between the documents of a text file
 DEFAULT_WINDOW = 2048
 
@@ -32,13 +36,25 @@ class Text:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Settings:
-    """None: the default. window: tokens; limit: the first windows or documents only; batch_tokens: slots per batch."""
+class PerplexityTask(Task):
+    """How well a model predicts a text."""
 
-    window: int | None = None
-    limit: int | None = None
-    batch_tokens: int | None = None
+    name = "perplexity"
+    figure = "perplexity"
+    protocols = PROTOCOLS
+
+    def check(self, options: EvaluationOptions) -> None:
+        if options.template is not None:
+            raise HalveError(f"template '{options.template}': task perplexity has no template; leave it out")
+
+    def prepare(self, options: EvaluationOptions) -> Evaluation:
+        if options.data is None:
+            raise DataError("task perplexity has no data of its own; give --data with a .txt, .raw or .jsonl file")
+        text = read_text(Path(options.data), options.protocol_name or next(iter(PROTOCOLS)))
+        return lambda model, tokenizer, progress_file: run(model, tokenizer, text, options, progress_file)
+
+
+PERPLEXITY = PerplexityTask()
 
 
 def read_text(path: Path, protocol: str) -> Text:
@@ -84,7 +100,7 @@ def _jsonl_texts(path: Path, text: str) -> list[str]:
     return texts
 
 
-def split(tokenizer: Tokenizer, text: Text, window: int) -> tuple[list[list[int]], int]:
+def split(tokenizer: TokenizerLike, text: Text, window: int) -> tuple[list[list[int]], int]:
     """Token sequences to be predicted from their second token on, and how many documents were cut to the window.
 
     windows: BOS (where there is one) and the text, in stretches of `window` tokens; documents: BOS + document, cut.
@@ -98,26 +114,30 @@ def split(tokenizer: Tokenizer, text: Text, window: int) -> tuple[list[list[int]
 
 
 def run(
-    model: Model, tokenizer: Tokenizer, text: Text, how: Settings, progress_file: Path | None = None
-) -> dict[str, Any]:
-    """Mean negative log-likelihood (nats) over all predicted tokens and its exponential, as a record.
+    model: Model,
+    tokenizer: TokenizerLike,
+    text: Text,
+    options: EvaluationOptions,
+    progress_file: Path | None = None,
+) -> Figures:
+    """Mean negative log-likelihood (nats) over all predicted tokens and its exponential, as a record's figures.
 
     An interrupted run goes on from `progress_file`. Raises HalveError on a bad window, DataError on too short a text.
     """
     context = model.config.max_positions
-    window, batch_tokens = how.window, how.batch_tokens or BATCH_TOKENS
+    window, batch_tokens = options.window, options.batch_tokens or BATCH_TOKENS
     if window is None:
         window = min(DEFAULT_WINDOW, context) if text.protocol == "windows" else context
     if not 2 <= window <= context:
         raise HalveError(f"window {window}: must be 2 to {context}, the context of this model")
     sequences, cut = split(tokenizer, text, window)
-    sequences = sequences[: how.limit]
+    sequences = sequences[: options.limit]
     if not sequences:
         raise DataError(f"{text.name}: fewer than 2 tokens, nothing can be predicted; give a longer text")
     check_ids(model, sequences)
     identity: dict[str, Any] = {}
     if progress_file is not None:
-        identity = {"task": "perplexity", "protocol": text.protocol, "window": window, "limit": how.limit}
+        identity = {"task": "perplexity", "protocol": text.protocol, "window": window, "limit": options.limit}
         identity |= {"batch_tokens": batch_tokens, "data": text.sha256, "model": fingerprint(model)}
     with Progress(progress_file, identity) as progress:
         batches = _batches(sequences, batch_tokens)
@@ -130,7 +150,7 @@ def run(
         nll = math.fsum(progress.results[str(index)] for index in range(len(sequences)))
         progress.finish()
     record = _record(tokenizer, sequences, nll, text.protocol, window)
-    record |= {"limit": how.limit, "data": text.name, "data_sha256": text.sha256}
+    record |= {"limit": options.limit, "data": text.name, "data_sha256": text.sha256}
     if text.protocol == "documents":
         record["cut"] = cut
     return record
@@ -147,7 +167,7 @@ def _batches(sequences: Sequence[Sequence[int]], batch_tokens: int) -> list[list
 
 
 def _record(
-    tokenizer: Tokenizer, sequences: Sequence[Sequence[int]], nll_nats: float, protocol: str, window: int
+    tokenizer: TokenizerLike, sequences: Sequence[Sequence[int]], nll_nats: float, protocol: str, window: int
 ) -> dict[str, Any]:
     tokens = sum(len(s) - 1 for s in sequences)
     # bytes of the text that the predicted tokens spell: what was cut off or only conditioned on does not count

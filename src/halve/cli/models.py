@@ -1,0 +1,136 @@
+"""Commands that make models and run them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halve.cli.options import (
+    Calibration,
+    Device,
+    Dtype,
+    Model,
+    Out,
+    Overwrite,
+    Samples,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    Window,
+    dtype_of,
+)
+from halve.errors import HalveError
+
+
+def compress(
+    model: Model,
+    out: Out,
+    step: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME:key=value,... One step; repeat for several, they run in order.", show_default=False),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="The same steps as a YAML list.", show_default=False)] = None,
+    calibration: Calibration = "c4",
+    samples: Samples = 128,
+    window: Window = 2048,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop before any weight is read.")
+    ] = False,
+) -> None:
+    """Quantize or prune MODEL by a recipe of steps and write the result to OUT.
+
+    For example `--step rtn:bits=8` (int8 weight-only); `halve steps` lists all steps and their options. Every linear is
+    listed as done or skipped with its reason. An interrupted run is continued by the same command.
+    """
+    from halve.cli import terminal
+    from halve.compression.compress import Request, plan_recipe
+    from halve.compression.compress import compress as run
+    from halve.compression.recipe import as_steps, read_recipe
+    from halve.compression.windows import CalibrationOptions
+
+    if step and recipe:
+        raise HalveError("--step and --recipe were both given: use one of them")
+    steps = read_recipe(recipe) if recipe else as_steps(step or [])
+    if dry_run:
+        options = CalibrationOptions(calibration, samples, window, seed)
+        terminal.plan(plan_recipe(Request(model, out, steps, options, device, dtype_of(dtype))), steps)
+        return
+    result = run(
+        model,
+        out,
+        steps,
+        calibration=calibration,
+        samples=samples,
+        window=window,
+        seed=seed,
+        device=device,
+        dtype=dtype_of(dtype),
+        overwrite=overwrite,
+        on_plan=lambda plan: terminal.plan(plan, steps),
+    )
+    terminal.result(result)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; repeat for several at once.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Continue text with MODEL, streaming to the terminal."""
+    from halve.checkpoint.reader import load_model
+    from halve.checkpoint.tokenizer import load_tokenizer
+    from halve.decode.generate import Sampling, generate_text
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    loaded, tokenizer = load_model(model, dtype=dtype_of(dtype), device=device), load_tokenizer(model)
+
+    def stream(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    single = len(prompt) == 1
+    if single:
+        stream(prompt[0])
+    results = generate_text(
+        loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling, on_text=stream if single else None
+    )
+    print("" if single else "\n\n".join(p + r.text for p, r in zip(prompt, results, strict=True)))
+
+
+def fetch(model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id (owner/name).")]) -> None:
+    """Download MODEL from the Hugging Face hub once; every command then takes its id, without a network.
+
+    Takes safetensors, config and tokenizer. It lands in the hub's own cache (set HF_HOME to move it).
+    """
+    from halve.checkpoint.hub import fetch as run
+
+    folder = run(model)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{model}: {size / 1e9:.2f} GB in {folder}")
+
+
+def convert(model: Model, out: Out, overwrite: Overwrite = False) -> None:
+    """Turn a folder of pickled .bin weights into safetensors (most OPT checkpoints need it)."""
+    from halve.checkpoint.convert import convert as run
+
+    print(f"wrote {run(model, out, overwrite=overwrite)}")
+
+
+def steps() -> None:
+    """List the steps a recipe may have, with their options and defaults."""
+    from halve.cli import terminal
+    from halve.compression.methods import METHODS
+
+    terminal.steps(METHODS)

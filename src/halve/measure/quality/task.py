@@ -1,0 +1,39 @@
+"""What a task of evaluation is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halve.decode.text_stream import TokenizerLike
+from halve.model.decoder import Model
+
+if TYPE_CHECKING:
+    from halve.measure.quality.options import EvaluationOptions
+
+Figures = dict[str, Any]
+# What a task has prepared: (model, its tokenizer, file that keeps finished parts or None) -> the record's figures
+Evaluation = Callable[[Model, TokenizerLike, Path | None], Figures]
+
+
+class Task(ABC):
+    """One thing to ask of a model, with the data it is asked on.
+
+    `figure`: the key of its records that models are compared by, and what a table shows for it. `protocols`: the ways to
+    ask, by name, the default first; a request may also hold an instance of `protocol_type` itself.
+    """
+
+    name: str
+    figure: str
+    protocols: Mapping[str, object]
+    protocol_type: type = str
+
+    @abstractmethod
+    def check(self, options: EvaluationOptions) -> None:
+        """Raise HalveError for options this task has no use for; looks at no file."""
+
+    @abstractmethod
+    def prepare(self, options: EvaluationOptions) -> Evaluation:
+        """Read and check the data, so that everything wrong is found before a model is loaded. Raises DataError."""
