@@ -112,3 +112,18 @@ def too_long(file: Path) -> Iterator[str]:
 def test_no_file_grows_past_reading() -> None:
     """Kernels may: they are read beside the machine code."""
     assert [found for file in files() if file.parts[0] != "kernels" for found in too_long(file)] == []
+
+
+def public_classes() -> Iterator[tuple[str, str]]:
+    """(name, file) of every class of the package that other modules may use."""
+    for file in files():
+        for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                yield node.name, str(file)
+
+
+def test_no_two_classes_share_a_name() -> None:
+    places: dict[str, list[str]] = {}
+    for name, file in public_classes():
+        places.setdefault(name, []).append(file)
+    assert {name: homes for name, homes in places.items() if len(homes) > 1} == {}

@@ -95,7 +95,8 @@ def generate(
     from halve.decode.generate import Sampling, generate_text
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    loaded, tokenizer = load_model(model, dtype=dtype_of(dtype), device=device), load_tokenizer(model)
+    loaded = load_model(model, dtype=dtype_of(dtype), device=device)
+    tokenizer = load_tokenizer(model)
 
     def stream(piece: str) -> None:
         print(piece, end="", flush=True)

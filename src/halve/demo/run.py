@@ -93,9 +93,9 @@ def demo(out: str | Path = "halve-demo", *, overwrite: bool = False) -> Comparis
             record["side_by_side"]["models"] = [m.name for m in models]
             write_record(records / f"{model.name}-speed.json", record | {"model": model.name})
             advance(1)
-    found = read_records([records])
-    table = compare(sorted(found, key=lambda r: [m.name for m in models].index(r["model"]))).only(COLUMNS)
-    plot(found, out / "accuracy-size.png")
+    measured = read_records([records])
+    table = compare(sorted(measured, key=lambda r: [m.name for m in models].index(r["model"]))).only(COLUMNS)
+    plot(measured, out / "accuracy-size.png")
     write_page(out, title="The bundled reader, compressed")
     return table
 

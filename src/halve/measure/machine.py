@@ -147,13 +147,13 @@ def resident_bytes() -> dict[str, int]:
     Linux tells both in /proc. The fallback, ru_maxrss, knows the peak only, and a child inherits its parent's on Linux.
     """
     fields = {"VmRSS:": "now", "VmHWM:": "peak"}
-    found = {}
+    resident = {}
     for line in _read("/proc/self/status").splitlines():
         words = line.split()
         if words and words[0] in fields:
-            found[fields[words[0]]] = int(words[1]) * 1024
-    if found or platform.system() != "Darwin":
-        return found
+            resident[fields[words[0]]] = int(words[1]) * 1024
+    if resident or platform.system() != "Darwin":
+        return resident
     import resource
 
     return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}  # bytes on macOS

@@ -103,8 +103,8 @@ def checkpoint_recipe(model: str | os.PathLike[str]) -> list[Any]:
     path = Path(model) / "halve.json"
     if not path.is_file():
         return []
-    held = _parse(path)
-    recipe = held.get("recipe", []) if isinstance(held, dict) else None
+    manifest = _parse(path)
+    recipe = manifest.get("recipe", []) if isinstance(manifest, dict) else None
     if not isinstance(recipe, list):
         raise DataError(f'{path} is malformed, its "recipe" is not a list of steps: compress the model again')
     return recipe
@@ -182,10 +182,10 @@ def read_records(paths: Iterable[str | os.PathLike[str]]) -> list[Record]:
             records.append(read_record(place))
             continue
         for path in sorted(place.rglob("*.json")):
-            held = _parse(path)
-            if isinstance(held, dict) and "halve_version" in held and "kind" in held:
-                check_record(held, str(path))
-                records.append(held)
+            parsed = _parse(path)
+            if isinstance(parsed, dict) and "halve_version" in parsed and "kind" in parsed:
+                check_record(parsed, str(path))
+                records.append(parsed)
     if not records:
         named = ", ".join(map(str, places)) or "nothing"
         raise DataError(f"no record found in {named}: make one with halve evaluate or halve benchmark and --json FILE")
@@ -198,9 +198,9 @@ def check_record(record: Mapping[str, Any], source: str) -> None:
         if key not in record:
             raise DataError(f'{source} is no record of halve, it lacks "{key}": write it again with --json')
         if not isinstance(record[key], kind):
-            found = type(record[key]).__name__
+            actual = type(record[key]).__name__
             raise DataError(
-                f'{source} is malformed, "{key}" is a {found}, expected {kind.__name__}: write it again with --json'
+                f'{source} is malformed, "{key}" is a {actual}, expected {kind.__name__}: write it again with --json'
             )
 
 

@@ -143,12 +143,12 @@ def _grouped(records: Iterable[Record]) -> tuple[list[_Group], list[str]]:
         name, random = os.path.normpath(record["model"]), bool(record.get("random_weights"))
         group = groups.setdefault((name, random), _Group(name, random))
         if record["kind"] == "benchmark":
-            held, key = group.benchmarks, str(benchmark_setup(record))
+            kept, key = group.benchmarks, str(benchmark_setup(record))
         else:
-            held, key = group.evaluations, evaluation_setup(record)
-        replaced += key in held
-        if key not in held or record.get("date", "") >= held[key].get("date", ""):
-            held[key] = record
+            kept, key = group.evaluations, evaluation_setup(record)
+        replaced += key in kept
+        if key not in kept or record.get("date", "") >= kept[key].get("date", ""):
+            kept[key] = record
     notes = [f"{replaced} older records of the same measurement are not shown"] if replaced else []
     return list(groups.values()), notes
 

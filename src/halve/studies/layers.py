@@ -111,12 +111,12 @@ def analyse_layers(
         raise OutputError(f"{folder}: cannot be made ({error.strerror or error}): choose another place") from error
 
     turns, all_tokens = measure_every_run(Walk(checkpoint, calibration, dtype, dtype, device))
-    found = LayerAnalysis(str(model), turns, turns.pairs, all_tokens, calibration.origin)
-    write_text(folder / "distances.csv", found.distances_csv())
-    write_text(folder / "sublayers.csv", found.sublayers_csv())
-    write_text(folder / "layers.json", json.dumps(found.as_json(), indent=2) + "\n")
-    _plot(found, folder / "layers.png", mark)
-    return found
+    analysis = LayerAnalysis(str(model), turns, turns.pairs, all_tokens, calibration.origin)
+    write_text(folder / "distances.csv", analysis.distances_csv())
+    write_text(folder / "sublayers.csv", analysis.sublayers_csv())
+    write_text(folder / "layers.json", json.dumps(analysis.as_json(), indent=2) + "\n")
+    _plot(analysis, folder / "layers.png", mark)
+    return analysis
 
 
 def _csv(header: list[str], rows: list[list[Any]]) -> str:

@@ -257,7 +257,7 @@ def _accuracy(right: Sequence[bool], clusters: Sequence[str]) -> tuple[float | N
 def _normalised(questions: Sequence[Question], results: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     """Accuracy when the log-likelihood is taken as it is, per byte, or per character of the option's text."""
     clusters = [q.article_id for q in questions]
-    found = {}
+    accuracies = {}
     for name, size in NORMALISATIONS.items():
         right = []
         for question, result in zip(questions, results, strict=True):
@@ -265,8 +265,8 @@ def _normalised(questions: Sequence[Question], results: Sequence[dict[str, Any] 
             scores = None if result is None else [s / n for s, n in zip(result["scores"], sizes, strict=True)]
             right.append(scores is not None and _best(scores) == question.answer)
         accuracy, interval = _accuracy(right, clusters)
-        found[name] = {"accuracy": accuracy, "accuracy_ci95": interval}
-    return found
+        accuracies[name] = {"accuracy": accuracy, "accuracy_ci95": interval}
+    return accuracies
 
 
 def _by_kind(questions: Sequence[Question], right: Sequence[bool], answered: Sequence[bool]) -> dict[str, Any]:

@@ -58,8 +58,8 @@ def shared_articles(data: QuestionSet, texts: Sequence[str]) -> list[Question]:
     articles: dict[str, Question] = {}
     for question in data.questions:
         articles.setdefault(question.article, question)
-    found = {article for article, _ in _matches(list(articles), texts)}
-    return [question for index, question in enumerate(articles.values()) if index in found]
+    shared = {article for article, _ in _matches(list(articles), texts)}
+    return [question for index, question in enumerate(articles.values()) if index in shared]
 
 
 def without_shared(data: QuestionSet, other: QuestionSet) -> QuestionSet:
@@ -101,16 +101,16 @@ def _matches(articles: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[in
     owners: dict[int, dict[bytes, list[int]]] = {}
     for index, article in enumerate(articles):
         words = _words(article)
-        held = owners.setdefault(_length(words), {})
+        runs = owners.setdefault(_length(words), {})
         for run in _runs(words, _length(words)):
-            held.setdefault(run, []).append(index)
+            runs.setdefault(run, []).append(index)
     for number, text in enumerate(texts):
         words = _words(text)
-        for length, held in owners.items():
+        for length, runs in owners.items():
             if length < SHORT_WORDS and length != len(words):
                 continue
             for run in _runs(words, length):
-                for index in held.get(run, ()):
+                for index in runs.get(run, ()):
                     yield index, number
 
 

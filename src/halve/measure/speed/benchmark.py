@@ -71,7 +71,8 @@ def benchmark_side_by_side(
     Returns one record per model; with several, each has its decode speed relative to the first. `extra`: what a study
     times in the same rounds. `profile_plot` needs a single model. Raises HalveError as `benchmark` does.
     """
-    options, placement = options or BenchmarkOptions(), placement or Placement()
+    options = options or BenchmarkOptions()
+    placement = placement or Placement()
     if profile_plot is not None and len(models) != 1:
         raise HalveError(f"profiling takes a single model, {len(models)} were given: profile them one by one")
     check_device(placement.device)
@@ -188,10 +189,10 @@ def _memory_figures(timed: TimedModel) -> dict[str, int | None]:
         "loaded_memory_bytes": "loaded",
         "baseline_memory_bytes": "baseline",
     }
-    held = timed.memory
-    figures = {key: held.get(name) for key, name in names.items() if name in held or name == "peak"}
-    if "peak" in held and "baseline" in held:
-        figures["peak_memory_above_baseline_bytes"] = held["peak"] - held["baseline"]
+    memory = timed.memory
+    figures = {key: memory.get(name) for key, name in names.items() if name in memory or name == "peak"}
+    if "peak" in memory and "baseline" in memory:
+        figures["peak_memory_above_baseline_bytes"] = memory["peak"] - memory["baseline"]
     return figures
 
 

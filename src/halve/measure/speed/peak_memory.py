@@ -77,7 +77,7 @@ def _work(request: dict[str, Any]) -> dict[str, int]:
     )
     stages["loaded"] = resident_bytes()
     generate(model, [[0] * request["prompt_tokens"]], max_new_tokens=request["new_tokens"])
-    figures = {name: held["now"] for name, held in stages.items() if "now" in held}
+    figures = {name: stage["now"] for name, stage in stages.items() if "now" in stage}
     return {**figures, "peak_loading": stages["loaded"]["peak"], "peak": resident_bytes()["peak"]}
 
 

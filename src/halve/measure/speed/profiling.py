@@ -59,7 +59,7 @@ def profile_run(model: Model, prompt_tokens: int, new_tokens: int, seed: int, pl
         "decode_steps": steps,
         "phase_ms": {name: duration for name, (_, duration) in phases.items()},
         "operations": _operations(profiler, on_cuda),
-        "peak_above_weights_bytes": max((held for _, held in timeline), default=0),
+        "peak_above_weights_bytes": max((allocated for _, allocated in timeline), default=0),
         "memory_timeline": plot.name,
     }
 
@@ -107,7 +107,7 @@ def _operations(profiler: torch.profiler.profile, on_cuda: bool) -> list[dict[st
 
 
 def memory_timeline(events: list[dict[str, Any]], on_cuda: bool) -> list[tuple[float, int]]:
-    """(milliseconds since the first event, bytes held above those at the start) after every allocation and release.
+    """(milliseconds since the first event, bytes allocated above those at the start) after every allocation and release.
 
     `events` are the traceEvents of a Chrome trace that was recorded with memory.
     """
@@ -118,10 +118,11 @@ def memory_timeline(events: list[dict[str, Any]], on_cuda: bool) -> list[tuple[f
         if event.get("name") == "[memory]" and event["args"]["Device Type"] == device_type
     )
     start = min((event["ts"] for event in events if event.get("ph") == "X"), default=0.0)
-    timeline, held = [], 0
+    timeline: list[tuple[float, int]] = []
+    allocated = 0
     for at_us, change in changes:
-        held += change
-        timeline.append(((at_us - start) / 1e3, held))
+        allocated += change
+        timeline.append(((at_us - start) / 1e3, allocated))
     return timeline
 
 
@@ -142,7 +143,7 @@ def _plot(timeline: list[tuple[float, int]], phases: dict[str, tuple[float, floa
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
-    axes.step([at for at, _ in timeline], [held / 1e6 for _, held in timeline], where="post", linewidth=0.8)
+    axes.step([at for at, _ in timeline], [allocated / 1e6 for _, allocated in timeline], where="post", linewidth=0.8)
     for number, (name, (start, duration)) in enumerate(phases.items()):
         axes.axvspan(start, start + duration, alpha=0.12, color=f"C{number + 1}", label=name)
     axes.set_xlabel("time (ms)")

@@ -173,7 +173,8 @@ def _identity(
 ) -> dict[str, Any]:
     """What makes a search this one; nothing of the machine, so that workers elsewhere agree."""
     files = sorted(find_model(runner.model).glob("*.safetensors"))
-    calibration, source = runner.calibration, Path(runner.calibration.source).expanduser()
+    calibration = runner.calibration
+    source = Path(calibration.source).expanduser()
     text = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else calibration.source
     identity = {
         "halve": __version__,

@@ -64,7 +64,8 @@ class TrialRunner:
 
     def measure(self, point: Point, questions: QuestionSet) -> dict[str, Any]:
         """Figures of one point, from its records where they are there already."""
-        name, folder = label(self.varied, point), self.out / TRIALS / label(self.varied, point)
+        name = label(self.varied, point)
+        folder = self.out / TRIALS / name
         with self.alone(folder):
             made = self._made(folder, point)
             records = self._examine(made, folder, f"{self.name} {name}", questions)
@@ -91,9 +92,12 @@ class TrialRunner:
     ) -> Record:
         tokenizer = _tokenizer(self.model)  # every folder holds a copy of the same
         loaded = LoadedModel.load(model, device=self.device, dtype=self.dtype, name=name, tokenizer=tokenizer)
-        progress_file, command = path.with_suffix(".progress.jsonl"), self.options.command
-        evaluation = choice_evaluation(questions, exam)
-        record = evaluate_loaded(loaded, evaluation, command=command, progress_file=progress_file)
+        record = evaluate_loaded(
+            loaded,
+            choice_evaluation(questions, exam),
+            command=self.options.command,
+            progress_file=path.with_suffix(".progress.jsonl"),
+        )
         record["weight_bytes"] = loaded.model.weight_bytes()
         write_record(path, record)
         return record

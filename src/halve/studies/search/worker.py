@@ -41,7 +41,8 @@ class Worker:
         """Claim and measure points until none is left to claim and nobody is measuring any more."""
         from halve.studies.search.study import DUPLICATES, POLL_S
 
-        beaten, shown = 0, 0
+        beaten = 0  # times in a row that another worker was first
+        shown = 0
         with progress("search", self.most) as advance:
             while True:
                 board = self.study.board()

@@ -126,7 +126,8 @@ def reproduce_system1(
 def check(study: Study) -> tuple[Checkpoint, Needs]:
     """Open the model and the data, and estimate what the study takes; reads no weight."""
     check_device(study.device)
-    checkpoint, timing = open_checkpoint(study.model, study.random_weights), study.timing()
+    checkpoint = open_checkpoint(study.model, study.random_weights)
+    timing = study.timing()
     context = checkpoint.config.max_positions
     needed = timing.prompt_tokens + max(timing.new_tokens, System1Timing.new_tokens)
     if context < needed:
@@ -177,7 +178,8 @@ class _Run:
         study = self.study
         for part in ("models", "records"):
             study.path(part).mkdir(exist_ok=True)
-        models, examined = variants.kept(), [] if study.random_weights else list(PROCEDURES)
+        models = variants.kept()
+        examined = [] if study.random_weights else list(PROCEDURES)
         cells = len(published.FRACTIONS) * len(PROCEDURES) if examined and study.fractions else 0
         with progress("reproduce", len(models) + len(examined) * len(published.MODELS) + 1 + cells) as advance:
             for variant in models:
@@ -192,8 +194,8 @@ class _Run:
             rows = [self.row(row, speeds) for row in published.MODELS]
             fractions = []
             for cell in published.FRACTIONS if cells else ():
-                found = {procedure.key: self.largest(cell, procedure) for procedure in PROCEDURES}
-                fractions.append(asdict(cell) | found)
+                largest = {procedure.key: self.largest(cell, procedure) for procedure in PROCEDURES}
+                fractions.append(asdict(cell) | largest)
                 advance(len(PROCEDURES))
         return self.record(rows, fractions, speeds)
 
@@ -255,7 +257,7 @@ class _Run:
 
     def row(self, row: published.PublishedModel, speeds: dict[Variant, Record]) -> dict[str, Any]:
         """One row of the first table: published, its own way, the right way."""
-        found: dict[str, Any] = {"bits": row.bits, "pruned": row.pruned, "published": asdict(row)}
+        figures_of: dict[str, Any] = {"bits": row.bits, "pruned": row.pruned, "published": asdict(row)}
         for procedure in PROCEDURES:
             variant = variants.of_row(row, procedure)
             speed = speeds[variant]
@@ -269,8 +271,10 @@ class _Run:
                 "weight_bytes": speed["weight_bytes"],
                 "floor_share": speed["floor_share"],
             }
-            found[procedure.key] = figures | ({} if self.study.random_weights else self.accuracy(variant, procedure))
-        return found
+            figures_of[procedure.key] = figures | (
+                {} if self.study.random_weights else self.accuracy(variant, procedure)
+            )
+        return figures_of
 
     def accuracy(self, variant: Variant, procedure: Procedure) -> dict[str, Any]:
         record = self.examine(variant, procedure)

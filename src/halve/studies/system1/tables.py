@@ -32,11 +32,11 @@ FRACTION_COLUMNS = [
 def model_table(record: Record) -> Comparison:
     """Latency, tokens/s, peak memory and accuracy of every model: published, its own way, the right way."""
     rows: list[Row] = []
-    for held in record["models"]:
-        name = variants.label(held["bits"], held["pruned"])
-        rows.append(held["published"] | {"model": name, "way": "published"})
+    for model in record["models"]:
+        name = variants.label(model["bits"], model["pruned"])
+        rows.append(model["published"] | {"model": name, "way": "published"})
         for procedure in PROCEDURES:
-            figures = held[procedure.key]
+            figures = model[procedure.key]
             row = figures | {"model": name, "way": procedure.title}
             row["low"], row["high"] = figures.get("accuracy_ci95") or (None, None)
             if record["random_weights"]:
@@ -65,18 +65,18 @@ def fraction_table(record: Record) -> Comparison:
 
 def tables(record: Record) -> list[tuple[str, Comparison]]:
     """The tables a record holds, with their titles."""
-    found = [("The first system's table of models", model_table(record))]
+    titled = [("The first system's table of models", model_table(record))]
     if record["fractions"]:
-        found.append(("Largest fraction pruned above the accuracy floor", fraction_table(record)))
-    return found
+        titled.append(("Largest fraction pruned above the accuracy floor", fraction_table(record)))
+    return titled
 
 
-def _largest(found: dict[str, Any]) -> str:
-    tried = found["tried"]
-    if found["largest"] is None:
+def _largest(search: dict[str, Any]) -> str:
+    tried = search["tried"]
+    if search["largest"] is None:
         return f"{_accuracy(tried[0])} unpruned"
-    at = next(point for point in tried if point["fraction"] == found["largest"])
-    after = [f"{_percent(p['fraction'])}: {_accuracy(p)}" for p in tried if p["fraction"] > found["largest"]]
+    at = next(point for point in tried if point["fraction"] == search["largest"])
+    after = [f"{_percent(p['fraction'])}: {_accuracy(p)}" for p in tried if p["fraction"] > search["largest"]]
     first = f"{_percent(at['fraction'])}: {_accuracy(at)}" if at["fraction"] else f"none: {_accuracy(at)} unpruned"
     return "; ".join([first, *after[:1]])
 

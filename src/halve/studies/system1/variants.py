@@ -87,8 +87,8 @@ def of_cell(cell: published.PublishedFraction, procedure: Procedure) -> Variant:
 
 def kept() -> list[Variant]:
     """Every model of the first table, unpruned ones first, so that pruned ones find theirs."""
-    found = dict.fromkeys(of_row(row, procedure) for row in published.MODELS for procedure in PROCEDURES)
-    return sorted(found, key=lambda v: (v.fraction > 0, v.name))
+    models = dict.fromkeys(of_row(row, procedure) for row in published.MODELS for procedure in PROCEDURES)
+    return sorted(models, key=lambda v: (v.fraction > 0, v.name))
 
 
 def label(bits: int | None, pruned: float = 0.0) -> str:
