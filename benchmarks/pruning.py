@@ -118,7 +118,7 @@ def measure(material: Material, recipe: list[str], options: argparse.Namespace) 
                 figures |= {key: answers[key] for key in ("tokens", "perplexity", "nll_nats_per_token")}
             else:
                 kept = ("protocol", "template", "questions", "accuracy", "accuracy_ci95")
-                figures[name] = {key: answers[key] for key in kept}
+                figures[name] = {key: answers.get(key) for key in kept}
     return figures
 
 

@@ -163,10 +163,9 @@ def measure_row(row: Row, settings: BenchmarkOptions, placement: Placement, comm
     opened = TimedModel.open(SHAPES / row.shape, settings, placement)
     checkpoint = open_row(row, placement.device, placement.dtype)
     timed = TimedMadeModel(row.name, checkpoint, opened.not_measured, passes=opened.passes, row=row)
-    (record,) = measure_in_turns([timed], settings, placement, command)
-    record |= {"model": row.name, "recipe": row.steps(), "shape": row.shape, "baseline": row.baseline}
-    record["notes"].append("the model was made in memory: peak memory is that of running it, loading is not in it")
-    return record
+    (measured,) = measure_in_turns([timed], settings, placement, command)
+    measured["notes"].append("the model was made in memory: peak memory is that of running it, loading is not in it")
+    return {**measured, "model": row.name, "recipe": row.steps(), "shape": row.shape, "baseline": row.baseline}
 
 
 def step_error(row: Row, placement: Placement, steps: int = 3) -> tuple[float, str]:

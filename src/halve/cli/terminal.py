@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from halve.measure.quality.tasks import figure_of
+from halve.measure.records import AnyRecord
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,7 +102,7 @@ def result(done: Result) -> None:
     console.print(f"wrote {done.out}", soft_wrap=True)
 
 
-def evaluation(record: dict[str, Any]) -> None:
+def evaluation(record: AnyRecord) -> None:
     """One line of figures, with the protocol they were measured by."""
     figure = figure_of(record)
     asked = [record["task"], *([record["protocol"]] if record.get("protocol") else [])]
@@ -123,7 +124,7 @@ def evaluation(record: dict[str, Any]) -> None:
         print(f"{figure} {record[figure]:g} [{', '.join(asked)}]")
 
 
-def benchmark(record: dict[str, Any]) -> None:
+def benchmark(record: AnyRecord) -> None:
     """The figures of one benchmark, and what was not measured."""
     print(f"{record['model']} on {record['device']}:")
     ttft, low, high = record["ttft_ms"], record["decode_ms_p10"], record["decode_ms_p90"]

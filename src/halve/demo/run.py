@@ -15,7 +15,7 @@ from halve.errors import OutputError
 from halve.measure.machine import usable_cores
 from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded, prepare
 from halve.measure.quality.options import EvaluationOptions
-from halve.measure.records import Record, read_records, write_record
+from halve.measure.records import EvaluationRecord, Record, read_records, write_record
 from halve.measure.speed.benchmark import benchmark_side_by_side
 from halve.measure.speed.timed_model import BenchmarkOptions, Placement
 from halve.measure.table import Comparison, compare
@@ -90,6 +90,7 @@ def demo(out: str | Path = "halve-demo", *, overwrite: bool = False) -> Comparis
         options = BenchmarkOptions(prompt_tokens=128, new_tokens=64, runs=5, long_prompt_tokens=0)
         timed = benchmark_side_by_side(models, options, Placement(), command="halve demo")
         for model, record in zip(models, timed, strict=True):
+            assert "side_by_side" in record, "several models were timed"
             record["side_by_side"]["models"] = [m.name for m in models]
             write_record(records / f"{model.name}-speed.json", record | {"model": model.name})
             advance(1)
@@ -108,7 +109,7 @@ def make_and_examine(variant: DemoVariant | None, model: Path, records: Path) ->
         write_record(records / f"{model.name}-{exam.name}.json", record)
 
 
-def examine(model: Path) -> list[Record]:
+def examine(model: Path) -> list[EvaluationRecord]:
     """The records of every exam for one model folder, reloaded from disk.
 
     Computed in float32: the stored weights are what is examined, and few CPUs are quick in bfloat16.

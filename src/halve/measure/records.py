@@ -1,6 +1,6 @@
 """Records: one JSON file per run, saying on what, with what and how a figure was obtained.
 
-Every record has the keys of `REQUIRED`; evaluations and benchmarks add their figures, whose names carry their units.
+Every record has the keys of `Circumstances`; evaluations and benchmarks add their figures, whose names carry their units.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
@@ -25,7 +25,105 @@ from halve._version import __version__
 from halve.errors import DataError, OutputError
 from halve.measure.machine import describe_machine
 
-Record = dict[str, Any]
+Record = dict[str, Any]  # of any kind, while it is made
+AnyRecord = Mapping[str, Any]  # of any kind, to read
+
+
+class Circumstances(TypedDict):
+    """On what, with what and how a figure was obtained: the keys of every record."""
+
+    kind: str
+    model: str
+    command: str
+    recipe: list[Any]
+    date: str
+    halve_version: str
+    torch_version: str
+    versions: dict[str, str]
+    commit: str | None
+    machine: dict[str, Any]
+
+
+class EvaluationRecord(Circumstances):
+    """One task asked of one model; docs/evaluation.md explains the figures. What a task does not measure is None."""
+
+    device: str
+    dtype: str
+    weight_bytes: NotRequired[int]
+    task: str
+    protocol: str
+    data: str
+    data_sha256: str
+    limit: int | None
+    not_measured: dict[str, str]
+    # questions
+    template: NotRequired[str | None]
+    accuracy: float | None
+    accuracy_ci95: list[float] | None
+    questions: int | None
+    articles: NotRequired[int]
+    answered: int | None
+    correct: NotRequired[int]
+    chance: NotRequired[float]
+    overflow: NotRequired[int]
+    cut: NotRequired[int]  # articles, or documents
+    log_likelihood: NotRequired[dict[str, Any]]
+    sampling: NotRequired[dict[str, Any]]
+    by_kind: NotRequired[dict[str, Any]]
+    answers: NotRequired[dict[str, str]]
+    # text
+    perplexity: float | None
+    nll_nats_per_token: float | None
+    bits_per_byte: NotRequired[float | None]
+    tokens: int | None
+    window: NotRequired[int]
+    windows: NotRequired[int]
+    documents: NotRequired[int]
+
+
+class BenchmarkRecord(Circumstances):
+    """Speed and memory of one model; docs/benchmark.md explains the figures."""
+
+    device: str
+    device_name: str
+    dtype: str
+    backend: str
+    kernels: dict[str, int]
+    decode_kernel: str
+    random_weights: bool
+    batch: int
+    seed: int
+    runs: int
+    prompt_tokens: int
+    new_tokens: int
+    long_prompt_tokens: int
+    ttft_ms: float
+    ttft_ms_p10: float
+    ttft_ms_p90: float
+    prefill_tokens_per_s: float
+    decode_ms_median: float
+    decode_ms_p10: float
+    decode_ms_p90: float
+    decode_tokens_per_s: float
+    floor_ms: float
+    floor_share: float
+    bandwidth_gb_per_s: float
+    bandwidth_kind: str
+    long_prompt: dict[str, Any] | None
+    weight_bytes: int
+    step_weight_bytes: int
+    peak_memory_bytes: int | None
+    peak_memory_loading_bytes: NotRequired[int]
+    peak_memory_running_bytes: NotRequired[int]
+    peak_memory_reserved_bytes: NotRequired[int]
+    peak_memory_above_baseline_bytes: NotRequired[int]
+    loaded_memory_bytes: NotRequired[int]
+    baseline_memory_bytes: NotRequired[int]
+    side_by_side: NotRequired[dict[str, Any]]
+    profile: NotRequired[dict[str, Any]]
+    notes: list[str]
+    not_measured: dict[str, str]
+
 
 REQUIRED: dict[str, type] = {
     "kind": str,

@@ -15,7 +15,7 @@ from typing import Any
 from halve.errors import DataError
 from halve.measure.quality.statistics import paired_records
 from halve.measure.quality.tasks import figure_of
-from halve.measure.records import Record
+from halve.measure.records import AnyRecord
 
 MISSING = "-"
 Row = dict[str, Any]  # column key -> number or text; a missing figure has no key
@@ -102,11 +102,11 @@ class _Group:
 
     name: str
     random_weights: bool
-    benchmarks: dict[str, Record] = field(default_factory=dict)
-    evaluations: dict[str, Record] = field(default_factory=dict)
+    benchmarks: dict[str, AnyRecord] = field(default_factory=dict)
+    evaluations: dict[str, AnyRecord] = field(default_factory=dict)
 
 
-def compare(records: Iterable[Record]) -> Comparison:
+def compare(records: Iterable[AnyRecord]) -> Comparison:
     """Put evaluation and benchmark records of the same model into one row, in the order given.
 
     Latency is the time to one generated token, in records of a study that times it. Where two records measure the same
@@ -134,7 +134,7 @@ def compare(records: Iterable[Record]) -> Comparison:
     return Comparison(shown, rows, list(dict.fromkeys(setups + notes + circumstances(shown_benchmarks))))
 
 
-def _grouped(records: Iterable[Record]) -> tuple[list[_Group], list[str]]:
+def _grouped(records: Iterable[AnyRecord]) -> tuple[list[_Group], list[str]]:
     groups: dict[tuple[str, bool], _Group] = {}
     replaced = 0
     for record in records:
@@ -153,13 +153,13 @@ def _grouped(records: Iterable[Record]) -> tuple[list[_Group], list[str]]:
     return list(groups.values()), notes
 
 
-def benchmark_setup(record: Record) -> dict[str, Any]:
+def benchmark_setup(record: AnyRecord) -> dict[str, Any]:
     """What a model's benchmarks have to share to be one row."""
     keys = ("device_name", "dtype", "backend", "prompt_tokens", "new_tokens")
     return {key: record.get(key) for key in keys} | {"threads": record["machine"].get("threads")}
 
 
-def evaluation_setup(record: Record) -> str:
+def evaluation_setup(record: AnyRecord) -> str:
     """What an evaluation measured, in words: only equal setups share a column."""
     parts = [record.get("task"), record.get("protocol"), record.get("template"), record.get("data")]
     words = [str(part) for part in parts if part]
@@ -189,7 +189,7 @@ def _quality_columns(setup: str, figure: str, title: str) -> list[Column]:
     return [Column(title, keys, show_accuracy), Column("to the first row", paired, show_difference)]
 
 
-def _label(group: _Group, groups: Sequence[_Group], benchmark: Record | None, setups: Sequence[Record]) -> str:
+def _label(group: _Group, groups: Sequence[_Group], benchmark: AnyRecord | None, setups: Sequence[AnyRecord]) -> str:
     short = PurePath(group.name).name
     alike = {g.name for g in groups if PurePath(g.name).name == short}
     label = short if len(alike) == 1 else group.name
@@ -201,7 +201,7 @@ def _label(group: _Group, groups: Sequence[_Group], benchmark: Record | None, se
     return f"{label} ({', '.join(extras)})" if extras else label
 
 
-def _fill_speed(row: Row, benchmark: Record | None, first: str) -> None:
+def _fill_speed(row: Row, benchmark: AnyRecord | None, first: str) -> None:
     if benchmark is None:
         return
     for column in SPEED_COLUMNS:
@@ -236,7 +236,7 @@ def _fill_quality(row: Row, group: _Group, first: _Group, notes: list[str]) -> N
         row[f"difference_to_first ({setup})"], row[f"p_value ({setup})"] = test.difference, test.p_value
 
 
-def circumstances(records: Iterable[Record]) -> list[str]:
+def circumstances(records: Iterable[AnyRecord]) -> list[str]:
     """Sentences about where the speeds among the records were measured."""
     places: dict[str, None] = {}
     for record in records:

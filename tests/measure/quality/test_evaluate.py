@@ -23,6 +23,7 @@ from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.protocols import ChoiceProtocol
 from halve.measure.quality.protocols.letter import letter_prompt
 from halve.measure.quality.task import Evaluation, Task
+from halve.measure.records import EvaluationRecord
 
 CIRCUMSTANCES = ("date", "command")
 
@@ -65,6 +66,7 @@ def test_the_record_is_the_one_the_command_writes(
     assert not stop.value.code
     written = json.loads((tmp_path / "r.json").read_text())
     assert list(written) == list(record)
+    assert set(record) <= set(EvaluationRecord.__annotations__), "a key that records.py does not name"
     for key in record.keys() - set(CIRCUMSTANCES):
         assert written[key] == record[key], key
 

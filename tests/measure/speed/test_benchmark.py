@@ -17,7 +17,7 @@ from halve.cli import terminal as show
 from halve.errors import HalveError, OutputError
 from halve.kernels import cpu
 from halve.measure import machine
-from halve.measure.records import read_record, write_record
+from halve.measure.records import BenchmarkRecord, read_record, write_record
 from halve.measure.speed import benchmark as module
 from halve.measure.speed import timed_model, timing
 from halve.measure.speed.benchmark import benchmark, benchmark_side_by_side
@@ -54,6 +54,7 @@ def file_bytes(folder: Path) -> int:
 def test_a_real_run_has_every_figure(folder: Path, tmp_path: Path) -> None:
     record = benchmark(folder, prompt_tokens=16, new_tokens=8, runs=5, long_prompt_tokens=200)
     assert record.keys() >= set(CONTRACT)
+    assert set(record) <= set(BenchmarkRecord.__annotations__), "a key that records.py does not name"
     assert read_record(write_record(tmp_path / "r.json", record)) == record
     assert record["device"] == "cpu"
     assert sum(record["kernels"].values()) == 3 * 4 + 1  # q/k/v and gate/up are merged: 4 a layer, and the head

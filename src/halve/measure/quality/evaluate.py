@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,7 +21,7 @@ from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.protocols import ChoiceProtocol
 from halve.measure.quality.task import Evaluation
 from halve.measure.quality.tasks import TASKS
-from halve.measure.records import Record, checkpoint_recipe, new_record
+from halve.measure.records import EvaluationRecord, checkpoint_recipe, new_record
 from halve.model.decoder import Model
 
 
@@ -40,7 +40,7 @@ def evaluate(
     dtype: torch.dtype | None = None,
     command: str | None = None,
     progress_file: Path | None = None,
-) -> Record:
+) -> EvaluationRecord:
     """Evaluate one model, reloaded from `model` (a folder or hub id), and return the record; docs/evaluation.md has its keys.
 
     What is asked are the fields of EvaluationOptions. `dtype` None is the checkpoint's own. progress_file: finished parts
@@ -87,10 +87,10 @@ class LoadedModel:
 
 def evaluate_loaded(
     loaded: LoadedModel, evaluation: Evaluation, *, command: str | None = None, progress_file: Path | None = None
-) -> Record:
+) -> EvaluationRecord:
     """The record of one evaluation, for several of one model, or one of several models that are in memory already."""
     figures = evaluation(loaded.model, loaded.tokenizer, progress_file)
-    return new_record(
+    record = new_record(
         "evaluation",
         loaded.name,
         command=command,
@@ -99,3 +99,4 @@ def evaluate_loaded(
         dtype=dtype_name(loaded.model.dtype),
         **figures,
     )
+    return cast(EvaluationRecord, record)

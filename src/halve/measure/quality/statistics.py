@@ -6,7 +6,7 @@ Legend: n questions, G articles (clusters), x_i the value of question i (1 right
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -87,7 +87,7 @@ def paired_test(first: Sequence[float], second: Sequence[float], clusters: Seque
     return PairedTest(mean, interval, p_value, len(differences), groups, gained, lost)
 
 
-def paired_records(record: dict[str, Any], baseline: dict[str, Any]) -> PairedTest:
+def paired_records(record: Mapping[str, Any], baseline: Mapping[str, Any]) -> PairedTest:
     """The paired test of two multiple-choice records; an unanswered question counts as wrong in both.
 
     Raises DataError when they do not answer the same questions in the same way.

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,7 +20,7 @@ from halve.checkpoint.reader import DTYPES, check_device, compute_dtype
 from halve.errors import HalveError
 from halve.kernels.cpu import load_library
 from halve.measure.machine import bandwidth_gb_per_s, describe_device, dtype_name, last_level_cache_bytes
-from halve.measure.records import Record, check_output_path, new_record
+from halve.measure.records import BenchmarkRecord, check_output_path, new_record
 from halve.measure.speed.profiling import profile_run
 from halve.measure.speed.timed_model import BenchmarkOptions, ExtraTiming, Placement, TimedModel
 from halve.measure.speed.timing import PassTimes, spread, step_floor_ms
@@ -42,7 +42,7 @@ def benchmark(
     seed: int = 0,
     profile_plot: str | os.PathLike[str] | None = None,
     command: str | None = None,
-) -> Record:
+) -> BenchmarkRecord:
     """Measure one model, loaded from `model` (a folder or hub id; with `random_weights` a config is enough).
 
     Returns a record; docs/benchmark.md explains its keys. `dtype` None is the checkpoint's own; `long_prompt_tokens`
@@ -65,7 +65,7 @@ def benchmark_side_by_side(
     extra: ExtraTiming | None = None,
     command: str | None = None,
     profile_plot: Path | None = None,
-) -> list[Record]:
+) -> list[BenchmarkRecord]:
     """Measure several models with all of them in memory and their runs taking turns, so that ratios between them hold.
 
     Returns one record per model; with several, each has its decode speed relative to the first. `extra`: what a study
@@ -87,7 +87,7 @@ def measure_in_turns(
     placement: Placement,
     command: str,
     profile_plot: Path | None = None,
-) -> list[Record]:
+) -> list[BenchmarkRecord]:
     """Load, warm up and time models in turn; one record each. For `benchmark_side_by_side`, and scripts that make models."""
     with progress("benchmark", len(models) * (2 + options.runs) + 2) as advance:
         for timed in models:
@@ -117,14 +117,14 @@ def measure_in_turns(
 
 def make_record(
     timed: TimedModel, options: BenchmarkOptions, placement: Placement, bandwidth: float, command: str
-) -> Record:
+) -> BenchmarkRecord:
     """The record of a measured model; `bandwidth` in GB/s, measured in the same run."""
     model, checkpoint = timed.model, timed.checkpoint
     figures = {
         prompt_tokens: _speed(model, prompt_tokens, options.new_tokens, times, bandwidth)
         for prompt_tokens, times in timed.passes.items()
     }
-    return new_record(
+    record = new_record(
         "benchmark",
         timed.name,
         command=command,
@@ -148,6 +148,7 @@ def make_record(
         notes=_notes(timed, placement),
         not_measured=timed.not_measured,
     )
+    return cast(BenchmarkRecord, record)
 
 
 def _speed(
@@ -232,7 +233,7 @@ def _command(names: list[str], options: BenchmarkOptions, placement: Placement) 
     return shlex.join(words)
 
 
-def _add_ratios(records: list[Record]) -> None:
+def _add_ratios(records: list[BenchmarkRecord]) -> None:
     first = records[0]["decode_ms_median"]
     for record in records:
         record["side_by_side"] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Floor:
     def accuracy(self, dense: float) -> float:
         return self.value * dense if self.relative else self.value
 
-    def shortfall(self, figures: dict[str, Any], dense: float) -> float:
+    def shortfall(self, figures: Mapping[str, Any], dense: float) -> float:
         """How far figures stay below the floor; 0 or less when they clear it."""
         reached = figures["accuracy_ci95"][0] if self.lower_bound else figures["accuracy"]
         return self.accuracy(dense) - reached

@@ -11,7 +11,7 @@ from halve.compression.recipe import step_json, step_text
 from halve.errors import HalveError
 from halve.measure.quality.race import QuestionSet
 from halve.measure.quality.statistics import paired_records
-from halve.measure.records import Record, new_record, write_record
+from halve.measure.records import AnyRecord, Record, new_record, write_record
 from halve.studies.search.bisection import reversals
 from halve.studies.search.options import Floor
 from halve.studies.search.trial import PREFIX, TRIALS, TrialRunner
@@ -128,7 +128,7 @@ def _described(data: QuestionSet, limit: int | None) -> dict[str, Any]:
     }
 
 
-def _confirm(result: SearchResult, point: Point, dense_final: Record) -> Row:
+def _confirm(result: SearchResult, point: Point, dense_final: AnyRecord) -> Row:
     """The winner's checkpoint in OUT/winner, examined on questions no trial has seen."""
     runner = result.runner
     name, folder = f"{runner.name} {label(runner.varied, point)}", runner.out / "winner"

@@ -20,7 +20,7 @@ from halve.compression.windows import CalibrationOptions
 from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded
 from halve.measure.quality.multiple_choice import ChoiceOptions, choice_evaluation
 from halve.measure.quality.race import QuestionSet
-from halve.measure.records import Record, read_record, write_record
+from halve.measure.records import AnyRecord, EvaluationRecord, read_record, write_record
 from halve.measure.speed.benchmark import benchmark
 from halve.studies.search.options import OBJECTIVES, SearchOptions
 from halve.studies.search.vary import Point, Varied, apply, label
@@ -79,7 +79,7 @@ class TrialRunner:
         with self.alone(place):
             return self.figures(self._examine(lambda: Path(self.model), place, self.name, questions))
 
-    def confirm(self, model: Path | str, path: Path, name: str, questions: QuestionSet) -> Record:
+    def confirm(self, model: Path | str, path: Path, name: str, questions: QuestionSet) -> AnyRecord:
         """The evaluation record at `path` of all the final questions, made if it is not there or of another model."""
         if path.exists():
             record = read_record(path)
@@ -89,7 +89,7 @@ class TrialRunner:
 
     def _evaluate(
         self, model: Path | str, path: Path, name: str, questions: QuestionSet, exam: ChoiceOptions
-    ) -> Record:
+    ) -> EvaluationRecord:
         tokenizer = _tokenizer(self.model)  # every folder holds a copy of the same
         loaded = LoadedModel.load(model, device=self.device, dtype=self.dtype, name=name, tokenizer=tokenizer)
         record = evaluate_loaded(
@@ -102,7 +102,7 @@ class TrialRunner:
         write_record(path, record)
         return record
 
-    def figures(self, records: dict[str, Record]) -> dict[str, Any]:
+    def figures(self, records: dict[str, AnyRecord]) -> dict[str, Any]:
         """What a trial is judged by, from its records (by file name below `out`)."""
         evaluation, *speed = records.values()
         objective = (speed[0] if speed else evaluation)[OBJECTIVES[self.options.minimise]]
@@ -138,7 +138,9 @@ class TrialRunner:
     def _made(self, folder: Path, point: Point) -> Callable[[], Path]:
         return lambda: self.build(point, folder)
 
-    def _examine(self, made: Callable[[], Path], place: Path, name: str, questions: QuestionSet) -> dict[str, Record]:
+    def _examine(
+        self, made: Callable[[], Path], place: Path, name: str, questions: QuestionSet
+    ) -> dict[str, AnyRecord]:
         """The records of one model, those on disk read back; the model is made only when one is missing."""
         evaluation, speed = place.with_name(f"{place.name}.json"), place.with_name(f"{place.name}-speed.json")
         timed = self.options.minimise != "bytes"

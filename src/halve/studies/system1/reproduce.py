@@ -27,7 +27,7 @@ from halve.files import write_json
 from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded, prepare
 from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.race import HUB_RACE, load_question_set
-from halve.measure.records import Record, new_record, read_record, write_record
+from halve.measure.records import AnyRecord, Record, new_record, read_record, write_record
 from halve.measure.speed.benchmark import benchmark_side_by_side
 from halve.measure.speed.timed_model import BenchmarkOptions, Placement
 from halve.progress import progress
@@ -218,7 +218,7 @@ class _Run:
             compress(self.build(Variant(None)), folder, variant.quantizer(study.random_weights), **asked)
         return folder
 
-    def examine(self, variant: Variant, procedure: Procedure) -> Record:
+    def examine(self, variant: Variant, procedure: Procedure) -> AnyRecord:
         """The record of one exam of one model, reloaded from its folder."""
         study, path = self.study, self.study.path("records", f"{variant.name}-{procedure.key}.json")
         if path.exists():
@@ -248,7 +248,8 @@ class _Run:
             for variant, record in zip(group, timed, strict=True):
                 if "side_by_side" in record:
                     record["side_by_side"]["models"] = [v.name for v in group]
-                record |= {"model": variant.name, "command": new_record("benchmark", "")["command"]}
+                record["model"] = variant.name
+                record["command"] = new_record("benchmark", "")["command"]
                 if study.random_weights:
                     record["random_weights"] = True
                     record["not_measured"] |= {"accuracy": NOT_MEASURED, "perplexity": NOT_MEASURED}
