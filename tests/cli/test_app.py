@@ -100,6 +100,9 @@ def test_multiple_choice_record(run, model: Path, tmp_path: Path) -> None:
     record = json.loads(target.read_text())
     assert {"accuracy", "accuracy_ci95", "questions", "answered", "protocol"} <= set(record)
     assert record["protocol"] == "letter" and record["questions"] == 1
+    words = ("--task", "multiple-choice", "--data", data, "--protocol", "system1")
+    code, printed, error = run("evaluate", model, *words)  # a study's protocol, by its name
+    assert code == 0 and "[multiple-choice, system1]" in printed, error
 
 
 def test_generate_streams_the_prompt_and_more(run, model: Path) -> None:

@@ -53,6 +53,12 @@ def test_calibration_and_held_out_never_overlap_and_the_seed_decides() -> None:
     assert not set(a.windows[:, 1:].flatten().tolist()) & set(a.held_out[:, 1:].flatten().tolist()) - {0}
 
 
+def test_calibration_options_are_checked_when_made() -> None:
+    for wrong in ({"samples": 0}, {"window": 1}):
+        with pytest.raises(DataError, match="need at least 1 sample and 2 tokens a window"):
+            CalibrationOptions("text.txt", **wrong)
+
+
 def test_too_little_text_says_how_much_there_is() -> None:
     with pytest.raises(DataError, match="has 5 tokens: two windows of 10 need 18"):
         windows(["abcde"], 4, 10)

@@ -26,12 +26,11 @@ def _with_default(names: Iterable[str]) -> list[str]:
     return [f"{first} (default)", *others]
 
 
-def _protocols() -> str:
-    """Protocols by the tasks that know them; the study's own ask questions as well."""
-    others = {name: task.protocols for name, task in TASKS.items() if name not in QUESTION_TASKS}
-    texts = [f"{listed([*_with_default(PROTOCOLS), SYSTEM1.name])} for questions"]
-    texts += [f"{listed(_with_default(protocols))} for {name}" for name, protocols in others.items()]
-    return "; ".join(texts)
+# the study's own protocol asks questions as well
+_FOR_QUESTIONS = listed([*_with_default(PROTOCOLS), SYSTEM1.name])
+_FOR_OTHERS = [
+    f"{listed(_with_default(task.protocols))} for {name}" for name, task in TASKS.items() if name not in QUESTION_TASKS
+]
 
 
 # the model, where it goes, where it runs
@@ -57,7 +56,11 @@ Window = Annotated[int, typer.Option(help="Tokens a window (at most the model's 
 
 # evaluation
 Task = Annotated[str, typer.Option(help=f"{listed(TASKS)}.")]
-Protocol = Annotated[str | None, typer.Option(help=f"{_protocols()}.", show_default=False)]
+Protocol = Annotated[
+    str | None,
+    typer.Option(help="; ".join([f"{_FOR_QUESTIONS} for questions", *_FOR_OTHERS]) + ".", show_default=False),
+]
+QuestionProtocol = Annotated[str | None, typer.Option(help=f"{_FOR_QUESTIONS}.", show_default=False)]
 Template = Annotated[
     str | None,
     typer.Option(

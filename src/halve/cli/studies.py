@@ -13,7 +13,7 @@ from halve.cli.options import (
     Dtype,
     Model,
     Overwrite,
-    Protocol,
+    QuestionProtocol,
     Samples,
     Seed,
     Template,
@@ -102,7 +102,7 @@ def search(
     leave_out_shared: Annotated[
         bool, typer.Option("--leave-out-shared", help="Leave out search questions whose article is in the final test.")
     ] = False,
-    protocol: Protocol = None,
+    protocol: QuestionProtocol = None,
     template: Template = None,
     limit: Annotated[
         int | None, typer.Option(help="The first N questions to search on only.", show_default=False)
