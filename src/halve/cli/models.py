@@ -92,7 +92,8 @@ def generate(
     """Continue text with MODEL, streaming to the terminal."""
     from halve.checkpoint.reader import load_model
     from halve.checkpoint.tokenizer import load_tokenizer
-    from halve.decode.generate import Sampling, generate_text
+    from halve.decode.generate import generate_text
+    from halve.decode.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     loaded = load_model(model, dtype=dtype_of(dtype), device=device)

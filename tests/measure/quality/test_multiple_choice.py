@@ -13,7 +13,7 @@ import torch
 
 from halve.checkpoint.reader import load_model
 from halve.checkpoint.tokenizer import load_tokenizer
-from halve.decode.generate import Sampling
+from halve.decode.sampling import Sampling
 from halve.errors import HalveError, OutputError
 from halve.measure.quality import multiple_choice
 from halve.measure.quality.evaluate import prepare

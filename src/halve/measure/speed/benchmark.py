@@ -134,7 +134,7 @@ def make_record(
         dtype=dtype_name(compute_dtype(checkpoint, placement.dtype)),
         backend=placement.backend,
         kernels=dict(Counter(str(linear.kernel) for _, linear in model.linears())),
-        decode_kernel=subject.passes[settings.prompt_tokens][-1].decode_kernel,
+        decode_kernel=timed.passes[options.prompt_tokens][-1].decode_kernel,
         random_weights=placement.random_weights,
         batch=1,
         **(asdict(options) | {"long_prompt_tokens": options.long} | figures[options.prompt_tokens]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from halve.decode.generate import Sampling
+from halve.decode.sampling import Sampling
 from halve.measure.quality.prompts import Prompt, lettered
 from halve.measure.quality.protocols import ChoiceProtocol
 from halve.measure.quality.race import LETTERS, Question

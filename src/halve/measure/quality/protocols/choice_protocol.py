@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from halve.decode.generate import Sampling
+from halve.decode.sampling import Sampling
 from halve.measure.quality.prompts import Prompt
 from halve.measure.quality.race import Question
 
