@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from halve.cli.app import main
+from tests.common import write_word_tokenizer
 
 
 @pytest.fixture
@@ -31,21 +32,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 @pytest.fixture
 def model(make_hf, tmp_path: Path) -> Path:
     """A small model with a word tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     folder = Path(shutil.copytree(make_hf("llama"), tmp_path / "model"))
-    words = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *"the a cat dog sat ran on mat and then . , A B C D : Question Answer Article".split(),
-    ]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    words = "the a cat dog sat ran on mat and then . , A B C D : Question Answer Article"
+    write_word_tokenizer(folder, words.split())
     return folder
 
 

@@ -11,29 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from halve import compress, load_model
+from halve import compress
 from halve.checkpoint.reader import open_checkpoint
 from halve.compression import compress as compression
 from halve.errors import HalveError, OutputError, RecipeError
+from tests.common import FAMILIES, logits, relative, their_logits
 
-TOKENS = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(7))
-
-
-def logits(folder: Path) -> torch.Tensor:
-    with torch.inference_mode():
-        return load_model(folder)(TOKENS)
-
-
-def their_logits(folder: Path, **options: object) -> torch.Tensor:
-    with torch.inference_mode():
-        return AutoModelForCausalLM.from_pretrained(folder, **options)(TOKENS).logits
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
-FAMILIES = [("llama", {"tie_word_embeddings": True}), ("mistral", {}), ("qwen2", {}), ("qwen3", {}), ("opt", {})]
 STEPS = ["rtn:bits=8", "rtn:bits=4,group_size=16", "rtn:bits=4,group_size=32,fallback=channel", "rtn:bits=3"]
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from halve.compression.torch_layers import prune_linear, quantize_linear
 from halve.errors import RecipeError
+from tests.common import relative
 
 X = torch.randn(200, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 X = X @ torch.randn(24, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -16,10 +17,6 @@ X = X @ torch.randn(24, 24, generator=torch.Generator().manual_seed(1), dtype=to
 def layer(bias: bool = True) -> nn.Linear:
     torch.manual_seed(2)
     return nn.Linear(24, 16, bias=bias, dtype=torch.float64)
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 def test_equals_the_layer_with_the_channels_zeroed() -> None:

@@ -17,6 +17,7 @@ from halve.decode.sampling import Sampling
 from halve.decode.torch_step import TorchStep
 from halve.kernels import cpu
 from halve.model.decoder import Model
+from tests.common import relative
 
 PROMPTS = [[5, 9, 3, 44, 81, 2, 17], [7] * 11, [90, 2, 61]]
 STEPS = 6
@@ -64,10 +65,6 @@ def steps_of(model: Model, in_c: bool, prompts: list[list[int]] = PROMPTS) -> Te
     return torch.stack(found)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
 @pytest.fixture(params=["avx512-vnni", "avx-vnni", "avx2", "generic"])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Models loaded from here on use this instruction set."""
@@ -83,9 +80,9 @@ def test_equals_the_model(make_hf: Callable[..., Path], isa: str, name: str) -> 
     family, options = FAMILIES[name]
     model = load_model(make_hf(family, **options))
     assert kernel_of(model) == f"{isa}-step"
-    assert error(steps_of(model, True), steps_of(model, False)) < FLOAT32_ERROR
+    assert relative(steps_of(model, True), steps_of(model, False)) < FLOAT32_ERROR
     alone = [[5, 9, 3, 44, 81, 2, 17]]
-    assert error(steps_of(model, True, alone), steps_of(model, False, alone)) < FLOAT32_ERROR
+    assert relative(steps_of(model, True, alone), steps_of(model, False, alone)) < FLOAT32_ERROR
 
 
 def test_equals_the_model_beyond_one_piece_of_the_cache(make_hf: Callable[..., Path], isa: str) -> None:
@@ -98,7 +95,7 @@ def test_equals_the_model_beyond_one_piece_of_the_cache(make_hf: Callable[..., P
         found = step_in_c.logits(tokens).clone()
         for row, prompt in enumerate(prompts):
             expected = model(torch.tensor([[*prompt, int(tokens[row])]]))[0, -1]
-            assert error(found[row], expected) < FLOAT32_ERROR
+            assert relative(found[row], expected) < FLOAT32_ERROR
 
 
 @pytest.mark.parametrize(
@@ -121,7 +118,7 @@ def test_equals_the_model_compressed(
     model = load_model(tmp_path / "out")
     assert kernel_of(model) == f"{isa}-step"
     packed = any(linear.quantized for _, linear in model.linears())
-    assert error(steps_of(model, True), steps_of(model, False)) < (PACKED_ERROR if packed else FLOAT32_ERROR)
+    assert relative(steps_of(model, True), steps_of(model, False)) < (PACKED_ERROR if packed else FLOAT32_ERROR)
 
 
 def test_bfloat16_is_nearer_to_float64_than_the_operations_are(make_hf: Callable[..., Path], isa: str) -> None:
@@ -137,7 +134,7 @@ def test_bfloat16_is_nearer_to_float64_than_the_operations_are(make_hf: Callable
         for in_c in (True, False):
             decoder, step_in_c = decoder_in_c(model, prompts, 20)
             decoder.prefill()
-            found[in_c] = error(step_in_c.logits(tokens) if in_c else model(tokens, decoder.cache)[:, 0], expected)
+            found[in_c] = relative(step_in_c.logits(tokens) if in_c else model(tokens, decoder.cache)[:, 0], expected)
     assert found[True] < found[False], found
 
 

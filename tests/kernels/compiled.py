@@ -15,6 +15,7 @@ from halve.kernels.triton_backend import Fusion, NormedInput, Scratch, Tiling, T
 from halve.kernels.triton_layout import packed_operand
 from halve.measure.speed.timed_model import Placement
 from halve.quantization import QuantizedWeight, QuantSpec, quantize
+from tests.common import relative
 from tools.gpu.models import step_error
 from tools.gpu.steps import ROWS_3B
 from tools.ptx import compile as ptx_compile
@@ -43,10 +44,6 @@ def make(name: str, dtype: torch.dtype) -> tuple[TritonMatmul, Tensor]:
     return TritonMatmul(weight, dtype), weight.double() if isinstance(weight, Tensor) else weight.dequantize().double()
 
 
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm())
-
-
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_products(name: str) -> None:
     for dtype in (torch.bfloat16, torch.float16) if name in ("bf16", "int8", "int4-g128") else (torch.bfloat16,):
@@ -56,7 +53,7 @@ def test_products(name: str) -> None:
             x, out = torch.randn(count, operand.columns).to(dtype), torch.zeros(count, 70, dtype=dtype)
             scratch = Scratch(torch.device("cpu"))
             backend.multiply(operand, operand.arranged(x).contiguous(), out, Fusion(), scratch, sizes)
-            assert error(out, x.double() @ exact.T) < ROUNDED[dtype], (dtype, count, sizes)
+            assert relative(out, x.double() @ exact.T) < ROUNDED[dtype], (dtype, count, sizes)
             assert not scratch.arrived.any()
 
 
@@ -64,7 +61,7 @@ def test_products(name: str) -> None:
 def test_prefill_expands(name: str) -> None:
     multiply, exact = make(name, torch.float32)
     x = torch.randn(20, multiply.operand.columns)
-    assert error(multiply(x), x.double() @ exact.T) < 1e-5
+    assert relative(multiply(x), x.double() @ exact.T) < 1e-5
 
 
 def test_a_product_feeds_the_next() -> None:
@@ -76,11 +73,11 @@ def test_a_product_feeds_the_next() -> None:
     scratch, sizes = Scratch(torch.device("cpu")), Tiling(64)
     feed = NormedInput(torch.zeros(1, 256, dtype=torch.bfloat16), None, gain, torch.zeros(1, 4), 1e-5)
     backend.multiply(maker, x, stream, Fusion(epilogue=1, next_input=feed), scratch, sizes)
-    assert error(stream, made) < ROUNDED[torch.bfloat16]
+    assert relative(stream, made) < ROUNDED[torch.bfloat16]
     out = torch.zeros(1, 70, dtype=torch.bfloat16)
     backend.multiply(reader, feed.vectors, out, Fusion(norm=feed), scratch, sizes)
     normed = made / (made.square().mean() + 1e-5).sqrt() * gain.double()
-    assert error(out, normed @ second.double().T) < 2 * ROUNDED[torch.bfloat16]
+    assert relative(out, normed @ second.double().T) < 2 * ROUNDED[torch.bfloat16]
 
 
 @pytest.mark.parametrize("overlapped", ["0", "1"])

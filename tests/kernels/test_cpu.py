@@ -15,6 +15,7 @@ from halve.kernels.cpu import BlockedWeight, CpuMatmul
 from halve.kernels.reference import ReferenceMatmul
 from halve.model.linear import Linear
 from halve.quantization import QuantizedWeight, QuantSpec, from_codes, quantize
+from tests.common import relative
 
 ROWS_OF_X = (1, 2, 3, 8, 67)  # the last is more than the kernels take at a time
 OUT = 37  # odd: neither a whole block of 16 rows nor of 4
@@ -38,10 +39,6 @@ def matmul(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     return CpuMatmul
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
-
-
 def check(matmul: type[CpuMatmul], weight: Tensor | QuantizedWeight, numbers: Tensor, error: float) -> None:
     """The product with `weight`, whose numbers are known, for every count of rows and dtype of x."""
     prepared = {dtype: matmul(weight, dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -51,7 +48,7 @@ def check(matmul: type[CpuMatmul], weight: Tensor | QuantizedWeight, numbers: Te
             y = multiply(x)
             assert y.dtype == dtype and y.shape == (rows, weight.shape[0])
             limit = error + (BF16_ERROR if dtype == torch.bfloat16 else 0)
-            assert relative_error(y, x.double() @ numbers.double().T) < limit, (rows, dtype)
+            assert relative(y, x.double() @ numbers.double().T) < limit, (rows, dtype)
 
 
 def test_the_library_is_built() -> None:
@@ -126,10 +123,10 @@ def test_outliers_cost_less_than_bfloat16_does(matmul: type[CpuMatmul], spec: Qu
     x[:, ::100] *= 1000
     x = x.bfloat16()
     expected = x.double() @ weight.dequantize().double().T
-    ours = relative_error(matmul(weight, torch.float32)(x.float()), expected)
-    assert ours < relative_error(ReferenceMatmul(weight, torch.bfloat16)(x), expected) / 5
+    ours = relative(matmul(weight, torch.float32)(x.float()), expected)
+    assert ours < relative(ReferenceMatmul(weight, torch.bfloat16)(x), expected) / 5
     # rounded to bfloat16 both ways, where only the last rounding is left
-    assert relative_error(matmul(weight, torch.bfloat16)(x), expected) < relative_error(
+    assert relative(matmul(weight, torch.bfloat16)(x), expected) < relative(
         ReferenceMatmul(weight, torch.bfloat16)(x), expected
     )
 
@@ -176,7 +173,7 @@ def test_tiles_of_expanded_weights(matmul: type[CpuMatmul], monkeypatch: pytest.
             x = torch.randn(2, 10, 96).to(dtype)
             y = matmul(weight, dtype)(x)
             assert y.shape == (2, 10, OUT) and y.dtype == dtype
-            assert relative_error(y, x.double() @ numbers.double().T) < limit
+            assert relative(y, x.double() @ numbers.double().T) < limit
 
 
 def test_threads_do_not_change_the_result() -> None:

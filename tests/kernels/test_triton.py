@@ -26,6 +26,7 @@ from halve.kernels.triton_backend import Fusion, NormedInput, Scratch, Tiling, T
 from halve.kernels.triton_layout import SegmentedWeight, dense_operand
 from halve.model.linear import Linear
 from halve.quantization import QuantizedWeight, QuantSpec, quantize
+from tests.common import relative
 from tools.ptx.cpu import cpu_too
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,10 +47,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
-
-
 def check(
     weight: Tensor | QuantizedWeight, numbers: Tensor, dtype: torch.dtype, rows: tuple[int, ...] = (1, 2, 16)
 ) -> None:
@@ -61,7 +58,7 @@ def check(
         y = multiply(x.to(DEVICE)).cpu()
         assert y.dtype == dtype and y.shape == (count, weight.shape[0])
         roundings = 1 if count <= backend.MAX_ROWS else 2  # prefill rounds the weights too
-        error = relative_error(y, x.double() @ numbers.double().T)
+        error = relative(y, x.double() @ numbers.double().T)
         assert error < FP32_ERROR + roundings * ROUNDED[dtype], (count, dtype)
 
 
@@ -151,7 +148,7 @@ def test_everything_around_a_product(spec: QuantSpec | None, count: int) -> None
         )
         out, scratch = stream.clone().to(DEVICE), Scratch(torch.device(DEVICE))
         backend.multiply(operand, operand.arranged(x.to(DEVICE)), out, fusion, scratch, sizes)
-        assert relative_error(out.cpu(), expected) < FP32_ERROR
+        assert relative(out.cpu(), expected) < FP32_ERROR
         assert not scratch.arrived.any()  # counters are back at 0 for the next launch
         written = expected[:, place]
         for tile in range(tiles):
@@ -192,7 +189,7 @@ def test_a_product_feeds_the_next_ones(ragged: bool, count: int) -> None:
     for o, view, k, numbers in zip(operands, vectors.split(widths, dim=1), kept, second, strict=True):
         y = torch.zeros(count, o.rows, device=DEVICE)
         backend.multiply(o, view, y, Fusion(norm=feed), scratch, SMALL)
-        assert relative_error(y.cpu(), normed[:, k] @ numbers.double().T) < FP32_ERROR
+        assert relative(y.cpu(), normed[:, k] @ numbers.double().T) < FP32_ERROR
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -209,13 +206,13 @@ def test_gates(count: int, activation: str) -> None:
     out, x_there = torch.zeros(count, 21, device=DEVICE), operand.arranged(x.to(DEVICE))
     both = Fusion(epilogue=2, activation=NUMBERS[activation])
     backend.multiply(operand, x_there, out, both, scratch, SMALL)
-    assert relative_error(out.cpu(), expected) < FP32_ERROR
+    assert relative(out.cpu(), expected) < FP32_ERROR
     halves = [TritonMatmul(half.to(DEVICE), torch.float32).operand for half in weight.chunk(2)]
     first, second = torch.zeros(count, 21, device=DEVICE), torch.zeros(count, 21, device=DEVICE)
     backend.multiply(halves[0], x_there, first, Fusion(), scratch, SMALL)
     times = Fusion(epilogue=3, activation=NUMBERS[activation], gate=first)
     backend.multiply(halves[1], x_there, second, times, scratch, SMALL)
-    assert relative_error(second.cpu(), expected) < FP32_ERROR
+    assert relative(second.cpu(), expected) < FP32_ERROR
 
 
 def test_many_rows_of_a_packed_weight_go_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from halve import load_model
 from halve.checkpoint.reader import open_checkpoint
 from halve.errors import UnsupportedModelError
+from tests.common import relative
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -47,10 +48,6 @@ CASES = {
 def folder(request: pytest.FixtureRequest, make_hf) -> Path:
     kind, options = CASES[request.param]
     return make_hf(kind, **options)
-
-
-def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
 
 
 @torch.inference_mode()

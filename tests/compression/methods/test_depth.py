@@ -18,8 +18,8 @@ from halve.compression import step_run
 from halve.compression.methods.depth import format_layers, parse_layers
 from halve.compression.recipe import parse_step
 from halve.errors import RecipeError
+from tests.common import TOKENS, logits, relative
 
-TOKENS = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(7))
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "head_dim": 16}
 FAMILIES = [
     ("llama", {"tie_word_embeddings": True}),
@@ -28,15 +28,6 @@ FAMILIES = [
     ("qwen3", SLIDING),
     ("opt", {}),
 ]
-
-
-def logits(folder: Path) -> torch.Tensor:
-    with torch.inference_mode():
-        return load_model(folder)(TOKENS)
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 def without(folder: Path, layers: list[int], kind: str | None = None) -> torch.Tensor:

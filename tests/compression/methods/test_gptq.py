@@ -27,6 +27,7 @@ from halve.compression.windows import Calibration, CalibrationOptions, make_wind
 from halve.errors import DataError, RecipeError
 from halve.quantization import QuantizedWeight, QuantSpec, quantize
 from halve.texts import read_documents
+from tests.common import FAMILIES
 
 ALL_SPECS = [QuantSpec(b, g, s) for b in (2, 3, 4, 8) for g in (16, -1) for s in (True, False)]
 SPEC_IDS = [f"{s.bits}bit-g{s.group_size}-{'sym' if s.symmetric else 'asym'}" for s in ALL_SPECS]
@@ -299,10 +300,6 @@ def test_a_hessian_of_another_layer_is_refused() -> None:
 
 
 # the step
-
-
-FAMILIES = [("llama", {"tie_word_embeddings": True}), ("qwen2", {}), ("qwen3", {}), ("opt", {}), ("mistral", {})]
-TOKENS = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(7))
 
 
 def walk_of(folder: Path) -> Walk:

@@ -14,23 +14,12 @@ from halve.compression.recipe import parse_step
 from halve.errors import RecipeError
 from halve.model.linear import Linear
 from halve.quantization import QuantizedWeight
-
-TOKENS = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(7))
-FAMILIES = [("llama", {"tie_word_embeddings": True}), ("qwen2", {}), ("qwen3", {}), ("opt", {})]
+from tests.common import FAMILIES, TOKENS, logits, relative
 
 
 def blocks(folder: Path) -> list[dict[str, Linear]]:
     checkpoint = open_checkpoint(folder)
     return [dict(checkpoint.block(i, torch.float32).linears.items()) for i in range(len(checkpoint.config.layers))]  # type: ignore[arg-type]
-
-
-def logits(folder: Path) -> torch.Tensor:
-    with torch.inference_mode():
-        return load_model(folder)(TOKENS)
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 def zeroed(

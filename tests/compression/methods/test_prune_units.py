@@ -15,29 +15,7 @@ from halve.checkpoint.reader import open_checkpoint
 from halve.compression import step_run
 from halve.compression.recipe import parse_step
 from halve.errors import RecipeError
-
-TOKENS = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(7))
-FAMILIES = [
-    ("llama", {"tie_word_embeddings": True}),
-    ("mistral", {}),
-    ("qwen2", {}),
-    ("qwen3", {"head_dim": 16}),
-    ("opt", {}),
-]
-
-
-def logits(folder: Path) -> torch.Tensor:
-    with torch.inference_mode():
-        return load_model(folder)(TOKENS)
-
-
-def their_logits(folder: Path) -> torch.Tensor:
-    with torch.inference_mode():
-        return AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+from tests.common import FAMILIES, TOKENS, logits, relative, their_logits
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from halve.measure.quality.protocols import PROTOCOLS, ChoiceProtocol
 from halve.measure.quality.protocols.generate import open_prompt, strict_answer
 from halve.measure.quality.race import Question, read_questions
 from halve.model.decoder import Model
+from tests.common import write_lines
 
 CONTEXT = 160
 ARTICLES = ["Tom has a cat.", "Ann went to town to buy bread. It rained.", "Long ago " * 12 + "a king lived."]
@@ -59,8 +59,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for number, article in enumerate(ARTICLES)
     ]
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return path
+    return write_lines(path, *records)
 
 
 class SlowLoop:

@@ -13,6 +13,7 @@ import pytest
 
 from halve.errors import DataError
 from halve.measure.quality.race import load_question_set, read_hub_questions, read_questions
+from tests.common import write_lines
 
 RECORD = {
     "id": "high1.txt",
@@ -24,11 +25,6 @@ RECORD = {
     "people": 1,
     "source": {"year": 2017},
 }
-
-
-def _jsonl(path: Path, *records: Any) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return path
 
 
 def test_jsonl_and_folder_and_single_file_agree(tmp_path: Path) -> None:
@@ -49,7 +45,7 @@ def test_jsonl_and_folder_and_single_file_agree(tmp_path: Path) -> None:
 
 
 def test_every_field_is_kept_as_it_is(tmp_path: Path) -> None:
-    first, second = read_questions(_jsonl(tmp_path / "q.jsonl", RECORD)).questions
+    first, second = read_questions(write_lines(tmp_path / "q.jsonl", RECORD)).questions
     assert (first.article_id, first.article, first.text) == ("high1.txt", RECORD["article"], "What has Tom?")
     assert first.options == ("a dog", "a cat", "a cow") and first.answer == 1
     assert second.options == ("black", "white") and second.answer == 0
@@ -59,7 +55,7 @@ def test_every_field_is_kept_as_it_is(tmp_path: Path) -> None:
 
 def test_articles_without_id_are_named_by_their_line(tmp_path: Path) -> None:
     bare = {key: RECORD[key] for key in ("article", "questions", "options", "answers")}
-    ids = [q.article_id for q in read_questions(_jsonl(tmp_path / "q.jsonl", bare, bare)).questions]
+    ids = [q.article_id for q in read_questions(write_lines(tmp_path / "q.jsonl", bare, bare)).questions]
     assert ids == ["q.jsonl:1", "q.jsonl:1", "q.jsonl:2", "q.jsonl:2"]
 
 
@@ -78,7 +74,7 @@ def test_articles_without_id_are_named_by_their_line(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_records_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    path = _jsonl(tmp_path / "q.jsonl", RECORD, RECORD | change)
+    path = write_lines(tmp_path / "q.jsonl", RECORD, RECORD | change)
     with pytest.raises(DataError, match=message) as caught:
         read_questions(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
@@ -90,7 +86,7 @@ def test_broken_json_is_named_with_line_and_column(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line 3: not JSON \(.*column 2\); want"):
         read_questions(path)
     with pytest.raises(DataError, match="line 1: is a list, not an object"):
-        read_questions(_jsonl(tmp_path / "list.jsonl", [RECORD]))
+        read_questions(write_lines(tmp_path / "list.jsonl", [RECORD]))
     broken = tmp_path / "q.txt"
     broken.write_text('{"article": "a",\n "questions": [}')
     with pytest.raises(DataError, match=r"q\.txt, line 2: not JSON"):
@@ -173,7 +169,7 @@ def test_the_real_datasets_package_reads_the_same_questions(tmp_path: Path, monk
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     folder = tmp_path / "set"
     folder.mkdir()
-    _jsonl(folder / "test.jsonl", *_hub_rows())
+    write_lines(folder / "test.jsonl", *_hub_rows())
     questions = read_hub_questions(str(folder), None, "test").questions
     assert [(q.text, q.options, q.answer) for q in questions] == [
         ("What?", ("a dog", "a cat"), 1),
@@ -190,7 +186,7 @@ def test_data_that_no_task_has_by_itself() -> None:
         load_question_set("hub:a:b:c:d", None)
 
 
-def test_the_40_original_files_are_the_same_questions_as_the_jsonl(assets: Path) -> None:
+def test_the_40_original_files_are_the_same_questions_as_thewrite_lines(assets: Path) -> None:
     folder = read_questions(assets / "data/race/test_high_txt_sample").questions
     lines = read_questions(assets / "data/race/race_high_test.jsonl").questions
     by_article: dict[str, list[Any]] = {}

@@ -22,6 +22,7 @@ from halve.compression.compress import compress
 from halve.errors import DataError, HalveError, OutputError, RecipeError
 from halve.measure.records import read_record
 from halve.studies.search.options import Floor
+from tests.common import write_word_tokenizer
 
 ONE = {"steps": ["l1-inputs"], "vary": ["l1-inputs.fraction=0..0.9"], "floor": 0.6, "resolution": 0.05}
 SEVERAL = {
@@ -60,18 +61,11 @@ class Subject:
 @pytest.fixture(scope="session")
 def subject(make_hf, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     """A small random model and an exam that it answers without a mistake, so that pruning it costs accuracy."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     from halve import evaluate
 
     folder = tmp_path_factory.mktemp("search")
     model = Path(shutil.copytree(make_hf("llama"), folder / "tiny"))
-    names = ["<unk>", "<s>", "</s>", *WORDS]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    tokenizer.save(str(model / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (model / "tokenizer_config.json").write_text(json.dumps(config | {"unk_token": "<unk>"}))
+    write_word_tokenizer(model, WORDS)
 
     draw = random.Random(1)
     items = [

@@ -23,6 +23,7 @@ from halve.studies.system1.protocol import System1Timing
 from halve.studies.system1.reproduce import Study, _Run, reproduce_system1
 from halve.studies.system1.tables import tables
 from halve.studies.system1.variants import OWN, RIGHT, Variant
+from tests.common import write_word_tokenizer
 
 EXAM = READER / "exam_questions.jsonl"
 QUICK = {"data": EXAM, "protocol": "pmi", "limit": 6, "calibration": READER / "calibration.txt", "samples": 2}
@@ -43,15 +44,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def opt(make_hf: Callable[..., Path], tmp_path: Path) -> Path:
     """A small OPT with a word tokenizer and questions made of its words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     folder = Path(shutil.copytree(make_hf("opt", max_position_embeddings=128), tmp_path / "opt"))
-    words = ["<unk>", "<s>", "</s>", *"the cat dog sat ran mat . , A B C D : ) ? Question Answer Article".split()]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+    write_word_tokenizer(folder, "the cat dog sat ran mat . , A B C D : ) ? Question Answer Article".split())
     item = {"questions": ["the cat ?"], "options": [["sat", "ran", "mat", "dog"]], "answers": ["A"]}
     lines = [json.dumps({"id": str(n), "article": "the cat sat . " * (n + 1)} | item) for n in range(3)]
     (tmp_path / "exam.jsonl").write_text("\n".join(lines))

@@ -1,0 +1,62 @@
+"""What several tests need: tokens, the families, logits of a folder, how far two results are apart, tokenizers, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halve import load_model
+
+# for models of `make_hf`, whose vocabulary has 97 entries
+TOKENS = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(7))
+# what Hugging Face calls the model, and options for `make_hf`
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"tie_word_embeddings": True}),
+    ("mistral", {}),
+    ("qwen2", {}),
+    ("qwen3", {"head_dim": 16}),
+    ("opt", {}),
+]
+
+
+@torch.no_grad()
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Norm of the difference as a share of the norm of `theirs`, in float64."""
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+@torch.inference_mode()
+def logits(folder: Path, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    """The logits of halve's model."""
+    return load_model(folder)(tokens)
+
+
+@torch.inference_mode()
+def their_logits(folder: Path, **options: object) -> torch.Tensor:
+    """The logits of transformers' model."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, **options)(TOKENS).logits
+
+
+def write_word_tokenizer(folder: Path, words: Iterable[str]) -> None:
+    """Give the model in `folder` a tokenizer whose tokens are <unk>, <s>, </s> and then `words`, split at spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_lines(path: Path, *records: Any) -> Path:
+    """A JSON-lines file of `records`."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
