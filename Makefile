@@ -16,10 +16,10 @@ check: $(READY)
 	$(BIN)/ruff check src tests benchmarks tools
 	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m tools.docs.tables --check
+	$(BIN)/python -m tools.docs --check
 
 docs: $(READY)
-	$(BIN)/python -m tools.docs.tables
+	$(BIN)/python -m tools.docs
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11 ...")'

@@ -38,7 +38,7 @@ from halve.measure.speed.benchmark import make_record
 from halve.measure.speed.timed_model import BenchmarkOptions, Placement, TimedModel
 from halve.measure.speed.timing import PassTimes, kv_bytes_per_step, random_prompt, spread, time_pass
 from halve.model.decoder import Model
-from tools.docs.tables import ROOT, update
+from tools.docs.pages import ROOT, update
 
 PEERS = Path(__file__).resolve().parent / "peers"
 SHAPE = ROOT / "benchmarks/shapes/llama-3.2-1b"

@@ -9,21 +9,9 @@ from pathlib import Path
 import pytest
 
 import halve
+from tools.docs.layers import LAYERS
 
 PACKAGE = Path(halve.__file__).parent
-LAYERS = [
-    {"_version", "errors", "progress"},
-    {"files", "texts"},
-    {"quantization"},
-    {"kernels"},
-    {"model"},
-    {"checkpoint", "decode"},
-    {"compression", "measure"},
-    {"studies"},
-    {"report"},
-    {"demo"},
-    {"cli"},
-]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 ENTRIES = {"__init__", "__main__"}  # the public names and `python -m halve`: they see everything
 MODULE_LINES, FUNCTION_LINES = 400, 55

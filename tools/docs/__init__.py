@@ -1,1 +1,1 @@
-"""The pages made from what they describe: tables from records. Not in the wheel."""
+"""Parts of the pages made from what they describe: tables from records, the map from the rooms, help from the command."""

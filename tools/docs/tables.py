@@ -1,7 +1,4 @@
-"""Write the tables of README.md and docs/*.md from the records, so that no figure in them is typed.
-
-    python -m tools.docs.tables            rewrite every table
-    python -m tools.docs.tables --check    change nothing; exit with 1 when a table is stale
+"""Tables of README.md and docs/*.md from the records, so that no figure in them is typed.
 
 A table stands between two comments, of which the first says how it is made; paths are relative to the project:
 
@@ -17,41 +14,15 @@ Several patterns are separated by spaces; files keep the order of the patterns, 
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import re
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from halve.errors import DataError, HalveError
+from halve.errors import DataError
 from halve.measure.records import Record, read_record
 from halve.measure.table import MISSING, circumstances, compare, show_bytes, show_share
 from halve.studies.system1.tables import fraction_table, model_table
-
-ROOT = Path(__file__).resolve().parents[2]
-OPENING = re.compile(r"^<!-- table (?P<request>.*?) -->[ \t]*\n", re.MULTILINE)
-CLOSING = "<!-- end table -->"
-
-
-def render(text: str, root: Path, source: str) -> str:
-    """`text` with the inside of every table comment pair made anew; DataError for a malformed request."""
-    done, position = [], 0
-    while opening := OPENING.search(text, position):
-        line = text.count("\n", 0, opening.start()) + 1
-        end = text.find(CLOSING, opening.end())
-        following = OPENING.search(text, opening.end())
-        if end < 0 or (following and following.start() < end):
-            raise DataError(f"{source}, line {line}: the table has no {CLOSING}: add it")
-        try:
-            table = make_table(opening["request"], root)
-        except HalveError as error:
-            raise DataError(f"{source}, line {line}: {error}") from error
-        done += [text[position : opening.end()], table]
-        position = end
-    return "".join([*done, text[position:]])
 
 
 def make_table(request: str, root: Path) -> str:
@@ -153,49 +124,3 @@ def show(key: str, value: Any) -> str:
 
 def _footnotes(notes: list[str]) -> str:
     return "".join(f"\n<sub>{note}</sub>\n" for note in notes)
-
-
-def pages(root: Path) -> list[Path]:
-    """The pages that may hold tables."""
-    return [path for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))] if path.is_file()]
-
-
-def update(root: Path, check: bool) -> list[Path]:
-    """Rewrite the tables below `root`, or with `check` only find them; returns the pages that are stale."""
-    stale = []
-    for page in pages(root):
-        text = page.read_text(encoding="utf-8")
-        name = str(page.relative_to(root))
-        fresh = render(text, root, name)
-        if fresh == text:
-            continue
-        stale.append(page)
-        if check:
-            lines = difflib.unified_diff(
-                text.splitlines(), fresh.splitlines(), name, "from the records", lineterm="", n=0
-            )
-            sys.stderr.write("\n".join(lines) + "\n")
-        else:
-            page.write_text(fresh, encoding="utf-8")
-    return stale
-
-
-def main() -> int:
-    """The program; returns its exit code."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing, fail when a table is stale")
-    parser.add_argument("--root", type=Path, default=ROOT, help="the project's folder")
-    arguments = parser.parse_args()
-    try:
-        stale = update(arguments.root, arguments.check)
-    except HalveError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for page in stale:
-        print(f"{page.relative_to(arguments.root)}: {'stale, run make docs' if arguments.check else 'rewritten'}")
-    return 1 if stale and arguments.check else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

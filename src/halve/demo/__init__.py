@@ -1,1 +1,1 @@
-"""The bundled reader: its generated English, its exam and the script that trained it."""
+"""The bundled reader: `halve demo` compresses a small trained model in several ways, examines and times each."""

@@ -9,9 +9,9 @@ import pytest
 
 from halve.errors import DataError
 from halve.measure.records import new_record, write_record
-from tools.docs import tables
+from tools.docs import __main__, pages, tables
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[3]
 COMPARE = '<!-- table compare records="results/*.json" columns="model,decode_ms_median" -->'
 FIGURES = (
     '<!-- table figures records="results/b.json results/a.json" '
@@ -43,14 +43,14 @@ def root(tmp_path: Path) -> Path:
 def test_tables_come_from_the_records_and_the_text_stays(root: Path) -> None:
     page = root / "docs" / "speed.md"
     page.write_text(f"before\n{COMPARE}\nold\n{END}\nbetween\n{FIGURES}\n{END}\nafter\n")
-    assert tables.update(root, check=False) == [page]
+    assert pages.update(root, check=False) == [page]
     text = page.read_text()
     assert text.startswith(f"before\n{COMPARE}\n| model | decode (ms) |\n| --- | ---: |\n| a | 10.00 |\n| b | 4.50 |\n")
     assert "| model | TTFT | bytes | floor_share |\n" in text
     assert "| b | - | 2 MB | 50 % |\n| a | 1235 | 2 MB | 50 % |\n" in text
     assert "\nbetween\n" in text and text.endswith(f"{END}\nafter\n") and "old" not in text
     assert "Speed measured on: Chip" in text
-    assert tables.update(root, check=False) == []
+    assert pages.update(root, check=False) == []
 
 
 def test_a_row_for_each_entry_of_a_list(root: Path) -> None:
@@ -66,12 +66,12 @@ def test_a_row_for_each_entry_of_a_list(root: Path) -> None:
 def test_check_finds_a_changed_record_and_changes_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = root / "README.md"
     page.write_text(f"{COMPARE}\n{END}\n")
-    tables.update(root, check=False)
-    assert tables.update(root, check=True) == []
+    pages.update(root, check=False)
+    assert pages.update(root, check=True) == []
     text = page.read_text()
     record = root / "results" / "a.json"
     record.write_text(record.read_text().replace("10.0", "11.0"))
-    assert tables.update(root, check=True) == [page]
+    assert pages.update(root, check=True) == [page]
     assert page.read_text() == text
     assert "+| a | 11.00 |" in capsys.readouterr().err
 
@@ -79,10 +79,10 @@ def test_check_finds_a_changed_record_and_changes_nothing(root: Path, capsys: py
 def test_the_exit_code_says_stale(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "README.md").write_text(f"{COMPARE}\n{END}\n")
     for arguments, code in ((["--check"], 1), ([], 0), (["--check"], 0)):
-        monkeypatch.setattr(sys, "argv", ["tables.py", "--root", str(root), *arguments])
-        assert tables.main() == code
+        monkeypatch.setattr(sys, "argv", ["docs", "--root", str(root), *arguments])
+        assert __main__.main() == code
     (root / "README.md").write_text(f"{COMPARE}\n")
-    assert tables.main() == 2
+    assert __main__.main() == 2
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,8 @@ def test_the_exit_code_says_stale(root: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_malformed_requests_are_refused(root: Path, text: str, says: str) -> None:
     (root / "README.md").write_text(text)
     with pytest.raises(DataError, match=says):
-        tables.update(root, check=True)
+        pages.update(root, check=True)
 
 
-def test_the_tables_of_this_project_are_fresh() -> None:
-    assert [str(page) for page in tables.update(PROJECT, check=True)] == []
+def test_the_pages_of_this_project_are_fresh() -> None:
+    assert [str(page) for page in pages.update(PROJECT, check=True)] == []

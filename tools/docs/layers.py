@@ -1,0 +1,15 @@
+"""The rooms of the package, lowest first: a room imports only itself and lower layers. Tests keep it, README shows it."""
+
+LAYERS = [
+    {"_version", "errors", "progress"},
+    {"files", "texts"},
+    {"quantization"},
+    {"kernels"},
+    {"model"},
+    {"checkpoint", "decode"},
+    {"compression", "measure"},
+    {"studies"},
+    {"report"},
+    {"demo"},
+    {"cli"},
+]
