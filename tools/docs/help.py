@@ -20,9 +20,9 @@ def make_help(request: str, root: Path) -> str:
     if request:
         raise DataError(f'"{request}" is too much: help takes no options')
     commands: dict[str, Any] = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
-    lines = [f"    halve {name:<10} {command.get_short_help_str(WIDTH)}".rstrip() for name, command in commands.items()]
+    lines = [f"- [halve {name}](#halve-{name}): {c.get_short_help_str(WIDTH)}" for name, c in commands.items()]
     sections = [f"## halve {name}\n\n```text\n{_help(name, command)}\n```\n" for name, command in commands.items()]
-    return "\n".join(["\n".join(lines) + "\n", *sections])
+    return "\n".join(["".join(f"{line}\n" for line in lines), *sections])
 
 
 def _help(name: str, command: Any) -> str:
