@@ -32,14 +32,15 @@ def kept_count(size: int, fraction: float) -> int:
 
 def _dense_rows(linear: Linear) -> Iterator[Tensor]:
     """The stored weight [K, S] as float32 (float64 stays), some rows at a time."""
-    for first in range(0, linear.weight.shape[0], _CHUNK_ROWS):
+    weight = linear.weight
+    for first in range(0, weight.shape[0], _CHUNK_ROWS):
         rows = slice(first, first + _CHUNK_ROWS)
-        if isinstance(linear.weight, QuantizedWeight):
-            index = torch.arange(*rows.indices(linear.weight.out_features), device=linear.weight.device)
-            yield linear.weight.rows(index).dequantize()
+        if isinstance(weight, QuantizedWeight):
+            index = torch.arange(*rows.indices(weight.out_features), device=weight.device)
+            yield weight.rows(index).dequantize()
         else:
-            weight = linear.weight[rows]
-            yield weight if weight.dtype == torch.float64 else weight.float()
+            part = weight[rows]
+            yield part if part.dtype == torch.float64 else part.float()
 
 
 def column_norms(linear: Linear) -> Tensor:
