@@ -12,7 +12,8 @@ import torch
 from kernels_cpu import make_weight
 
 from halve.compression.methods.allocation import rounded_width
-from halve.model.decoder import Block, LayerConfig, Model
+from halve.model.config import LayerConfig
+from halve.model.decoder import Block, Model
 from halve.model.linear import Linear
 from halve.model.merge import merge_siblings
 from halve.quantization import QuantSpec

@@ -91,16 +91,6 @@ def test_rows_of_unequal_length_agree_with_one_by_one(folder: Path) -> None:
         assert relative(torch.stack([s[i, 0] for s in steps]), alone[length:]) < 1e-5
 
 
-@torch.inference_mode()
-def test_expanded_cache_continues_a_shared_prefix(folder: Path) -> None:
-    model = load_model(folder)
-    tokens = torch.randint(0, 97, (4, 12), generator=torch.Generator().manual_seed(4))
-    tokens[:, :8] = tokens[0, :8]
-    cache = model.new_cache(1, 8)
-    model(tokens[:1, :8], cache)
-    assert relative(model(tokens[:, 8:], cache.expand(4, 4)), model(tokens)[:, 8:]) < 1e-5
-
-
 def _edit(folder: Path, tmp_path: Path, **changes: object) -> Path:
     raw = json.loads((folder / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v != "DELETE"}))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import torch
 
-from halve.model.decoder import ModelConfig
+from halve.model.config import ModelConfig
 from halve.model.families import Family
 
 

@@ -18,8 +18,9 @@ from halve.checkpoint.stored import PACKED, WEIGHT, StoredLinear, tensor_names
 from halve.checkpoint.tensors import PrefixedTensors, RandomTensors, SafetensorsFolder, TensorSource, expect
 from halve.errors import CheckpointError, HalveError, UnsupportedModelError
 from halve.model import families
-from halve.model.decoder import Block, Model, ModelConfig, Norm
-from halve.model.families import Family, LinearShape
+from halve.model.config import ModelConfig
+from halve.model.decoder import Block, Model, Norm
+from halve.model.families import Family, LinearShape, NormShape
 from halve.model.linear import Linear
 from halve.model.merge import merge_siblings
 from halve.quantization import QuantSpec
@@ -115,32 +116,23 @@ class Checkpoint:
         shapes = families.projection_linears(self.family, self.config)
         return {s.role: self.linear(s, dtype, device) for s in shapes}
 
-    def norm(self, name: str, size: int, kind: str, dtype: torch.dtype, device: torch.device | str) -> Norm:
-        def part(full: str) -> Tensor | None:
+    def norm(self, shape: NormShape, dtype: torch.dtype, device: torch.device | str) -> Norm:
+        def part(name: str) -> Tensor | None:
+            full = f"{shape.name}.{name}"
             return self.tensor(full, dtype, device) if full in self.tensors.shapes else None
 
-        return Norm(part(f"{name}.weight"), part(f"{name}.bias"), self.config.norm_eps, kind, size)
+        return Norm(part("weight"), part("bias"), self.config.norm_eps, shape.kind, shape.size)
 
     def final_norm(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Norm | None:
-        if not self.config.final_norm:
-            return None
-        return self.norm(self.family.names["final_norm"], self.config.hidden_size, self.config.norm, dtype, device)
+        shape = families.final_norm(self.family, self.config)
+        return None if shape is None else self.norm(shape, dtype, device)
 
     def block(self, index: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Block:
         """One layer, its linears unmerged."""
-        config = self.config
-        layer = config.layers[index]
-        shapes = families.block_linears(self.family, config, index)
-        linears = {s.role: self.linear(s, dtype, device) for s in shapes}
-        roles = (["attn_norm"] if layer.has_attention else []) + (["mlp_norm"] if layer.has_mlp else [])
-        norms = {
-            role: self.norm(self.family.block_name(index, role), config.hidden_size, config.norm, dtype, device)
-            for role in roles
-        }
-        if config.qk_norm and layer.has_attention:
-            for role in ("q_norm", "k_norm"):
-                norms[role] = self.norm(self.family.block_name(index, role), config.head_dim, "rms", dtype, device)
-        return Block(config, layer, index, linears, norms)
+        family, config = self.family, self.config
+        linears = {s.role: self.linear(s, dtype, device) for s in families.block_linears(family, config, index)}
+        norms = {s.role: self.norm(s, dtype, device) for s in families.block_norms(family, config, index)}
+        return Block(config, config.layers[index], index, linears, norms)
 
     def check(self) -> None:
         """Every tensor present, none unexpected, all of the right shape; from the headers alone."""

@@ -74,8 +74,7 @@ def keep_inputs(linear: Linear, kept: Tensor) -> Linear:
     if kept.numel() == linear.weight.shape[1]:
         return linear
     index = kept if linear.input_index is None else linear.input_index[kept]
-    weight = _columns(linear.weight, kept)
-    return Linear(weight, linear.bias, index, linear.output_index, linear.in_features, linear.out_features)
+    return linear.replaced(weight=_columns(linear.weight, kept), input_index=index)
 
 
 def keep_outputs(linear: Linear, kept: Tensor) -> Linear:
@@ -83,20 +82,17 @@ def keep_outputs(linear: Linear, kept: Tensor) -> Linear:
     if kept.numel() == linear.weight.shape[0]:
         return linear
     index = kept if linear.output_index is None else linear.output_index[kept]
-    weight = _rows(linear.weight, kept)
-    return Linear(weight, linear.bias, linear.input_index, index, linear.in_features, linear.out_features)
+    return linear.replaced(weight=_rows(linear.weight, kept), output_index=index)
 
 
 def narrow_inputs(linear: Linear, kept: Tensor) -> Linear:
     """The layer for inputs of which only `kept` (int64, ascending) are left; it must read all of them so far."""
     assert linear.input_index is None, "narrowing a layer that gathers its inputs"
-    return Linear(
-        _columns(linear.weight, kept), linear.bias, None, linear.output_index, kept.numel(), linear.out_features
-    )
+    return linear.replaced(weight=_columns(linear.weight, kept), in_features=kept.numel())
 
 
 def narrow_outputs(linear: Linear, kept: Tensor) -> Linear:
     """The layer that computes only the outputs `kept` (int64, ascending), biases too; it must compute all of them so far."""
     assert linear.output_index is None, "narrowing a layer that scatters its outputs"
     bias = None if linear.bias is None else linear.bias[kept].contiguous()
-    return Linear(_rows(linear.weight, kept), bias, linear.input_index, None, linear.in_features, kept.numel())
+    return linear.replaced(weight=_rows(linear.weight, kept), bias=bias, out_features=kept.numel())

@@ -10,7 +10,7 @@ import torch
 
 from halve.compression.plan import ModelState
 from halve.compression.walk import HELD_BYTES
-from halve.model.decoder import ModelConfig
+from halve.model.config import ModelConfig
 
 _PASSES = 2.5  # forward, Hessian and solution of a calibrated step, in units of one forward pass (measured on GPTQ)
 _READ_BYTES_PER_S = 0.5e9  # reading, transforming and writing weights, on a slow disk

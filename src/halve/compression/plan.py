@@ -12,7 +12,7 @@ from halve.checkpoint.reader import Checkpoint
 from halve.checkpoint.stored import StoredLinear
 from halve.errors import RecipeError
 from halve.model import families
-from halve.model.decoder import ModelConfig
+from halve.model.config import ModelConfig
 from halve.model.families import Family
 from halve.quantization import QuantSpec
 

@@ -19,6 +19,7 @@ from halve.kernels.cpu import KINDS, CpuMatmul, Library, load_library
 from halve.kernels.structures import MAX_COUNT, CacheStruct, LayerStruct, LinearStruct, ModelStruct, NormStruct
 from halve.model.decoder import Block, Model, Norm
 from halve.model.linear import Linear
+from halve.model.wiring import ATTENTION, HEAD_NORMS, MLP, SUBLAYERS, wires
 
 _ACTIVATIONS = {"silu": 0, "swish": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu": 3}
 
@@ -126,21 +127,21 @@ class CpuStep(TorchStep):
 
 
 def _describe_block(block: Block, layer: LayerStruct) -> None:
-    config, linears = block.layer, block.linears
-    for field, role in (("attention_norm", "attn_norm"), ("mlp_norm", "mlp_norm")):
-        setattr(layer, field, _norm(_named(block, role)))
-    for field, role in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
+    config = block.layer
+    norms = {"attention_norm": ATTENTION.norm, "mlp_norm": MLP.norm}
+    norms |= dict(zip(("query_norm", "key_norm"), HEAD_NORMS, strict=True))
+    for field, role in norms.items():
         setattr(layer, field, _norm(_named(block, role)))
     layer.window = config.sliding_window or 0
     if config.has_attention:
-        layer.heads, layer.kv_heads = config.num_heads, config.num_kv_heads
-        _fill(layer.qkv, block, ["qkv_proj"] if "qkv_proj" in linears else ["q_proj", "k_proj", "v_proj"])
-        layer.o = _linear(linears["o_proj"])
+        layer.heads = config.num_heads
+        layer.kv_heads = config.num_kv_heads
+        _fill(layer.qkv, block, ATTENTION.running_readers(block.linears))
+        layer.o = _linear(block.linears[ATTENTION.writer])
     if config.has_mlp:
         layer.width = config.intermediate_size
-        separate = ["gate_proj", "up_proj"] if block.config.gated else ["up_proj"]
-        _fill(layer.up, block, ["gate_up_proj"] if "gate_up_proj" in linears else separate)
-        layer.down = _linear(linears["down_proj"])
+        _fill(layer.up, block, MLP.running_readers(block.linears))
+        layer.down = _linear(block.linears[MLP.writer])
 
 
 def _fill(array: ctypes.Array[LinearStruct], block: Block, roles: Sequence[str]) -> None:
@@ -151,8 +152,8 @@ def _fill(array: ctypes.Array[LinearStruct], block: Block, roles: Sequence[str])
 def _outputs(block: torch.nn.Module) -> int:
     """Numbers that the widest linears side by side write."""
     assert isinstance(block, Block)
-    layer, size = block.layer, block.config.head_dim
-    return max((layer.num_heads + 2 * layer.num_kv_heads) * size, layer.intermediate_size * (1 + block.config.gated))
+    written = {wire.role: wire.outputs(block.config, block.layer) for wire in wires(block.config, block.layer)}
+    return max(sum(written.get(role, 0) for role in sublayer.readers) for sublayer in SUBLAYERS.values())
 
 
 def _named(block: Block, role: str) -> Norm | None:

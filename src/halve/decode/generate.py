@@ -15,7 +15,8 @@ from halve.decode.engines import start_engine
 from halve.decode.sampling import Sampling, TokenChooser
 from halve.decode.text_stream import TextStream, TokenizerLike
 from halve.errors import DataError, HalveError
-from halve.model.decoder import KVCache, Model
+from halve.model.cache import KVCache
+from halve.model.decoder import Model
 
 OnToken = Callable[[int, int], None]  # (row, token id), as soon as the token is known
 

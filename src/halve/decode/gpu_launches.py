@@ -30,13 +30,19 @@ from halve.kernels.triton_backend import (
     write_normed_input,
 )
 from halve.kernels.triton_layout import Operand
-from halve.model.decoder import Block, KVCache, LayerConfig, Model, Norm
+from halve.model.cache import KVCache
+from halve.model.config import LayerConfig
+from halve.model.decoder import Block, Model, Norm
 from halve.model.linear import Linear
+from halve.model.wiring import ATTENTION, HEAD_NORMS, MLP, SUBLAYERS
 
 STORE, ADD, GATE, TIMES = 0, 1, 2, 3  # epilogues of triton_matmul
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3}
 # of attention: slots of a block, most programs of a head, slots worth a program
 _SLOTS, _SPLITS, _SHORTEST = 64, 16, 64
+
+# linears whose outputs are added to something or multiplied with it where they are made
+_FUSED = (ATTENTION.writer, MLP.readers[-1], MLP.writer)
 
 Launch = Callable[[], None]
 
@@ -53,7 +59,7 @@ def unsupported(model: Model) -> str | None:
     for name, linear in model.linears():
         if not isinstance(linear._matmul, TritonMatmul):
             return f"{name} runs {linear.kernel}"
-        fused = name.endswith(("o_proj", "up_proj", "down_proj"))
+        fused = name.rpartition(".")[2] in _FUSED
         if fused and linear.output_index is not None and linear.bias is not None:
             return f"{name} has removed outputs and a bias"
     return None
@@ -192,16 +198,16 @@ class StepLaunches:
     def _sublayer(self, sublayer: _Sublayer, source: _Normed, following: NormedInput) -> list[Launch]:
         block, last = sublayer.block, sublayer.last
         assert block is not None and last is not None
-        if block.layer.has_attention and last is block.linears["o_proj"]:
+        if block.layer.has_attention and last is block.linears[ATTENTION.writer]:
             launches, x = self._attention(block, sublayer.linears, source, last)
         else:
             launches, x = self._mlp(block.layer, sublayer.linears, source, last)
         return [*launches, *self._into_stream(last, x, following)]
 
     def _attention(
-        self, block: Block, linears: list[Linear], source: _Normed, o_proj: Linear
+        self, block: Block, linears: list[Linear], source: _Normed, writer: Linear
     ) -> tuple[list[Launch], Tensor]:
-        """Launches up to what o_proj reads, and that."""
+        """Launches up to what `writer` reads, and that."""
         widths = [linear.out_features for linear in linears]
         if all(linear.output_index is None for linear in linears):
             qkv = self._shared_buffer("qkv", sum(widths))
@@ -210,7 +216,7 @@ class StepLaunches:
         launches: list[Launch] = []
         for linear, x, out in zip(linears, source.views, qkv.split(widths, dim=1), strict=True):
             launches.append(self._product(linear, x, out, norm=source.input))
-        heads = self._for_readers("heads", [o_proj], block.layer.num_heads * self.config.head_dim)
+        heads = self._for_readers("heads", [writer], block.layer.num_heads * self.config.head_dim)
         return [*launches, self._attend(block, qkv, heads)], heads.views[0]
 
     def _mlp(
@@ -275,7 +281,7 @@ class StepLaunches:
         (keys, values), (cos, sin) = pair, self._cos_sin
         gains, eps = [qkv, qkv], 0.0
         if self.config.qk_norm:
-            norms = [norm for n in ("q_norm", "k_norm") if isinstance(norm := block.norms[n], Norm)]
+            norms = [norm for n in HEAD_NORMS if isinstance(norm := block.norms[n], Norm)]
             gains, eps = [norm.weight for norm in norms], norms[0].eps
         rows, width = self._padded(layer)
         slots = _SLOTS if width * self.dtype.itemsize < 1024 else _SLOTS // 2  # as much as shared memory holds
@@ -298,13 +304,11 @@ def _sublayers(model: Model) -> Iterator[_Sublayer]:
     """All of a model in the order they run; the last one is the head."""
     for block in model.blocks:
         assert isinstance(block, Block)
-        for present, norm, roles, last in (
-            (block.layer.has_attention, "attn_norm", ("qkv_proj", "q_proj", "k_proj", "v_proj"), "o_proj"),
-            (block.layer.has_mlp, "mlp_norm", ("gate_up_proj", "gate_proj", "up_proj"), "down_proj"),
-        ):
-            if present:
-                linears = [block.linears[role] for role in roles if role in block.linears]
-                yield _Sublayer(block, block.norms[norm], linears, block.linears[last])  # type: ignore[arg-type]
+        for sublayer in SUBLAYERS.values():
+            if sublayer.units(block.layer):
+                readers = [block.linears[role] for role in sublayer.running_readers(block.linears)]
+                norm, writer = block.norms[sublayer.norm], block.linears[sublayer.writer]
+                yield _Sublayer(block, norm, readers, writer)  # type: ignore[arg-type]
     assert model.final_norm is not None
     yield _Sublayer(None, model.final_norm, [model.head], None)
 

@@ -20,7 +20,8 @@ from halve.decode import gpu_launches
 from halve.decode.sampling import TokenChooser
 from halve.kernels import triton_backend
 from halve.kernels.triton_backend import launch_options
-from halve.model.decoder import KVCache, Model
+from halve.model.cache import KVCache
+from halve.model.decoder import Model
 
 _CAPACITY_STEP = 256  # slots; a cache is made somewhat larger, so that the next prompt can use the same captured step
 

@@ -7,14 +7,17 @@ h head size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from halve.model import wiring
+from halve.model.cache import KVCache
+from halve.model.config import LayerConfig, ModelConfig
 from halve.model.linear import Linear
-from halve.model.rotary import RopeConfig, Rotary
+from halve.model.rotary import Rotary
+from halve.model.wiring import ATTENTION, SUBLAYERS
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -24,50 +27,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": functional.relu,
 }
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """Widths of one layer; 0 heads means no attention sublayer, 0 intermediate size no MLP."""
-
-    num_heads: int
-    num_kv_heads: int
-    intermediate_size: int
-    sliding_window: int | None = None  # a query sees itself and the window - 1 tokens before it
-
-    @property
-    def has_attention(self) -> bool:
-        return self.num_heads > 0
-
-    @property
-    def has_mlp(self) -> bool:
-        return self.intermediate_size > 0
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Everything that changes the maths, independent of how a family names it."""
-
-    vocab_size: int
-    hidden_size: int
-    head_dim: int
-    max_positions: int
-    layers: tuple[LayerConfig, ...]
-    norm_eps: float
-    activation: str
-    tied: bool
-    rope: RopeConfig | None = None  # None: learned positions
-    position_offset: int = 0  # learned positions: rows of the table before position 0
-    norm: str = "rms"  # or "layer" (with bias)
-    norm_affine: bool = True
-    norm_first: bool = True  # False: normalise after the residual sum (OPT-350m)
-    final_norm: bool = True
-    gated: bool = True
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    embed_size: int = 0  # 0: hidden_size; otherwise projected in and out (OPT-350m)
 
 
 class Norm(nn.Module):
@@ -81,41 +40,6 @@ class Norm(nn.Module):
         if self.kind == "rms":
             return functional.rms_norm(x, self.shape, self.weight, self.eps)
         return functional.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, one pair of [B, K, S, h] buffers per layer with attention.
-
-    `lengths` is the number of live slots: an int when all rows agree, an int64 tensor [B] when they differ.
-    """
-
-    def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
-        self.batch, self.capacity = batch, capacity
-        self.lengths: int | Tensor = 0
-        self.layers: list[tuple[Tensor, Tensor] | None] = []
-        for layer in config.layers:
-            shape = (batch, layer.num_kv_heads, capacity, config.head_dim)
-            pair = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-            self.layers.append(pair if layer.has_attention else None)
-
-    def expand(self, batch: int, extra: int) -> KVCache:
-        """A copy of a one-row cache for `batch` continuations of up to `extra` tokens each."""
-        assert isinstance(self.lengths, int)
-        live, grown = self.lengths, object.__new__(KVCache)
-        grown.batch, grown.capacity, grown.lengths, grown.layers = batch, live + extra, live, []
-        for pair in self.layers:
-            if pair is None:
-                grown.layers.append(None)
-                continue
-            keys, values = (t[:, :, :live].expand(batch, -1, -1, -1) for t in pair)
-            grown.layers.append((functional.pad(keys, (0, 0, 0, extra)), functional.pad(values, (0, 0, 0, extra))))
-        return grown
-
-    @property
-    def nbytes(self) -> int:
-        return sum(k.nbytes + v.nbytes for k, v in (pair for pair in self.layers if pair is not None))
 
 
 class Span:
@@ -132,7 +56,6 @@ class Span:
         self.tokens, self.cache, self.device = tokens, cache, device
         start = 0 if cache is None else cache.lengths
         self.start = start
-        self.first = start if isinstance(start, int) else int(start.min())
         self.end = (start if isinstance(start, int) else int(start.max())) + tokens
         steps = torch.arange(tokens, device=device)
         self.positions = steps + start if isinstance(start, int) else steps + start.unsqueeze(1)  # [T] or [B, T]
@@ -185,41 +108,25 @@ class Block(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x_BTD: Tensor, span: Span) -> Tensor:
-        if self.layer.has_attention:
-            x_BTD = self._residual(x_BTD, "attn_norm", lambda x: self._attention(x, span))
-        if self.layer.has_mlp:
-            x_BTD = self._residual(x_BTD, "mlp_norm", self._mlp)
-        return x_BTD
-
-    def _residual(self, x: Tensor, norm: str, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.config.norm_first:
-            return x + sublayer(self.norms[norm](x))
-        return self.norms[norm](x + sublayer(x))
+        return run_to_end(self.stages(x_BTD, span))
 
     def stage_roles(self) -> list[tuple[str, ...]]:
         """The linears that read one input, in the order they run (siblings not merged)."""
-        attention = [("q_proj", "k_proj", "v_proj"), ("o_proj",)]
-        mlp = [("gate_proj", "up_proj") if self.config.gated else ("up_proj",), ("down_proj",)]
-        return attention * self.layer.has_attention + mlp * self.layer.has_mlp
+        return wiring.stages(self.config, self.layer)
 
     def stages(self, x_BTD: Tensor, span: Span) -> Generator[Tensor, None, Tensor]:
         """`forward`, halting before each of `stage_roles` to yield their input; a linear replaced then is what runs."""
-        for norm, present in (("attn_norm", self.layer.has_attention), ("mlp_norm", self.layer.has_mlp)):
-            if not present:
+        for sublayer in SUBLAYERS.values():
+            if not sublayer.units(self.layer):
                 continue
-            x = self.norms[norm](x_BTD) if self.config.norm_first else x_BTD
+            norm = self.norms[sublayer.norm]
+            x = norm(x_BTD) if self.config.norm_first else x_BTD
             yield x
-            x = self._heads(x, span) if norm == "attn_norm" else self._hidden(x)
+            x = self._heads(x, span) if sublayer is ATTENTION else self._hidden(x)
             yield x
-            x = x_BTD + self.linears["o_proj" if norm == "attn_norm" else "down_proj"](x)
-            x_BTD = x if self.config.norm_first else self.norms[norm](x)
+            x = x_BTD + self.linears[sublayer.writer](x)
+            x_BTD = x if self.config.norm_first else norm(x)
         return x_BTD
-
-    def _attention(self, x: Tensor, span: Span) -> Tensor:
-        return self.linears["o_proj"](self._heads(x, span))
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        return self.linears["down_proj"](self._hidden(x))
 
     def _heads(self, x: Tensor, span: Span) -> Tensor:
         layer, size = self.layer, self.config.head_dim
@@ -235,7 +142,7 @@ class Block(nn.Module):
         if span.cos is not None:
             q, k = span.rotate(q), span.rotate(k)
         if span.cache is not None:
-            k, v = _store(span, self.index, k, v)
+            k, v = span.cache.store(self.index, k, v, span.positions, span.end)
         y = attend(q, k, v, span, layer.sliding_window)
         return y.transpose(1, 2).reshape(batch, tokens, -1)
 
@@ -254,18 +161,13 @@ class Block(nn.Module):
         return total + sum(linear.nbytes for linear in self.linears.values() if isinstance(linear, Linear))
 
 
-def _store(span: Span, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Write this pass's keys and values [B, K, T, h] into the cache; returns all live ones."""
-    assert span.cache is not None
-    pair = span.cache.layers[index]
-    assert pair is not None and span.end <= span.cache.capacity, (span.end, span.cache.capacity)
-    for held, new in zip(pair, (k, v), strict=True):
-        if isinstance(span.start, int):
-            held[:, :, span.start : span.end] = new
-        else:
-            rows = torch.arange(new.shape[0], device=new.device).unsqueeze(1)
-            held[rows, :, span.positions] = new.transpose(1, 2)
-    return pair[0][:, :, : span.end], pair[1][:, :, : span.end]
+def run_to_end(stages: Generator[Tensor, None, Tensor]) -> Tensor:
+    """What `Block.stages` returns, from wherever it halted."""
+    while True:
+        try:
+            next(stages)
+        except StopIteration as stop:
+            return stop.value
 
 
 def attend(q_BHTh: Tensor, k_BKSh: Tensor, v_BKSh: Tensor, span: Span, window: int | None) -> Tensor:

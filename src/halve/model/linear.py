@@ -5,13 +5,24 @@ Shape legend: N rows of input, I logical input features, O logical output featur
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from halve import kernels
 from halve.quantization import QuantizedWeight
+
+
+class LinearParts(TypedDict, total=False):
+    """Everything a Linear is made of, for `Linear.replaced`."""
+
+    weight: Tensor | QuantizedWeight
+    bias: Tensor | None
+    input_index: Tensor | None
+    output_index: Tensor | None
+    in_features: int
+    out_features: int
 
 
 class Linear(nn.Module):
@@ -44,6 +55,12 @@ class Linear(nn.Module):
         assert input_index is not None or kept_in == self.in_features
         assert output_index is not None or kept_out == self.out_features
         self._matmul: kernels.Matmul | None = None
+
+    def replaced(self, **parts: Unpack[LinearParts]) -> Linear:
+        """A copy with some parts exchanged and the others shared; no kernel is chosen for it yet."""
+        kept: dict[str, Any] = {name: getattr(self, name) for name in LinearParts.__annotations__}
+        kept.update(**parts)
+        return Linear(**kept)
 
     @property
     def weight(self) -> Tensor | QuantizedWeight:

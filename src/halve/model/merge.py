@@ -7,24 +7,18 @@ from torch import Tensor, nn
 
 from halve.model.decoder import Block
 from halve.model.linear import Linear
+from halve.model.wiring import SUBLAYERS
 from halve.quantization import QuantizedWeight
-
-SIBLINGS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def siblings(role: str) -> tuple[str, ...]:
-    """The linears that read what `role` reads, itself included."""
-    return next((names for names in SIBLINGS.values() if role in names), (role,))
 
 
 def merge_siblings(block: Block) -> None:
     """Replace linears that read the same input by one, when scheme and kept inputs agree and all outputs are kept."""
-    for merged, names in SIBLINGS.items():
-        parts = [block.linears[n] for n in names if n in block.linears]
-        if len(parts) == len(names) and _mergeable(parts):
-            block.linears[merged] = _concatenate(parts)
-            for name in names:
-                del block.linears[name]
+    for sublayer in SUBLAYERS.values():
+        parts = [block.linears[role] for role in sublayer.readers if role in block.linears]
+        if len(parts) == len(sublayer.readers) and _mergeable(parts):
+            block.linears[sublayer.merged] = _concatenate(parts)
+            for role in sublayer.readers:
+                del block.linears[role]
 
 
 def _mergeable(parts: list[nn.Module]) -> bool:
@@ -68,4 +62,6 @@ def _concatenate(parts: list[nn.Module]) -> Linear:
     else:
         weight = torch.cat([p.weight for p in linears if isinstance(p.weight, Tensor)])
     biases = [p.bias for p in linears if p.bias is not None]
-    return Linear(weight, torch.cat(biases) if biases else None, first.input_index, in_features=first.in_features)
+    return first.replaced(
+        weight=weight, bias=torch.cat(biases) if biases else None, out_features=sum(p.out_features for p in linears)
+    )

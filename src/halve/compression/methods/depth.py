@@ -15,7 +15,7 @@ from halve.compression.distances import Unit, best_start, drop_by_perplexity, me
 from halve.compression.plan import ModelState, StepPlan, finish
 from halve.compression.walk import BlockView, Walk
 from halve.errors import RecipeError
-from halve.model.decoder import LayerConfig, ModelConfig
+from halve.model.config import LayerConfig, ModelConfig
 
 SELECTORS = ("angular", "influence", "perplexity", "deepest")
 

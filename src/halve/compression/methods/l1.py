@@ -3,7 +3,7 @@
 The plain magnitude criterion (Han et al. 2015, arXiv 1506.02626, on whole channels as in Li et al. 2016, arXiv
 1608.08710), kept as the baseline that better criteria are measured against. Each linear chooses for itself: inputs are
 gathered before a smaller product, outputs scattered after one. An input that `down_proj` drops is produced for nobody
-else, so the rows of `gate_proj` and `up_proj` behind it go as well and the MLP is simply narrower.
+else, so the rows of `gate_proj` and `up_proj` that make it go as well and the MLP is simply narrower.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ from halve.compression.edits import (
 from halve.compression.plan import Key, ModelState, StepPlan, finish, select
 from halve.compression.walk import BlockView
 from halve.errors import RecipeError
-from halve.model.decoder import LayerConfig
-from halve.model.merge import SIBLINGS
-
-PRODUCERS = ("gate_proj", "up_proj")
+from halve.model.config import LayerConfig
+from halve.model.wiring import MLP, SUBLAYERS, producers
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,10 @@ class L1Inputs:
             self._check_siblings(state, {linear.key for linear in chosen})
         changed: dict[Key, tuple[StoredLinear, str]] = {}
         layers = list(state.config.layers)
-        for linear in chosen:  # down_proj comes after the linears that feed it
+        for linear in chosen:  # what writes the stream comes after the linears that feed it
             count = kept_count(linear.kept_in, self.fraction)
             action = f"keeps {count} of {linear.kept_in} inputs"
-            if linear.shape.role == "down_proj" and _narrows(state, linear):
+            if linear.shape.role == MLP.writer and _narrows(state, linear):
                 _narrow_mlp(state, linear, count, action, layers, changed, skipped)
             else:
                 changed[linear.key] = linear.keeping(inputs=count), action
@@ -67,8 +65,8 @@ class L1Inputs:
 
     def _check_siblings(self, state: ModelState, chosen: set[Key]) -> None:
         for layer in range(len(state.config.layers)):
-            for roles in SIBLINGS.values():
-                keys = [(layer, role) for role in roles if (layer, role) in state.linears]
+            for sublayer in SUBLAYERS.values():
+                keys = [(layer, role) for role in sublayer.readers if (layer, role) in state.linears]
                 if len(keys) < 2 or not chosen.intersection(keys):
                     continue
                 for key in keys:
@@ -85,9 +83,9 @@ class L1Inputs:
         norms = {role: column_norms(view.linears[role]) for role in view.touched(plan)}
         shares = {role: norm / norm.sum().clamp(min=1e-300) for role, norm in norms.items()}
         if self.shared:
-            for roles in SIBLINGS.values():
-                together = [norms[role] for role in roles if role in norms]
-                norms |= {role: sum(together[1:], together[0]) for role in roles if role in norms}
+            for sublayer in SUBLAYERS.values():
+                together = [norms[role] for role in sublayer.readers if role in norms]
+                norms |= {role: sum(together[1:], together[0]) for role in sublayer.readers if role in norms}
         rows = []
         for role in view.touched(plan):
             left, linear = plan.left(view.key(role)), view.linears[role]
@@ -96,7 +94,7 @@ class L1Inputs:
                 continue  # only its outputs are narrowed
             kept = largest(norms[role], left.kept_in)
             if left.shape.in_features < linear.in_features:
-                _narrow(view, kept)
+                _narrow(view, role, kept)
             else:
                 view.replace(role, keep_inputs(linear, kept))
             rows.append({"name": view.name(role), "l1_share_removed": 1 - float(shares[role][kept].sum())})
@@ -104,10 +102,10 @@ class L1Inputs:
 
 
 def _narrows(state: ModelState, down: StoredLinear) -> bool:
-    """Whether dropping inputs of this down_proj can narrow the whole MLP: nothing in between is pruned yet."""
-    layer = down.shape.layer
-    producers = [state.linears[layer, role] for role in PRODUCERS if (layer, role) in state.linears]
-    return down.kept_in == down.shape.in_features and all(p.kept_out == p.shape.out_features for p in producers)
+    """Whether dropping inputs of an MLP's last linear can narrow all of it: nothing in between is pruned yet."""
+    keys = [(down.shape.layer, role) for role in producers(down.shape.role)]
+    before = [state.linears[key] for key in keys if key in state.linears]
+    return down.kept_in == down.shape.in_features and all(p.kept_out == p.shape.out_features for p in before)
 
 
 def _narrow_mlp(
@@ -119,24 +117,25 @@ def _narrow_mlp(
     changed: dict[Key, tuple[StoredLinear, str]],
     skipped: dict[Key, str],
 ) -> None:
-    """Enter down_proj and its producers, narrower, into `changed` and the layer's new width into `layers`."""
+    """Enter an MLP's last linear and its producers, narrower, into `changed` and the layer's new width into `layers`."""
     layer = down.shape.layer
     assert layer is not None
     changed[down.key] = down.narrowed(inputs=count), action
-    for role in PRODUCERS:
+    for role in producers(down.shape.role):
         key = layer, role
         if key in state.linears:
             earlier, told = changed.get(key, (state.linears[key], ""))
-            changed[key] = earlier.narrowed(outputs=count), (told + ", " if told else "") + "narrowed with down_proj"
+            narrowed = f"narrowed with {down.shape.role}"
+            changed[key] = earlier.narrowed(outputs=count), f"{told}, {narrowed}" if told else narrowed
             skipped.pop(key, None)
-    layers[layer] = replace(layers[layer], intermediate_size=count)
+    layers[layer] = MLP.resized(layers[layer], count)
 
 
-def _narrow(view: BlockView, kept: Tensor) -> None:
-    view.replace("down_proj", narrow_inputs(view.linears["down_proj"], kept))
-    for role in PRODUCERS:
-        if role in view.linears:
-            view.replace(role, narrow_outputs(view.linears[role], kept))
+def _narrow(view: BlockView, role: str, kept: Tensor) -> None:
+    view.replace(role, narrow_inputs(view.linears[role], kept))
+    for producer in producers(role):
+        if producer in view.linears:
+            view.replace(producer, narrow_outputs(view.linears[producer], kept))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from halve.compression.plan import Key, ModelState, StepPlan, finish
 from halve.compression.second_moment import Hessian
 from halve.compression.walk import BlockView, Walk
 from halve.errors import RecipeError
-from halve.model.decoder import LayerConfig, ModelConfig
+from halve.model.config import LayerConfig, ModelConfig
 from halve.model.linear import Linear
 
 SCORES = ("l1", "activation", "obs")

@@ -13,7 +13,7 @@ from halve.compression.plan import Key, ModelState, StepPlan, describe, finish, 
 from halve.compression.walk import BlockView
 from halve.errors import RecipeError
 from halve.model.linear import Linear
-from halve.model.merge import siblings
+from halve.model.wiring import siblings
 from halve.quantization import QuantizedWeight, QuantSpec, fitting_group_sizes, quantize
 
 

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from halve.errors import HalveError
 from halve.measure.quality.prompts import common_prefix
-from halve.model.decoder import KVCache, Model
+from halve.model.cache import KVCache
+from halve.model.decoder import Model
 
 LOGIT_ELEMENTS = 2**24  # float32 logits held at a time: 64 MB, 130 rows of a 128k vocabulary
 BATCH_TOKENS = 4096  # live cache slots of one batch, padding included

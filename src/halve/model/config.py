@@ -1,0 +1,51 @@
+"""What a decoder is: the widths of its layers and everything else that changes the maths, as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from halve.model.rotary import RopeConfig
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Widths of one layer; 0 heads means no attention sublayer, 0 intermediate size no MLP."""
+
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    sliding_window: int | None = None  # a query sees itself and the window - 1 tokens before it
+
+    @property
+    def has_attention(self) -> bool:
+        return self.num_heads > 0
+
+    @property
+    def has_mlp(self) -> bool:
+        return self.intermediate_size > 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that changes the maths, independent of how a family names it."""
+
+    vocab_size: int
+    hidden_size: int
+    head_dim: int
+    max_positions: int
+    layers: tuple[LayerConfig, ...]
+    norm_eps: float
+    activation: str
+    tied: bool
+    rope: RopeConfig | None = None  # None: learned positions
+    position_offset: int = 0  # learned positions: rows of the table before position 0
+    norm: str = "rms"  # or "layer" (with bias)
+    norm_affine: bool = True
+    norm_first: bool = True  # False: normalise after the residual sum (OPT-350m)
+    final_norm: bool = True
+    gated: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    embed_size: int = 0  # 0: hidden_size; otherwise projected in and out (OPT-350m)
