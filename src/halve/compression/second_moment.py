@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,30 +12,24 @@ from halve.errors import DataError
 _TILE = 128  # columns of a tile on the diagonal of a symmetric matrix, of which half is computed
 
 
-class Hessian:
-    """Running H = 2/N X^T X over the inputs X [N, I] of one layer, float32 [I, I] (Frantar et al. 2022, section 3.1)."""
+def second_moment(inputs: Iterable[Tensor], in_features: int, device: torch.device | str = "cpu") -> Tensor:
+    """H = 2/N X^T X over all inputs X [..., I] of one layer, float32 [I, I] (Frantar et al. 2022, section 3.1).
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.tokens = 0
-        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-
-    def add(self, x: Tensor) -> None:
-        """Add inputs x [..., I]: half the work of a full product, since H is symmetric."""
-        x = x.reshape(-1, x.shape[-1]).to(self._sum)
-        self.tokens += x.shape[0]
-        for rows, columns in upper_triangle(0, x.shape[1]):
-            self._sum[rows, columns].addmm_(x[:, rows].t(), x[:, columns])
-
-    def value(self) -> Tensor:
-        """H [I, I]; consumes the accumulator. Raises DataError when no token was added or an input was not finite."""
-        if self.tokens == 0:
-            raise DataError("no calibration token reached this layer: give at least one window of text")
-        total = self._sum
-        for rows, columns in upper_triangle(0, total.shape[0]):
-            if rows != columns:
-                total[columns, rows] = total[rows, columns].t()
-        del self._sum
-        return total.mul_(2 / self.tokens)
+    Half the work of full products, since H is symmetric. Raises DataError when no token comes.
+    """
+    moment = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+    tokens = 0
+    for x in inputs:
+        x = x.reshape(-1, x.shape[-1]).to(moment)
+        tokens += x.shape[0]
+        for rows, columns in upper_triangle(0, in_features):
+            moment[rows, columns].addmm_(x[:, rows].t(), x[:, columns])
+    if tokens == 0:
+        raise DataError("no calibration token reached this layer: give at least one window of text")
+    for rows, columns in upper_triangle(0, in_features):
+        if rows != columns:
+            moment[columns, rows] = moment[rows, columns].t()
+    return moment.mul_(2 / tokens)
 
 
 def upper_triangle(low: int, high: int) -> Iterator[tuple[slice, slice]]:

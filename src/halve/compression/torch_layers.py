@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from halve.compression.edits import (
 )
 from halve.compression.methods import obs
 from halve.compression.methods.gptq import gptq
-from halve.compression.second_moment import Hessian
+from halve.compression.second_moment import second_moment
 from halve.errors import RecipeError
 from halve.model.families import LinearShape
 from halve.model.linear import Linear
@@ -109,17 +109,8 @@ def quantize_linear(
     if inputs is None:
         quantized = quantize(weight, spec)
     else:
-        hessian = Hessian(layer.in_features, weight.device)
-        for x in [inputs] if isinstance(inputs, Tensor) else inputs:
-            if x.shape[-1] != layer.in_features:
-                raise RecipeError(
-                    f"inputs of width {x.shape[-1]} do not fit a layer of {layer.in_features} inputs: give [..., "
-                    f"{layer.in_features}]"
-                )
-            hessian.add(x.detach())
-        quantized, _ = gptq(
-            weight, hessian.value(), spec, damping=damping, act_order=act_order, scale=scale, name="the layer"
-        )
+        hessian = _second_moment(inputs, layer.in_features, weight.device)
+        quantized, _ = gptq(weight, hessian, spec, damping=damping, act_order=act_order, scale=scale, name="the layer")
     bias = None if layer.bias is None else layer.bias.detach().clone()
     return DropIn(Linear(quantized, bias))
 
@@ -162,27 +153,33 @@ def _keep_fitted(
 ) -> Linear:
     if refit and not isinstance(linear.weight, Tensor):
         raise RecipeError("a quantized layer cannot be refitted: prune it before quantizing, or use refit=False")
-    accumulator = Hessian(linear.in_features, linear.weight.device)
-    for x in [inputs] if isinstance(inputs, Tensor) else inputs:
-        if x.shape[-1] != linear.in_features:
-            raise RecipeError(
-                f"inputs of width {x.shape[-1]} do not fit a layer of {linear.in_features} inputs: give [..., "
-                f"{linear.in_features}]"
-            )
-        accumulator.add(x.detach())
-    hessian = accumulator.value()
+    hessian = _second_moment(inputs, linear.in_features, linear.weight.device)
     if linear.input_index is not None:
         hessian = hessian[linear.input_index][:, linear.input_index]
-    weight, gone = linear.dense_weight(torch.float64), linear.weight.shape[1] - columns
-    if gone == 0:
+    weight = linear.dense_weight(torch.float64)
+    count = weight.shape[1] - columns
+    if count == 0:
         return linear
     raised, factor, _ = obs.damped(hessian, damping, "the layer")
-    removal = obs.remove_adapting(weight, factor, 1, gone) if refit else obs.remove_fixed(weight, hessian, 1, gone)
-    stays = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    stays[removal.order] = False
-    kept = stays.nonzero().flatten()
+    removal = obs.remove_adapting(weight, factor, 1, count) if refit else obs.remove_fixed(weight, hessian, 1, count)
+    kept = removal.kept(weight.shape[1])
     pruned = keep_inputs(linear, kept)
-    if refit:
-        assert isinstance(pruned.weight, Tensor)
-        pruned.weight = obs.refit(weight, raised, kept).to(pruned.weight.dtype)
-    return pruned
+    if not refit:
+        return pruned
+    assert isinstance(pruned.weight, Tensor)
+    return pruned.replaced(weight=obs.refit(weight, raised, kept).to(pruned.weight.dtype))
+
+
+def _second_moment(inputs: Tensor | Iterable[Tensor], in_features: int, device: torch.device) -> Tensor:
+    """That of the inputs given, float32 [I, I]. Raises RecipeError when they are of another width."""
+
+    def fitting() -> Iterator[Tensor]:
+        for x in [inputs] if isinstance(inputs, Tensor) else inputs:
+            if x.shape[-1] != in_features:
+                raise RecipeError(
+                    f"inputs of width {x.shape[-1]} do not fit a layer of {in_features} inputs: give [..., "
+                    f"{in_features}]"
+                )
+            yield x.detach()
+
+    return second_moment(fitting(), in_features, device)

@@ -21,7 +21,6 @@ from halve.compression import walk as calibrate
 from halve.compression.methods import gptq as module
 from halve.compression.methods.gptq import Gptq, gptq, quadratic
 from halve.compression.plan import state_of
-from halve.compression.second_moment import Hessian
 from halve.compression.walk import BlockView, Walk
 from halve.compression.windows import Calibration, CalibrationOptions, make_windows
 from halve.errors import DataError, RecipeError
@@ -45,9 +44,7 @@ def weights(rows: int = 24, columns: int = 64, seed: int = 1) -> torch.Tensor:
 
 
 def hessian_of(x: torch.Tensor) -> torch.Tensor:
-    accumulator = Hessian(x.shape[1])
-    accumulator.add(x)
-    return accumulator.value()
+    return second_moment.second_moment([x], x.shape[1])
 
 
 def output_error(weight: torch.Tensor, quantized: QuantizedWeight, x: torch.Tensor) -> float:
@@ -65,13 +62,9 @@ def test_hessian_by_hand() -> None:
 def test_hessian_does_not_depend_on_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(second_moment, "_TILE", 24)  # 64 columns: two whole tiles and a part of one
     x = correlated()
-    accumulator = Hessian(64)
-    for batch in x[:480].view(4, 3, 40, 64):
-        accumulator.add(batch)
-    accumulator.add(x[480:].to(torch.float64))
+    batches = [*x[:480].view(4, 3, 40, 64), x[480:].to(torch.float64)]
     expected = (2 / 500 * x.double().t() @ x.double()).float()
-    torch.testing.assert_close(accumulator.value(), expected, rtol=1e-5, atol=1e-5)
-    assert accumulator.tokens == 500
+    torch.testing.assert_close(second_moment.second_moment(batches, 64), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_two_columns_by_hand() -> None:

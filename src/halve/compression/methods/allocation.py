@@ -45,11 +45,11 @@ def _nearest(size: int, fraction: float, multiple: int) -> int | None:
 
 
 def _halvings(multiple: int) -> list[int]:
-    found = []
+    halvings = []
     while multiple > 1:
         multiple //= 2
-        found.append(multiple)
-    return found
+        halvings.append(multiple)
+    return halvings
 
 
 def parse_widths(step: str, widths: tuple[str, ...]) -> list[int]:
@@ -70,7 +70,8 @@ def allocate(sizes: list[int], losses: list[Tensor], total: int, multiple: int) 
     queue: list[tuple[float, int, int]] = []
 
     def offer(layer: int) -> None:
-        size, now = sizes[layer], kept[layer]
+        size = sizes[layer]
+        now = kept[layer]
         lower = (now - 1) // multiple * multiple
         if lower < max(multiple, SMALLEST_SHARE * size) or size - lower > len(losses[layer]):
             return

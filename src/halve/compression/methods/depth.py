@@ -16,6 +16,7 @@ from halve.compression.plan import ModelState, StepPlan, finish
 from halve.compression.walk import BlockView, Walk
 from halve.errors import RecipeError
 from halve.model.config import LayerConfig, ModelConfig
+from halve.model.wiring import ATTENTION, MLP, SUBLAYERS, Sublayer
 
 SELECTORS = ("angular", "influence", "perplexity", "deepest")
 
@@ -55,15 +56,16 @@ class Drop:
 
     def plan(self, state: ModelState) -> StepPlan:
         config = state.config
-        gone = self._gone(config)
+        dropped = self._dropped(config)
         what = "layers" if self.kind is None else f"{self.kind} sublayers"
-        asked, there = self.count or len(gone), len(self._candidates(config))
-        if asked >= there:
-            raise RecipeError(f"step {self.name}: {asked} of {there} {what} would go: keep at least one")
-        layers = [self._without(layer) if index in gone else layer for index, layer in enumerate(config.layers)]
+        asked = self.count or len(dropped)
+        present = len(self._candidates(config))
+        if asked >= present:
+            raise RecipeError(f"step {self.name}: {asked} of {present} {what} would go: keep at least one")
+        layers = [self._without(layer) if index in dropped else layer for index, layer in enumerate(config.layers)]
         sources = tuple(i for i, layer in enumerate(layers) if layer.has_attention or layer.has_mlp)
         left = replace(config, layers=tuple(layers[i] for i in sources))
-        action = "removed" if self.resolved else f"removed (some {len(gone)} {what}, by select={self.select})"
+        action = "removed" if self.resolved else f"removed (some {len(dropped)} {what}, by select={self.select})"
         skipped = dict.fromkeys(state.linears, "not dropped")
         return finish(self.name, state, {}, skipped, left, sources, action)
 
@@ -73,7 +75,8 @@ class Drop:
 
     def resolve(self, walk: Walk) -> Self:
         """The same step with the chosen layers named."""
-        config, count = walk.checkpoint.config, self.count
+        config = walk.checkpoint.config
+        count = self.count
         assert count is not None
         candidates = self._candidates(config)
         if self.select == "perplexity":
@@ -91,28 +94,31 @@ class Drop:
         return replace(self, count=None, layers=format_layers(chosen))
 
     def _candidates(self, config: ModelConfig) -> list[int]:
-        has = {None: lambda layer: True, "attention": lambda x: x.has_attention, "mlp": lambda x: x.has_mlp}[self.kind]
-        return [index for index, layer in enumerate(config.layers) if has(layer)]
+        return [index for index, layer in enumerate(config.layers) if any(part.units(layer) for part in self._parts())]
 
-    def _gone(self, config: ModelConfig) -> set[int]:
+    def _parts(self) -> list[Sublayer]:
+        """The sublayers that go."""
+        return list(SUBLAYERS.values()) if self.kind is None else [SUBLAYERS[self.kind]]
+
+    def _dropped(self, config: ModelConfig) -> set[int]:
         """Layers that lose something; where the choice needs data, the deepest stand for it."""
         candidates = self._candidates(config)
         if self.count is not None:
             last = len(config.layers) - 1
             deepest = [i for i in candidates if i != last] if self.count < len(candidates) else candidates
             return set(deepest[max(0, len(deepest) - self.count) :])
-        gone = set(parse_layers(self.name, self.layers))
-        for layer in sorted(gone - set(candidates)):
+        dropped = set(parse_layers(self.name, self.layers))
+        for layer in sorted(dropped - set(candidates)):
             missing = "the model has" if layer >= len(config.layers) else f"its {self.kind} is gone already, of"
             raise RecipeError(
                 f"step {self.name}: no layer {layer} to drop: {missing} layers 0..{len(config.layers) - 1}"
             )
-        return gone
+        return dropped
 
     def _without(self, layer: LayerConfig) -> LayerConfig:
-        if self.kind != "mlp":
-            layer = replace(layer, num_heads=0, num_kv_heads=0)
-        return layer if self.kind == "attention" else replace(layer, intermediate_size=0)
+        for part in self._parts():
+            layer = part.resized(layer, 0)
+        return layer
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ class DropAttention(Drop):
     """Drop the attention of some layers, its norm included: their MLP stays. Options as for drop-layers."""
 
     name: ClassVar[str] = "drop-attention"
-    kind: ClassVar[str | None] = "attention"
+    kind: ClassVar[str | None] = ATTENTION.name
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ class DropMlp(Drop):
     """Drop the MLP of some layers, its norm included: their attention stays. Options as for drop-layers."""
 
     name: ClassVar[str] = "drop-mlp"
-    kind: ClassVar[str | None] = "mlp"
+    kind: ClassVar[str | None] = MLP.name
 
 
 def parse_layers(step: str, parts: tuple[str, ...]) -> list[int]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from halve.checkpoint.tensors import all_finite
 from halve.compression.methods.rtn import check_fallback, plan_quantization
 from halve.compression.plan import ModelState, StepPlan
-from halve.compression.second_moment import Hessian, upper_triangle
+from halve.compression.second_moment import second_moment, upper_triangle
 from halve.compression.walk import BlockView, Stage
 from halve.errors import DataError, RecipeError
 from halve.quantization import (
@@ -79,7 +79,8 @@ class Gptq:
         return plan_quantization(self.name, state, self.spec(), self.targets, self.ignore, self.fallback)
 
     def edit(self, view: BlockView, plan: StepPlan) -> list[dict[str, Any]]:
-        touched, rows = set(view.touched(plan)), []
+        touched = set(view.touched(plan))
+        rows = []
         for stage in view.stages():
             roles = [role for role in stage.roles if role in touched]
             if not roles:
@@ -87,13 +88,10 @@ class Gptq:
             started = time.monotonic()
             linear = view.linears[roles[0]]
             assert isinstance(linear.weight, Tensor)
-            accumulator = Hessian(linear.in_features, linear.weight.device)
-            for x in stage.inputs(False):
-                accumulator.add(x)
-            hessian = accumulator.value()
+            hessian = second_moment(stage.inputs(False), linear.in_features, linear.weight.device)
             done = []
-            for siblings in _siblings(view, plan, roles):
-                done += self._quantize(view, view.spec(plan, siblings[0]), siblings, hessian, stage)
+            for together in _same_scheme(view, plan, roles):
+                done += self._quantize(view, view.spec(plan, together[0]), together, hessian, stage)
             for row in done:  # what they took together, their inputs and Hessian included, in equal parts
                 row["seconds"] = (time.monotonic() - started) / len(done)
             rows += done
@@ -117,7 +115,8 @@ class Gptq:
             name=" + ".join(view.name(role) for role in roles),
         )
         held_out = _held_out_error(weight, quantized, index, stage.inputs(True))
-        rows, first = [], 0
+        rows = []
+        first = 0
         for role, linear in zip(roles, linears, strict=True):
             part = slice(first, first + linear.weight.shape[0])
             first = part.stop
@@ -137,7 +136,7 @@ def check_options(damping: float, scale: str) -> None:
         raise RecipeError(f"scale={scale!r} is unknown: use {' or '.join(SCALES)}")
 
 
-def _siblings(view: BlockView, plan: StepPlan, roles: list[str]) -> list[list[str]]:
+def _same_scheme(view: BlockView, plan: StepPlan, roles: list[str]) -> list[list[str]]:
     """`roles` (they read one input) in groups that share a scheme and kept inputs, so that one factor serves each."""
     groups: dict[tuple[QuantSpec, tuple[int, ...] | None], list[str]] = {}
     for role in roles:
@@ -232,7 +231,7 @@ def quadratic(weight: Tensor, hessian: Tensor) -> Tensor:
 
 
 def group_scales(
-    weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, importance: Tensor, how: str
+    weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, importance: Tensor, method: str
 ) -> tuple[Tensor, Tensor | None]:
     """Scale [O, G] and zero [O, G] of weight [O, I] before any code is chosen.
 
@@ -247,7 +246,7 @@ def group_scales(
         grouped_COG = rows.float().view(-1, groups, columns).permute(2, 0, 1).contiguous()
         ends = torch.stack(torch.aminmax(grouped_COG, dim=0), -1)
         scale, zero = scale_and_zero(ends, spec, scale_dtype)
-        if how == "mse":
+        if method == "mse":
             importance_CG = importance.float().view(groups, columns).t()
             importance_COG = importance_CG.unsqueeze(1).expand(grouped_COG.shape).contiguous()
             scale, zero = _search(grouped_COG, ends, importance_COG, scale, zero, spec)
@@ -268,9 +267,9 @@ def _search(
     least = error(scale, zero)
     for shrink in SHRINKS:
         tried, tried_zero = scale_and_zero(ends * shrink, spec, scale.dtype)
-        found = error(tried, tried_zero)
-        better = found < least
-        least = torch.where(better, found, least)
+        tried_error = error(tried, tried_zero)
+        better = tried_error < least
+        least = torch.where(better, tried_error, least)
         scale = torch.where(better, tried, scale)
         if zero is not None and tried_zero is not None:
             zero = torch.where(better, tried_zero, zero)

@@ -33,6 +33,12 @@ class Removal:
     order: Tensor
     loss: Tensor
 
+    def kept(self, units: int) -> Tensor:
+        """Which of `units` stay, int64, ascending."""
+        stays = torch.ones(units, dtype=torch.bool, device=self.order.device)
+        stays[self.order] = False
+        return stays.nonzero().flatten()
+
 
 def damped(hessian: Tensor, damping: float, name: str) -> tuple[Tensor, Tensor, float]:
     """H + damping * mean diagonal * I (float64), its Cholesky factor, and the damping used, grown tenfold until it factors.

@@ -1,6 +1,6 @@
 """Width pruning of whole units: channels of the MLP, or key/value groups with their query heads.
 
-What reads a unit is one block of columns of `down_proj` or `o_proj`; what produces it are rows of the linears before.
+What reads a unit is one block of columns of the sublayer's last linear; what produces it are rows of those before.
 Units are chosen by what their going costs that one layer, the rows go with them, and the columns that stay are refitted
 by least squares on the calibration inputs (obs.py). The result is an ordinary narrower model: where every layer keeps
 the same width it loads anywhere.
@@ -8,7 +8,6 @@ the same width it loads anywhere.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -20,18 +19,20 @@ from halve.compression.edits import check_fraction, column_norms, narrow_inputs,
 from halve.compression.methods import obs
 from halve.compression.methods.allocation import SMALLEST_SHARE, allocate, parse_widths, rounded_width
 from halve.compression.plan import Key, ModelState, StepPlan, finish
-from halve.compression.second_moment import Hessian
+from halve.compression.second_moment import second_moment
 from halve.compression.walk import BlockView, Walk
 from halve.errors import RecipeError
+from halve.model import wiring
 from halve.model.config import LayerConfig, ModelConfig
 from halve.model.linear import Linear
+from halve.model.wiring import ATTENTION, MLP, WIRES, Sublayer
 
 SCORES = ("l1", "activation", "obs")
 ALLOCATIONS = ("uniform", "global")
 
 
 @dataclass(frozen=True)
-class Structured(ABC):
+class PruneUnits:
     """What prune-mlp and prune-heads share.
 
     score: l1 (absolute sum of all weights that go), activation (squared output the unit carries alone) or obs (least
@@ -41,9 +42,9 @@ class Structured(ABC):
     """
 
     name: ClassVar[str]
-    reader: ClassVar[str]  # role of the linear that reads the units
-    unit: ClassVar[str]
-    sublayer: ClassVar[str]
+    sublayer: ClassVar[Sublayer]
+    part: ClassVar[str]  # what messages call the sublayer
+    unit: ClassVar[str]  # and what its units
 
     fraction: float = 0.2
     score: str = "obs"
@@ -78,32 +79,32 @@ class Structured(ABC):
     def resolved(self) -> bool:
         return self.allocation == "uniform" or bool(self.widths)
 
-    @abstractmethod
-    def size(self, layer: LayerConfig) -> int:
-        """Units of a layer, 0 when it lacks the sublayer."""
+    @property
+    def reader(self) -> str:
+        """Role of the linear that reads the units."""
+        return self.sublayer.writer
 
-    @abstractmethod
     def columns(self, config: ModelConfig, layer: LayerConfig) -> int:
         """Columns of the reader that belong to one unit."""
+        return WIRES[self.reader].inputs(config, layer) // self.sublayer.units(layer)
 
-    @abstractmethod
     def producers(self, config: ModelConfig, layer: LayerConfig) -> dict[str, int]:
         """The linears whose rows go with a unit, and how many rows each."""
-
-    @abstractmethod
-    def shrunk(self, layer: LayerConfig, units: int) -> LayerConfig:
-        """The layer with `units` left."""
+        units = self.sublayer.units(layer)
+        roles = wiring.producers(self.reader)
+        return {w.role: w.outputs(config, layer) // units for w in wiring.wires(config, layer) if w.role in roles}
 
     def plan(self, state: ModelState) -> StepPlan:
         kept = self._kept(state)
         changed: dict[Key, tuple[StoredLinear, str]] = {}
         layers = list(state.config.layers)
-        skipped = {key: f"not part of the {self.sublayer}" for key in state.linears}
+        skipped = {key: f"not part of the {self.part}" for key in state.linears}
         for index, layer in enumerate(layers):
-            if not self.size(layer):
+            if not self.sublayer.units(layer):
                 continue
             self._check(state, index)
-            count, total = kept[index], self.size(layer)
+            count = kept[index]
+            total = self.sublayer.units(layer)
             about = "" if self.resolved else "about "
             action = f"keeps {about}{count} of {total} {self.unit}s"
             per_unit = self.columns(state.config, layer)
@@ -112,14 +113,14 @@ class Structured(ABC):
             changed[reader.key] = reader.narrowed(inputs=count * per_unit), action + fitted
             for role, rows in self.producers(state.config, layer).items():
                 changed[index, role] = state.linears[index, role].narrowed(outputs=count * rows), action
-            layers[index] = self.shrunk(layer, count)
+            layers[index] = self.sublayer.resized(layer, count)
         for key in changed:
             del skipped[key]
         return finish(self.name, state, changed, skipped, replace(state.config, layers=tuple(layers)))
 
     def _kept(self, state: ModelState) -> list[int]:
         """Units that stay in each layer."""
-        sizes = [self.size(layer) for layer in state.config.layers]
+        sizes = [self.sublayer.units(layer) for layer in state.config.layers]
         if not self.widths:
             return self._uniform(sizes)
         widths = parse_widths(self.name, self.widths)
@@ -154,9 +155,11 @@ class Structured(ABC):
     def resolve(self, walk: Walk) -> Self:
         """The same total, distributed over the layers by score."""
         config = walk.checkpoint.config
-        sizes, curves = [self.size(layer) for layer in config.layers], []
+        sizes = [self.sublayer.units(layer) for layer in config.layers]
+        curves = []
         for index, layer in enumerate(config.layers):
-            view, loss = walk.block(index), torch.zeros(0, dtype=torch.float64)
+            view = walk.block(index)
+            loss = torch.zeros(0, dtype=torch.float64)
             if sizes[index] > 1:
                 with torch.inference_mode():
                     loss = self._removal(view, layer, config, sizes[index] - 1).loss
@@ -172,7 +175,8 @@ class Structured(ABC):
         return replace(self, widths=tuple(map(str, widths)))
 
     def _removal(self, view: BlockView, layer: LayerConfig, config: ModelConfig, count: int) -> obs.Removal:
-        reader, per_unit = view.linears[self.reader], self.columns(config, layer)
+        reader = view.linears[self.reader]
+        per_unit = self.columns(config, layer)
         moment = second_moments(view, self.reader, held_out=False)[0] if self.score != "l1" else None
         return self._rank(view, reader, moment, per_unit, self.producers(config, layer), count)
 
@@ -207,18 +211,18 @@ class Structured(ABC):
         left = plan.left(view.key(self.reader))
         if left is None or self.reader not in view.linears:
             return []
-        config, layer = plan.before.config, plan.before.config.layers[view.index]
-        reader, per_unit = view.linears[self.reader], self.columns(config, layer)
-        units, count = self.size(layer), left.shape.in_features // per_unit
+        config = plan.before.config
+        layer = config.layers[view.index]
+        reader = view.linears[self.reader]
+        per_unit = self.columns(config, layer)
+        units = self.sublayer.units(layer)
+        count = left.shape.in_features // per_unit
         if count == units:
             return []
         moments = second_moments(view, self.reader) if self.calibrates else []
         producers = self.producers(config, layer)
         moment = moments[0] if moments else None
-        order = self._rank(view, reader, moment, per_unit, producers, units - count).order
-        stays = torch.ones(units, dtype=torch.bool, device=order.device)
-        stays[order] = False
-        kept = stays.nonzero().flatten()
+        kept = self._rank(view, reader, moment, per_unit, producers, units - count).kept(units)
         columns = _expand(kept, per_unit)
         narrow = narrow_inputs(reader, columns)
         row: dict[str, Any] = {"name": view.name(self.reader)}
@@ -251,71 +255,41 @@ class Structured(ABC):
             return narrow, before | row
         assert isinstance(narrow.weight, Tensor)
         weight = fitted.to(narrow.weight.dtype).contiguous()
-        refitted = Linear(weight, narrow.bias, None, narrow.output_index, narrow.in_features, narrow.out_features)
-        return refitted, before | after | {"damping": used}
+        return narrow.replaced(weight=weight), before | after | {"damping": used}
 
 
 @dataclass(frozen=True)
-class PruneMlp(Structured):
+class PruneMlp(PruneUnits):
     """Drop intermediate channels of every MLP. Options: fraction, score l1|activation|obs, refit, allocation
     uniform|global, multiple_of (128 times the ranks that will serve it), widths, damping."""
 
     name: ClassVar[str] = "prune-mlp"
-    reader: ClassVar[str] = "down_proj"
+    sublayer: ClassVar[Sublayer] = MLP
+    part: ClassVar[str] = "MLP"
     unit: ClassVar[str] = "channel"
-    sublayer: ClassVar[str] = "MLP"
 
     multiple_of: int = 128
 
-    def size(self, layer: LayerConfig) -> int:
-        return layer.intermediate_size
-
-    def columns(self, config: ModelConfig, layer: LayerConfig) -> int:
-        return 1
-
-    def producers(self, config: ModelConfig, layer: LayerConfig) -> dict[str, int]:
-        return {"gate_proj": 1, "up_proj": 1} if config.gated else {"up_proj": 1}
-
-    def shrunk(self, layer: LayerConfig, units: int) -> LayerConfig:
-        return replace(layer, intermediate_size=units)
-
 
 @dataclass(frozen=True)
-class PruneHeads(Structured):
+class PruneHeads(PruneUnits):
     """Drop key/value heads, each with the query heads that read it. Options: fraction, score l1|activation|obs, refit,
     allocation uniform|global, multiple_of (the ranks that will serve it), widths (key/value heads), damping."""
 
     name: ClassVar[str] = "prune-heads"
-    reader: ClassVar[str] = "o_proj"
+    sublayer: ClassVar[Sublayer] = ATTENTION
+    part: ClassVar[str] = "attention"
     unit: ClassVar[str] = "key/value group"
-    sublayer: ClassVar[str] = "attention"
 
     fraction: float = 0.25
-
-    def size(self, layer: LayerConfig) -> int:
-        return layer.num_kv_heads
-
-    def columns(self, config: ModelConfig, layer: LayerConfig) -> int:
-        return layer.num_heads // layer.num_kv_heads * config.head_dim
-
-    def producers(self, config: ModelConfig, layer: LayerConfig) -> dict[str, int]:
-        return {"q_proj": self.columns(config, layer), "k_proj": config.head_dim, "v_proj": config.head_dim}
-
-    def shrunk(self, layer: LayerConfig, units: int) -> LayerConfig:
-        return replace(layer, num_heads=layer.num_heads // layer.num_kv_heads * units, num_kv_heads=units)
 
 
 def second_moments(view: BlockView, role: str, held_out: bool = True) -> list[Tensor]:
     """2/N X^T X over the inputs X [N, I] of one linear, float32 [I, I]: on calibration, and if asked held-out windows."""
     linear = view.linears[role]
     stage = next(stage for stage in view.stages() if role in stage.roles)
-    moments = []
-    for which in (False, True)[: 1 + held_out]:
-        hessian = Hessian(linear.in_features, linear.weight.device)
-        for x in stage.inputs(which):
-            hessian.add(x)
-        moments.append(hessian.value())
-    return moments
+    splits = (False, True) if held_out else (False,)
+    return [second_moment(stage.inputs(split), linear.in_features, linear.weight.device) for split in splits]
 
 
 def _typical_energy(states: list[Tensor]) -> float:
