@@ -17,6 +17,7 @@ from halve.checkpoint.tokenizer import load_tokenizer
 from halve.compression.walk import Walk
 from halve.compression.windows import CalibrationOptions, make_windows
 from halve.errors import DataError
+from halve.model.decoder import Block
 from halve.texts import read_documents
 
 
@@ -152,9 +153,18 @@ def test_real_files_fill_their_windows(assets: Path, source: str, available: int
     assert sum(lengths[:-1]) - 1 < 33 * 255 <= sum(lengths) - 1  # the first BOS belongs to the window, not to the text
 
 
+def reaching_down_proj(block: Block, states: torch.Tensor, walk: Walk) -> torch.Tensor:
+    """What down_proj reads when the block runs as a whole, [rows, in]."""
+    inputs: list[torch.Tensor] = []
+    handle = block.linears["down_proj"].register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
+    block(states, walk.span(states.shape[1]))
+    handle.remove()
+    return torch.cat(inputs)
+
+
 @torch.inference_mode()
 def test_the_walk_sees_what_the_model_sees(make_hf) -> None:
-    """States after all blocks are the model's own, and collected inputs are those that really reach a linear."""
+    """States after all blocks are the model's own, and the inputs of a stage are those that really reach its linears."""
     from halve.checkpoint.reader import load_model
     from halve.compression.windows import Calibration
 
@@ -163,10 +173,12 @@ def test_the_walk_sees_what_the_model_sees(make_hf) -> None:
     walk = Walk(checkpoint, Calibration(tokens[:2], tokens[2:], {}), torch.float32, torch.float32, "cpu")
     for index in range(3):
         view = walk.block(index)
-        seen: dict[str, list[torch.Tensor]] = {"down_proj": []}
-        view.collect(["down_proj"], lambda role, x, seen=seen: seen[role].append(x))
-        assert torch.cat(seen["down_proj"]).shape == (20, 48)
         assert view.block is not None
+        reaching = reaching_down_proj(view.block, torch.cat(walk.states[0]), walk)
+        (stage,) = [stage for stage in view.stages() if "down_proj" in stage.roles]
+        seen = torch.cat(list(stage.inputs(False)))
+        assert seen.shape == (20, 48)
+        torch.testing.assert_close(seen, reaching, rtol=1e-4, atol=1e-5)
         walk.advance(view.block)
     walk.finish_states()
     model = load_model(checkpoint.folder)

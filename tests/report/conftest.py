@@ -105,9 +105,9 @@ def study(make_hf, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def analysis() -> LayerAnalysis:
     import torch
 
-    from halve.compression.distances import LayerTurns, Turns
+    from halve.compression.distances import Distances, LayerDistances
 
     pairs = torch.tensor([[0.0, 0.5, 0.6, 0.7], [0.5, 0.0, 0.1, 0.3], [0.6, 0.1, 0.0, 0.2], [0.7, 0.3, 0.2, 0.0]])
-    turns = [Turns(0.5, 0.4, 0.3), Turns(0.1, 0.1, 0.05), Turns(0.2, 0.2, 0.1)]
+    turns = [Distances(0.5, 0.4, 0.3), Distances(0.1, 0.1, 0.05), Distances(0.2, 0.2, 0.1)]
     sublayers = {kind: dict(enumerate(turns)) for kind in ("attention", "mlp")}
-    return LayerAnalysis("somewhere/tiny", LayerTurns(pairs, turns, sublayers), pairs, pairs, {"windows": 4})
+    return LayerAnalysis("somewhere/tiny", LayerDistances(pairs, turns, sublayers), pairs, pairs, {"windows": 4})

@@ -8,7 +8,7 @@ norm. Shape legend: B windows, T tokens, D hidden size, P points of the stream (
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ from torch.nn import functional
 from halve.compression.walk import Walk
 from halve.model.decoder import Block, Norm, Span
 from halve.model.linear import Linear
+from halve.model.wiring import SUBLAYERS
 from halve.progress import track
-
-SUBLAYERS = ("attention", "mlp")
 
 
 def angular_distances(x_TPD: Tensor) -> Tensor:
@@ -44,27 +43,26 @@ def influence(distance: Tensor) -> Tensor:
     return 2 * (distance * (math.pi / 2)).sin().square()
 
 
-def sublayer(block: Block, kind: str) -> Block | None:
+def only_sublayer(block: Block, name: str) -> Block | None:
     """The block with only its attention or only its MLP, sharing the weights; None where it has none.
 
     The two in this order are the block.
     """
     layer = block.layer
-    if kind == "attention":
-        part = replace(layer, intermediate_size=0) if layer.has_attention else None
-    else:
-        part = replace(layer, num_heads=0, num_kv_heads=0) if layer.has_mlp else None
-    if part is None:
+    if not SUBLAYERS[name].units(layer):
         return None
+    for other in SUBLAYERS.values():
+        if other.name != name:
+            layer = other.resized(layer, 0)
     linears = {role: linear for role, linear in block.linears.items() if isinstance(linear, Linear)}
     norms = {role: norm for role, norm in block.norms.items() if isinstance(norm, Norm)}
-    return Block(block.config, part, block.index, linears, norms)
+    return Block(block.config, layer, block.index, linears, norms)
 
 
 @dataclass(frozen=True)
-class Turns:
-    """Mean over windows of what a layer or sublayer does: angular distance of the last token and of all tokens, and
-    influence (1 - cosine) of all tokens."""
+class Distances:
+    """How far a layer or sublayer turns the stream, mean over windows: angular distance of the last token and of all
+    tokens, and influence (1 - cosine) of all tokens."""
 
     last_token: float
     all_tokens: float
@@ -72,44 +70,48 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class LayerTurns:
-    """What one pass measures: `pairs` float64 [P, P], d(start, end) of the last token, mean over windows; the turns of
-    every layer; those of every sublayer, by kind and layer."""
+class LayerDistances:
+    """What one pass measures: `pairs` float64 [P, P], d(start, end) of the last token, mean over windows; the
+    distances of every layer; those of every sublayer, by kind and layer."""
 
     pairs: Tensor
-    layers: list[Turns]
-    sublayers: dict[str, dict[int, Turns]]
+    layers: list[Distances]
+    sublayers: dict[str, dict[int, Distances]]
 
 
-class _Mean:
-    """Running Turns of one layer or sublayer."""
+class _RunningMean:
+    """Running mean of the distances of one layer or sublayer."""
 
     def __init__(self) -> None:
-        self.last, self.all, self.turned, self.windows, self.tokens = 0.0, 0.0, 0.0, 0, 0
+        self.last = 0.0
+        self.all = 0.0
+        self.influence = 0.0
+        self.windows = 0
+        self.tokens = 0
 
     def add(self, before: Tensor, after: Tensor) -> None:
         distance = angular_distance(before, after)  # [B, T]
         self.last += float(distance[:, -1].sum(dtype=torch.float64))
         self.all += float(distance.sum(dtype=torch.float64))
-        self.turned += float(influence(distance).sum(dtype=torch.float64))
+        self.influence += float(influence(distance).sum(dtype=torch.float64))
         self.windows += distance.shape[0]
         self.tokens += distance.numel()
 
-    def value(self) -> Turns:
-        return Turns(self.last / self.windows, self.all / self.tokens, self.turned / self.tokens)
+    def value(self) -> Distances:
+        return Distances(self.last / self.windows, self.all / self.tokens, self.influence / self.tokens)
 
 
-class _Gauge:
+class _BlockMeter:
     """Runs one block, sublayer by sublayer, and keeps what it and each of them do to the stream."""
 
     def __init__(self) -> None:
-        self.whole = _Mean()
-        self.parts = {kind: _Mean() for kind in SUBLAYERS}
+        self.whole = _RunningMean()
+        self.parts = {kind: _RunningMean() for kind in SUBLAYERS}
 
     def run(self, block: Block, state: Tensor, span: Span) -> Tensor:
         x = state
         for kind, mean in self.parts.items():
-            part = sublayer(block, kind)
+            part = only_sublayer(block, kind)
             if part is not None:
                 y = part(x, span)
                 mean.add(x, y)
@@ -118,51 +120,56 @@ class _Gauge:
         return x
 
 
-def _turns(pairs: Tensor, gauges: list[_Gauge]) -> LayerTurns:
-    parts: dict[str, dict[int, Turns]] = {
-        kind: {i: gauge.parts[kind].value() for i, gauge in enumerate(gauges) if gauge.parts[kind].tokens}
+def _layer_distances(pairs: Tensor, meters: list[_BlockMeter]) -> LayerDistances:
+    parts: dict[str, dict[int, Distances]] = {
+        kind: {i: meter.parts[kind].value() for i, meter in enumerate(meters) if meter.parts[kind].tokens}
         for kind in SUBLAYERS
     }
-    return LayerTurns(pairs, [gauge.whole.value() for gauge in gauges], parts)
+    return LayerDistances(pairs, [meter.whole.value() for meter in meters], parts)
 
 
 @torch.inference_mode()
-def measure_layers(walk: Walk) -> LayerTurns:
+def measure_layers(walk: Walk) -> LayerDistances:
     """Walk through a model block by block: one block in memory, and the last tokens [windows, P, D] at every point."""
-    gauges = [_Gauge() for _ in walk.checkpoint.config.layers]
+    meters = [_BlockMeter() for _ in walk.checkpoint.config.layers]
     last = [torch.cat([state[:, -1].float() for state in walk.states[0]])]
-    for index, gauge in enumerate(gauges):
+    for index, meter in enumerate(meters):
         block = walk.block(index).block
         assert block is not None
         for i, state in enumerate(walk.states[0]):
-            walk.states[0][i] = gauge.run(block, state, walk.span(state.shape[1]))
+            walk.states[0][i] = meter.run(block, state, walk.span(state.shape[1]))
         last.append(torch.cat([state[:, -1].float() for state in walk.states[0]]))
     pairs = angular_distances(torch.stack(last, 1)).mean(0, dtype=torch.float64)
-    return _turns(pairs.cpu(), gauges)
+    return _layer_distances(pairs.cpu(), meters)
 
 
 @torch.inference_mode()
-def measure_every_run(walk: Walk) -> tuple[LayerTurns, Tensor]:
+def measure_every_run(walk: Walk) -> tuple[LayerDistances, Tensor]:
     """The same and d(start, end) float64 [P, P] as the mean over all tokens, in one pass, a batch of windows at a time.
 
     The whole model is in memory, and the stream at every point for one batch.
     """
     blocks = [walk.block(index).block for index in range(len(walk.checkpoint.config.layers))]
-    gauges, points = [_Gauge() for _ in blocks], len(blocks) + 1
-    last, everything = (torch.zeros(points, points, dtype=torch.float64) for _ in range(2))
-    windows, tokens = 0, 0
+    meters = [_BlockMeter() for _ in blocks]
+    points = len(blocks) + 1
+    last_token = torch.zeros(points, points, dtype=torch.float64)
+    all_tokens = torch.zeros(points, points, dtype=torch.float64)
+    windows = 0
+    tokens = 0
     for state in walk.states[0]:
-        span, stream = walk.span(state.shape[1]), [state.float()]
-        for block, gauge in zip(blocks, gauges, strict=True):
+        span = walk.span(state.shape[1])
+        stream = [state.float()]
+        for block, meter in zip(blocks, meters, strict=True):
             assert block is not None
-            state = gauge.run(block, state, span)
+            state = meter.run(block, state, span)
             stream.append(state.float())
         for window in zip(*stream, strict=True):  # the points of one window, each [T, D]
             pairs = angular_distances(torch.stack(window, 1))
-            last += pairs[-1].double().cpu()
-            everything += pairs.sum(0, dtype=torch.float64).cpu()
-            windows, tokens = windows + 1, tokens + pairs.shape[0]
-    return _turns(last / windows, gauges), everything / tokens
+            last_token += pairs[-1].double().cpu()
+            all_tokens += pairs.sum(0, dtype=torch.float64).cpu()
+            windows += 1
+            tokens += pairs.shape[0]
+    return _layer_distances(last_token / windows, meters), all_tokens / tokens
 
 
 def best_start(pairs: Tensor, count: int) -> int:
@@ -181,12 +188,13 @@ def drop_by_perplexity(walk: Walk, candidates: list[Unit], count: int) -> list[U
     In each round every unit left is tried and the one without which the negative log-likelihood of the calibration
     windows is least goes (the greedy search of Song et al. 2024, arXiv 2402.09025). The whole model is in memory.
     """
-    scorer, gone = _Scorer(walk), set[Unit]()
+    scorer = _Scorer(walk)
+    dropped = set[Unit]()
     left = list(candidates)
     for _ in track(range(count), description="layers by perplexity"):
-        losses = scorer.losses(gone, left)
-        gone.add(left.pop(losses.index(min(losses))))
-    return sorted(gone, key=candidates.index)
+        losses = scorer.losses(dropped, left)
+        dropped.add(left.pop(losses.index(min(losses))))
+    return sorted(dropped, key=candidates.index)
 
 
 class _Scorer:
@@ -198,34 +206,35 @@ class _Scorer:
         self.walk = walk
         self.tokens = walk.calibration.windows.split([state.shape[0] for state in walk.states[0]])
         blocks = [walk.block(index).block for index in range(len(checkpoint.config.layers))]
-        self.parts = [{kind: sublayer(block, kind) for kind in SUBLAYERS} for block in blocks if block is not None]
+        self.parts = [{kind: only_sublayer(block, kind) for kind in SUBLAYERS} for block in blocks if block is not None]
         self.norm = checkpoint.final_norm(walk.dtype, walk.device)
         self.project_out = checkpoint.projections(walk.dtype, walk.device).get("project_out")
         self.head = checkpoint.head(walk.dtype, walk.device)
 
-    def losses(self, gone: set[Unit], candidates: list[Unit]) -> list[float]:
-        """For each candidate the summed loss without it and without `gone`; what comes before it is computed once."""
+    def losses(self, dropped: set[Unit], candidates: list[Unit]) -> list[float]:
+        """For each candidate the summed loss without it and without `dropped`; what comes before it is computed once."""
         total = [0.0] * len(candidates)
         for state, tokens in zip(self.walk.states[0], self.tokens, strict=True):
-            span, x = self.walk.span(state.shape[1]), state
+            span = self.walk.span(state.shape[1])
+            x = state
             for index in range(len(self.parts)):
                 for number, unit in enumerate(candidates):
                     if unit[0] == index:
-                        total[number] += self._loss(x, index, gone | {unit}, tokens, span)
-                x = self._layer(x, index, gone, span)
+                        total[number] += self._loss(x, index, dropped | {unit}, tokens, span)
+                x = self._layer(x, index, dropped, span)
         return total
 
-    def _layer(self, x: Tensor, index: int, gone: set[Unit], span: Span) -> Tensor:
-        if (index, None) in gone:
+    def _layer(self, x: Tensor, index: int, dropped: set[Unit], span: Span) -> Tensor:
+        if (index, None) in dropped:
             return x
         for kind, part in self.parts[index].items():
-            if part is not None and (index, kind) not in gone:
+            if part is not None and (index, kind) not in dropped:
                 x = part(x, span)
         return x
 
-    def _loss(self, x: Tensor, first: int, gone: set[Unit], tokens: Tensor, span: Span) -> float:
+    def _loss(self, x: Tensor, first: int, dropped: set[Unit], tokens: Tensor, span: Span) -> float:
         for index in range(first, len(self.parts)):
-            x = self._layer(x, index, gone, span)
+            x = self._layer(x, index, dropped, span)
         x = x if self.norm is None else self.norm(x)
         x = x if self.project_out is None else self.project_out(x)
         total = 0.0

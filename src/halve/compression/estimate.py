@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from halve.compression.plan import ModelState
-from halve.compression.walk import HELD_BYTES
+from halve.compression.walk import WAITING_BYTES
 from halve.model.config import ModelConfig
 
 _PASSES = 2.5  # forward, Hessian and solution of a calibrated step, in units of one forward pass (measured on GPTQ)
@@ -52,8 +52,8 @@ def _memory(state: ModelState, tokens: int, itemsize: int) -> int:
     widest = max(linear.shape.in_features for linear in state.linears.values() if linear.shape.layer is not None)
     total = max(*blocks.values(), config.vocab_size * config.hidden_size) * itemsize
     if tokens:
-        held = min(HELD_BYTES, tokens * widest * itemsize)
-        total += tokens * config.hidden_size * itemsize + held + 3 * 4 * widest**2
+        waiting = min(WAITING_BYTES, tokens * widest * itemsize)
+        total += tokens * config.hidden_size * itemsize + waiting + 3 * 4 * widest**2
         total += max(blocks.values()) * 4  # the weights being solved, in float32
     return total
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from halve.checkpoint.reader import Checkpoint
 from halve.compression.plan import Key, StepPlan
 from halve.compression.windows import Calibration
-from halve.model.decoder import Block, Norm, Span, embed_tokens, make_rotary
+from halve.model.decoder import Block, Norm, Span, embed_tokens, make_rotary, run_to_end
 from halve.model.linear import Linear
 from halve.quantization import QuantizedWeight, QuantSpec
 
 BATCH_TOKENS = 4096  # tokens sent through a block at once
-HELD_BYTES = 1 << 30  # activations kept between two stages of a block; windows beyond that are sent anew
+WAITING_BYTES = 1 << 30  # activations kept between two stages of a block; windows beyond that are sent anew
 
 
 @dataclass(frozen=True)
@@ -31,37 +31,41 @@ class Stage:
     inputs: Callable[[bool], Iterator[Tensor]]
 
 
-class _Passage:
-    """One batch of windows on its way through a block, halted before a stage."""
+class _HaltedBatch:
+    """One batch of windows inside a block, halted before a stage; `stages` of the block is what it goes through."""
 
     def __init__(self, block: Block, state: Tensor, span: Span) -> None:
-        self.block, self._start = block, (state, span)
-        self.forget()
+        self._block = block
+        self._state = state
+        self._span = span
+        self.restart()
 
-    def forget(self) -> None:
-        """Give the activations back; the next call starts from the beginning of the block."""
-        self._at, self._x = -1, torch.empty(0)
-        self._run = self.block.stages(*self._start)
+    def restart(self) -> None:
+        """Go back to the beginning of the block and free the activations."""
+        self._stage = -1
+        self._x = torch.empty(0)
+        self._stages = self._block.stages(self._state, self._span)
 
     def input(self, stage: int) -> Tensor:
-        while self._at < stage:
-            self._x, self._at = next(self._run), self._at + 1
+        """The input of a stage, that of the batch's own or a later one."""
+        while self._stage < stage:
+            self._x = next(self._stages)
+            self._stage += 1
         return self._x
 
     def finish(self) -> Tensor:
         """The output of the block."""
-        while True:
-            try:
-                next(self._run)
-            except StopIteration as stop:
-                return stop.value
+        return run_to_end(self._stages)
 
 
 class BlockView:
     """One block (or the head) in the hands of a method: its linears, and the inputs that reach them."""
 
     def __init__(self, walk: Walk, block: Block | None, linears: dict[str, Linear], index: int | None) -> None:
-        self._walk, self.block, self.linears, self.index = walk, block, linears, index
+        self._walk = walk
+        self.block = block
+        self.linears = linears
+        self.index = index
         self.store_dtype = walk.store_dtype
 
     def key(self, role: str) -> Key:
@@ -83,10 +87,7 @@ class BlockView:
 
     def replace_weight(self, role: str, weight: Tensor | QuantizedWeight) -> None:
         """Put another weight of the same shape into a linear."""
-        old = self.linears[role]
-        self.replace(
-            role, Linear(weight, old.bias, old.input_index, old.output_index, old.in_features, old.out_features)
-        )
+        self.replace(role, self.linears[role].replaced(weight=weight))
 
     def replace(self, role: str, linear: Linear) -> None:
         self.linears[role] = linear
@@ -95,7 +96,8 @@ class BlockView:
 
     def finished(self, plan: StepPlan, layer: int) -> Block:
         """The block as the step leaves it, at its place `layer` in the model after; sublayers that go are left out."""
-        config, block = plan.after.config, self.block
+        config = plan.after.config
+        block = self.block
         assert block is not None
         if layer == self.index and config.layers[layer] == block.layer:
             return block  # the very one: states that wait inside it go on from there
@@ -103,43 +105,24 @@ class BlockView:
         norms = {role: norm for role, norm in block.norms.items() if isinstance(norm, Norm)}
         return Block(config, config.layers[layer], layer, {role: self.linears[role] for role in roles}, norms)
 
-    def collect(self, roles: list[str], visit: Callable[[str, Tensor], None], held_out: bool = False) -> None:
-        """Run the block on the windows; `visit(role, x)` sees the input [rows, in] of each linear in `roles`."""
-        states = self._walk.states[held_out]
-        if self.block is None:
-            for state in states:
-                visit("head", state.flatten(0, -2))
-            return
-
-        def hook(role: str) -> Callable[..., None]:
-            return lambda _module, inputs: visit(role, inputs[0].flatten(0, -2))
-
-        handles = [self.block.linears[role].register_forward_pre_hook(hook(role)) for role in roles]
-        try:
-            for state in states:
-                self.block(state, self._walk.span(state.shape[1]))
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def stages(self) -> Iterator[Stage]:
         """The groups of linears that read one input, in the order they run, each seeing what was replaced before it.
 
-        Activations wait between stages (up to HELD_BYTES), also for `Walk.advance`, so all of it is one pass.
+        Activations wait between stages (up to WAITING_BYTES), also for `Walk.advance`, so all of it is one pass.
         """
         if self.block is None:
             yield Stage(("head",), lambda held_out: (s.flatten(0, -2) for s in self._walk.states[held_out]))
             return
-        passages = self._walk.depart(self.block)
+        batches = self._walk.enter(self.block)
 
         def inputs(number: int, held_out: bool) -> Iterator[Tensor]:
-            held = 0
-            for passage in passages[held_out]:
-                x = passage.input(number)
-                held += x.nbytes
+            waiting_bytes = 0
+            for batch in batches[held_out]:
+                x = batch.input(number)
+                waiting_bytes += x.nbytes
                 yield x.flatten(0, -2)
-                if held > HELD_BYTES:
-                    passage.forget()
+                if waiting_bytes > WAITING_BYTES:
+                    batch.restart()
 
         for number, roles in enumerate(self.block.stage_roles()):
             yield Stage(roles, partial(inputs, number))
@@ -159,12 +142,16 @@ class Walk:
         store_dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self.checkpoint, self.dtype, self.store_dtype, self.device = checkpoint, dtype, store_dtype, device
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.store_dtype = store_dtype
+        self.device = device
         self.rotary = make_rotary(checkpoint.config, device)
         self.calibration = calibration
         # indexed by held_out: False (0) calibration, True (1) held out
         self.states: list[list[Tensor]] = [[], []]
-        self._passages: tuple[Block, list[list[_Passage]]] | None = None
+        self._entered: Block | None = None  # the block that the states are inside of
+        self._halted: list[list[_HaltedBatch]] = []
         if calibration is not None:
             self._embed(calibration)
 
@@ -200,30 +187,27 @@ class Walk:
         """The linear for running many windows: a packed weight is expanded once, not at every batch."""
         if not self.calibrated or not linear.quantized:
             return linear
-        weight = linear.dense_weight(self.dtype)
-        return Linear(
-            weight, linear.bias, linear.input_index, linear.output_index, linear.in_features, linear.out_features
-        )
+        return linear.replaced(weight=linear.dense_weight(self.dtype))
 
     def head(self) -> BlockView:
         """The output head; its inputs are the states after the final norm."""
         return BlockView(self, None, {"head": self.checkpoint.head(self.dtype, self.device)}, None)
 
-    def depart(self, block: Block) -> list[list[_Passage]]:
+    def enter(self, block: Block) -> list[list[_HaltedBatch]]:
         """Send all states into a block to halt at its stages; `advance` brings them out. Indexed like `states`."""
-        passages = [[_Passage(block, s, self.span(s.shape[1])) for s in states] for states in self.states]
-        self._passages = block, passages
-        return passages
+        self._entered = block
+        self._halted = [[_HaltedBatch(block, s, self.span(s.shape[1])) for s in states] for states in self.states]
+        return self._halted
 
     @torch.inference_mode()
     def advance(self, block: Block) -> None:
         """Send all states through a finished block, from where they halted if they are inside it."""
-        inside = self._passages is not None and self._passages[0] is block
-        passages = self._passages[1] if self._passages is not None and inside else self.depart(block)
-        self._passages = None
-        for states, underway in zip(self.states, passages, strict=True):
+        batches = self._halted if self._entered is block else self.enter(block)
+        self._entered = None
+        self._halted = []
+        for states, halted in zip(self.states, batches, strict=True):
             for i in range(len(states)):
-                states[i] = underway.pop(0).finish()
+                states[i] = halted.pop(0).finish()
 
     @torch.inference_mode()
     def finish_states(self) -> None:

@@ -50,32 +50,34 @@ def make_windows(documents: list[str], tokenizer: Tokenizer, options: Calibratio
     samples, window = options.samples, options.window
     order = list(range(len(documents)))
     random.Random(options.seed).shuffle(order)
-    held = max(1, samples // HELD_OUT_SHARE)
+    held_out = max(1, samples // HELD_OUT_SHARE)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    body, stream, used = window - len(bos), [], 0
+    body = window - len(bos)
+    stream: list[int] = []
+    used = 0
     for index in order:
-        if len(stream) >= (samples + held) * body:
+        if len(stream) >= (samples + held_out) * body:
             break
         stream += bos * (used > 0) + tokenizer.encode(documents[index], bos=False)
         used += 1
-    rows = [bos + stream[i : i + body] for i in range(0, len(stream) - body + 1, body)][: samples + held]
+    rows = [bos + stream[i : i + body] for i in range(0, len(stream) - body + 1, body)][: samples + held_out]
     if len(rows) < 2:
         raise DataError(
             f"calibration text {options.source!r} has {len(stream)} tokens: two windows of {window} need {2 * body}; "
             "use more text or a smaller --window"
         )
-    held = min(held, max(1, len(rows) // HELD_OUT_SHARE)) if len(rows) < samples + held else held
-    tokens = torch.tensor(rows)
-    taken = tokens[: len(rows) - held], tokens[len(rows) - held :]
+    if len(rows) < samples + held_out:
+        held_out = min(held_out, max(1, len(rows) // HELD_OUT_SHARE))
+    calibration, judging = torch.tensor(rows).split((len(rows) - held_out, held_out))
     origin = {
         "source": Path(options.source).name,
         "documents_available": len(documents),
         "documents_used": used,
         "windows_asked": samples,
-        "windows": taken[0].shape[0],
+        "windows": calibration.shape[0],
         "window_tokens": window,
-        "tokens": taken[0].numel(),
-        "held_out_tokens": taken[1].numel(),
+        "tokens": calibration.numel(),
+        "held_out_tokens": judging.numel(),
         "seed": options.seed,
     }
-    return Calibration(taken[0], taken[1], origin)
+    return Calibration(calibration, judging, origin)

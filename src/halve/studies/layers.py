@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halve.checkpoint.reader import check_device, open_checkpoint
 from halve.checkpoint.tokenizer import load_tokenizer
-from halve.compression.distances import LayerTurns, best_start, measure_every_run
+from halve.compression.distances import LayerDistances, best_start, measure_every_run
 from halve.compression.walk import Walk
 from halve.compression.windows import CalibrationOptions, make_windows
 from halve.errors import OutputError
@@ -33,7 +33,7 @@ class LayerAnalysis:
     of the stream before layer `start` and before layer `end` (P = layers + 1)."""
 
     model: str
-    turns: LayerTurns
+    turns: LayerDistances
     last_token: Tensor
     all_tokens: Tensor
     origin: dict[str, object]

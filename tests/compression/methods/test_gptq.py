@@ -356,7 +356,7 @@ def test_windows_sent_anew_change_nothing(make_hf, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(calibrate, "BATCH_TOKENS", 80)
     _, held, _ = quantize_blocks(folder, METHOD)
     for limit in (0, 20_000):  # nothing is held; the first of three batches is
-        monkeypatch.setattr(calibrate, "HELD_BYTES", limit)
+        monkeypatch.setattr(calibrate, "WAITING_BYTES", limit)
         _, anew, _ = quantize_blocks(folder, METHOD)
         for one, other in zip(held, anew, strict=True):
             for role, linear in one.linears.items():
