@@ -12,6 +12,9 @@ from transformers import AutoModelForCausalLM
 from halve import load_model
 from halve.checkpoint.reader import open_checkpoint
 from halve.errors import UnsupportedModelError
+from halve.model.config import LayerConfig, ModelConfig
+from halve.model.families import FAMILIES, Family, parse_config, windows_by_layer
+from halve.model.rotary import RopeConfig
 from tests.common import relative
 
 LLAMA3 = {
@@ -119,6 +122,115 @@ def test_fields_that_change_the_maths_are_refused(make_hf, tmp_path: Path, chang
     folder = _edit(make_hf("llama"), tmp_path, **changes)
     with pytest.raises(UnsupportedModelError, match=words):
         open_checkpoint(folder)
+
+
+BARE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 16,
+    "intermediate_size": 48,
+}
+
+
+def parsed(model_type: str, **fields: object) -> ModelConfig:
+    return parse_config(BARE | {"model_type": model_type} | fields, "config.json")[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_heads", "head_dim", "qk_norm", "qkv_bias", "window"),
+    [
+        ("llama", 16, 4, False, False, None),
+        ("mistral", 8, 4, False, False, 4096),
+        ("qwen2", 16, 4, False, True, None),
+        ("qwen3", 16, 128, True, False, None),
+    ],
+)
+def test_what_a_bare_config_means_in_each_family(
+    family: str, kv_heads: int, head_dim: int, qk_norm: bool, qkv_bias: bool, window: int | None
+) -> None:
+    config = parsed(family)
+    assert set(config.layers) == {LayerConfig(16, kv_heads, 48, window)}
+    assert (config.head_dim, config.qk_norm, config.qkv_bias) == (head_dim, qk_norm, qkv_bias)
+    assert not config.o_bias and not config.mlp_bias and config.gated and config.norm == "rms"
+    assert (config.max_positions, config.norm_eps, config.activation) == (2048, 1e-6, "silu")
+    assert not config.tied and config.rope == RopeConfig(10000.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "biased"),
+    [
+        ("llama", "attention_bias", {"qkv_bias", "o_bias"}),
+        ("llama", "mlp_bias", {"mlp_bias"}),
+        ("qwen3", "attention_bias", {"qkv_bias", "o_bias"}),
+        ("qwen3", "mlp_bias", None),
+        ("qwen2", "attention_bias", None),
+        ("qwen2", "mlp_bias", None),
+        ("mistral", "attention_bias", None),
+        ("mistral", "mlp_bias", None),
+    ],
+)
+def test_biases_that_a_config_asks_for(family: str, field: str, biased: set[str] | None) -> None:
+    if biased is None:
+        with pytest.raises(UnsupportedModelError, match=f"{field}=True is not a field this decoder handles"):
+            parsed(family, **{field: True})
+        return
+    config = parsed(family, **{field: True})
+    assert {name for name in ("qkv_bias", "o_bias", "mlp_bias") if getattr(config, name)} == biased
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "opt"])
+def test_heads_that_do_not_divide_the_hidden_size_need_a_size_of_their_own(family: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="num_attention_heads=24 does not divide hidden_size=64"):
+        parsed(family, num_attention_heads=24)
+    if family != "opt":
+        assert parsed(family, num_attention_heads=24, head_dim=8).head_dim == 8
+
+
+def test_qwen3_has_a_head_size_whatever_the_hidden_size() -> None:
+    assert parsed("qwen3", num_attention_heads=24).head_dim == 128
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def testwindows_by_layer(family: str) -> None:
+    def windows(**fields: object) -> list[int | None]:
+        return [layer.sliding_window for layer in parsed(family, **fields).layers]
+
+    on = {"use_sliding_window": True, "sliding_window": 5}
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    assert windows(sliding_window=5) == [None] * 3  # switched off
+    assert windows(**on) == [None] * 3  # from layer 28 on
+    assert windows(**on, max_window_layers=2) == [None, None, 5]
+    assert windows(use_sliding_window=True, max_window_layers=2) == [None, None, 4096]
+    assert windows(**on, layer_types=kinds) == [None, 5, None]
+    for fields, words in (
+        ({"layer_types": kinds}, "names sliding_attention, but use_sliding_window is not true"),
+        ({**on, "layer_types": kinds[:2]}, "for each of 3 layers"),
+        ({**on, "layer_types": ["chunked"] * 3}, "must name full_attention or sliding_attention"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=words):
+            windows(**fields)
+
+
+def testone_window_for_all_layers_of_mistral() -> None:
+    assert {layer.sliding_window for layer in parsed("mistral", sliding_window=9).layers} == {9}
+    assert {layer.sliding_window for layer in parsed("mistral", sliding_window=None).layers} == {None}
+
+
+def test_a_new_llama_like_family_is_one_entry(make_hf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry of a family that says what qwen3's does, under a name of its own, and one that mixes rules."""
+    qwen3 = make_hf("qwen3", head_dim=16)
+    toy = _edit(qwen3, tmp_path, model_type="toy")
+    with pytest.raises(UnsupportedModelError, match="model_type='toy' is not supported"):
+        load_model(toy)
+    monkeypatch.setitem(FAMILIES, "toy", Family(default_head_dim=128, qk_norm=True, windows=windows_by_layer))
+    tokens = torch.arange(30).unsqueeze(0)
+    with torch.inference_mode():
+        assert torch.equal(load_model(toy)(tokens), load_model(qwen3)(tokens))
+    monkeypatch.setitem(FAMILIES, "toy", Family(default_kv_heads=2, default_head_dim=32, qkv_bias=True))
+    config = parsed("toy")
+    assert config.layers[0] == LayerConfig(16, 2, 48)
+    assert (config.head_dim, config.qkv_bias, config.o_bias, config.qk_norm) == (32, True, False, False)
 
 
 def test_older_config_spelling_is_read(make_hf, tmp_path: Path) -> None:

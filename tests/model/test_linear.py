@@ -40,3 +40,19 @@ def test_a_dropped_row_keeps_its_bias() -> None:
 def test_unknown_backend_is_named() -> None:
     with pytest.raises(HalveError, match="warp"):
         Linear(torch.ones(1, 2)).select_backend("warp", torch.float32)
+
+
+def test_a_copy_has_what_was_exchanged_and_shares_the_rest() -> None:
+    weight, bias, columns = torch.randn(3, 4), torch.randn(3), torch.tensor([0, 2, 3, 5])
+    layer = Linear(weight, bias, columns, in_features=6)
+    layer.select_backend("auto", torch.float32)
+    other = layer.replaced(weight=torch.zeros(3, 4), bias=None)
+    assert other.bias is None and other.input_index is columns and (other.in_features, other.out_features) == (6, 3)
+    assert torch.equal(other(torch.ones(6)), torch.zeros(3))
+    assert layer.bias is bias and torch.equal(layer.dense_weight(), weight)
+    assert layer.kernel is not None and layer.replaced().kernel is None
+
+
+def test_a_copy_has_to_fit() -> None:
+    with pytest.raises(AssertionError):
+        Linear(torch.ones(3, 4)).replaced(weight=torch.ones(3, 5))

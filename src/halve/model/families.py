@@ -11,20 +11,20 @@ from halve.model.fields import Fields, Json, read_rope
 from halve.model.wiring import ATTENTION, HEAD_NORMS, SUBLAYERS, wires
 
 
-def _no_windows(f: Fields, layers: int) -> list[int | None]:
+def no_windows(f: Fields, layers: int) -> list[int | None]:
     """Full attention in every layer; a config that asks for windows is refused."""
     if f.optional("sliding_window") is not None:
         raise f.fail("sliding_window", "is not part of this architecture")
     return [None] * layers
 
 
-def _one_window(f: Fields, layers: int) -> list[int | None]:
+def one_window(f: Fields, layers: int) -> list[int | None]:
     """Mistral: one window for all layers. The field missing means the class default, 4096; null means none."""
     f.read |= {"sliding_window", "layer_types"}
     return [f.raw.get("sliding_window", 4096)] * layers
 
 
-def _windows_by_layer(f: Fields, layers: int) -> list[int | None]:
+def windows_by_layer(f: Fields, layers: int) -> list[int | None]:
     """Qwen: where windows are switched on, the layers that `layer_types` names, or else those from `max_window_layers`."""
     window = f.optional("sliding_window", 4096) if f.flag("use_sliding_window", False) else None
     f.read.add("sliding_window")
@@ -166,7 +166,7 @@ class Family:
         frozenset()
     )  # of attention_bias (q, k, v, o) and mlp_bias, those the architecture reads
     windows: Callable[[Fields, int], list[int | None]] = (
-        _no_windows  # sliding window of each layer (None: full attention)
+        no_windows  # sliding window of each layer (None: full attention)
     )
 
     def block_name(self, layer: int, role: str) -> str:
@@ -175,13 +175,13 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(heads_divide_hidden=True, bias_fields=frozenset({"attention_bias", "mlp_bias"})),
-    "mistral": Family(default_kv_heads=8, windows=_one_window),
-    "qwen2": Family(qkv_bias=True, windows=_windows_by_layer),
+    "mistral": Family(default_kv_heads=8, windows=one_window),
+    "qwen2": Family(qkv_bias=True, windows=windows_by_layer),
     "qwen3": Family(
         default_head_dim=128,
         qk_norm=True,
         bias_fields=frozenset({"attention_bias"}),
-        windows=_windows_by_layer,
+        windows=windows_by_layer,
     ),
     "opt": Family(parse=_opt, names=OPT_NAMES, width_fields={"intermediate_size": "ffn_dim"}),
 }
