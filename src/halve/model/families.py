@@ -162,12 +162,10 @@ class Family:
     default_head_dim: int | None = None  # the same; None: hidden size / query heads
     qk_norm: bool = False  # norms over each head of queries and keys
     qkv_bias: bool = False  # biases of q, k and v that no field of the config switches
-    bias_fields: frozenset[str] = (
-        frozenset()
-    )  # of attention_bias (q, k, v, o) and mlp_bias, those the architecture reads
-    windows: Callable[[Fields, int], list[int | None]] = (
-        no_windows  # sliding window of each layer (None: full attention)
-    )
+    # of attention_bias (q, k, v, o) and mlp_bias, those the architecture reads
+    bias_fields: frozenset[str] = frozenset()
+    # sliding window of each layer (None: full attention)
+    windows: Callable[[Fields, int], list[int | None]] = no_windows
 
     def block_name(self, layer: int, role: str) -> str:
         return f"{self.names['block'].format(layer)}.{self.names[role]}"

@@ -38,15 +38,13 @@ def _mlp_width(config: ModelConfig, layer: LayerConfig) -> int:
 
 
 SPACES: dict[str, Space] = {
-    STREAM: Space(
-        lambda config, layer: config.hidden_size
-    ),  # the residual stream, read behind a norm, written by adding
+    # the residual stream, read behind a norm, written by adding
+    STREAM: Space(lambda config, layer: config.hidden_size),
     "queries": Space(_query_width),
     "keys": Space(_key_width),
     "values": Space(_key_width),
-    "heads": Space(
-        _query_width, made_of=("queries", "keys", "values")
-    ),  # the values that attention mixed, by query head
+    # the values that attention mixed, by query head
+    "heads": Space(_query_width, made_of=("queries", "keys", "values")),
     "gate": Space(_mlp_width),
     "up": Space(_mlp_width),
     "hidden": Space(_mlp_width, made_of=("gate", "up")),  # behind the activation
