@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from halve import load_model
+from halve.model.linear import Linear
 
 # for models of `make_hf`, whose vocabulary has 97 entries
 TOKENS = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(7))
@@ -41,6 +42,15 @@ def their_logits(folder: Path, **options: object) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, **options)(TOKENS).logits
+
+
+def full_weight(linear: Linear, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight [O, I] of a layer that keeps all its channels and computes the same: zeros where they were removed."""
+    full = torch.zeros(linear.out_features, linear.in_features, dtype=dtype)
+    rows = torch.arange(linear.out_features) if linear.output_index is None else linear.output_index
+    columns = torch.arange(linear.in_features) if linear.input_index is None else linear.input_index
+    full[rows.unsqueeze(1), columns] = linear.dense_weight(dtype)
+    return full
 
 
 def write_word_tokenizer(folder: Path, words: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from halve.checkpoint.config import config_json
 from halve.checkpoint.schemes import read_schemes, write_schemes
-from halve.model.decoder import ModelConfig
+from halve.model.config import ModelConfig
 from halve.model.families import parse_config
 from halve.quantization import QuantSpec
 

@@ -145,9 +145,10 @@ def in_float64(model: Model) -> Model:
     norms = [norm for block in model.blocks for norm in block.norms.values()]  # type: ignore[union-attr]
     for norm in [*norms, model.final_norm]:
         norm.weight = norm.weight.double()  # type: ignore[union-attr]
-    for _, linear in model.linears():
-        linear.weight = linear.dense_weight(torch.float64)
-        linear._matmul = None
+    for block in model.blocks:
+        for role, linear in block.linears.items():  # type: ignore[union-attr]
+            block.linears[role] = linear.replaced(weight=linear.dense_weight(torch.float64))  # type: ignore[index]
+    model.head = model.head.replaced(weight=model.head.dense_weight(torch.float64))
     return model
 
 

@@ -28,12 +28,10 @@ def test_pruned_layer_equals_full_layer_with_zeros(quantized: bool) -> None:
     layer = Linear(stored, bias, columns, rows, 12, 10)
     expected = x @ zeroed.T + bias
     assert float((layer(x) - expected).norm() / expected.norm()) <= 1e-12
-    assert torch.equal(layer.full_weight(torch.float64), zeroed)
 
 
 def test_a_dropped_row_keeps_its_bias() -> None:
     layer = Linear(torch.ones(1, 2), torch.tensor([5.0, 7.0]), output_index=torch.tensor([1]), out_features=2)
-    assert layer.full_weight().tolist() == [[0.0, 0.0], [1.0, 1.0]]
     assert layer(torch.tensor([[1.0, 2.0]])).tolist() == [[5.0, 10.0]]
 
 

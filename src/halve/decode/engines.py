@@ -16,7 +16,8 @@ from halve.decode.cpu_step import CpuStep
 from halve.decode.gpu_step import GpuStep
 from halve.decode.sampling import TokenChooser
 from halve.decode.torch_step import TorchStep
-from halve.model.decoder import KVCache, Model
+from halve.model.cache import KVCache
+from halve.model.decoder import Model
 
 
 class Engine(Protocol):

@@ -58,19 +58,13 @@ class Linear(nn.Module):
 
     def replaced(self, **parts: Unpack[LinearParts]) -> Linear:
         """A copy with some parts exchanged and the others shared; no kernel is chosen for it yet."""
-        kept: dict[str, Any] = {name: getattr(self, name) for name in LinearParts.__annotations__}
-        kept.update(**parts)
-        return Linear(**kept)
+        kept: dict[str, Any] = {n: getattr(self, n) for n in LinearParts.__annotations__ if n not in parts}
+        return Linear(**kept, **parts)
 
     @property
     def weight(self) -> Tensor | QuantizedWeight:
         """The weight as a checkpoint has it; where a kernel keeps a packed one in its own form, rebuilt at every call."""
         return self._weight.stored() if isinstance(self._weight, kernels.PreparedWeight) else self._weight
-
-    @weight.setter
-    def weight(self, weight: Tensor | QuantizedWeight) -> None:
-        self._weight = weight
-        self._matmul = None
 
     def shares(self, tensor: Tensor | None) -> bool:
         """Whether this very tensor is the weight, as in a tied head."""
@@ -113,16 +107,6 @@ class Linear(nn.Module):
         """The weight [K, S] as numbers."""
         weight = self._weight
         return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
-
-    def full_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The equivalent full weight [O, I], zeros where channels were removed."""
-        weight = self.dense_weight(dtype)
-        if self.input_index is not None:
-            wide = weight.new_zeros(weight.shape[0], self.in_features)
-            weight = wide.index_copy_(1, self.input_index, weight)
-        if self.output_index is not None:
-            weight = weight.new_zeros(self.out_features, self.in_features).index_copy_(0, self.output_index, weight)
-        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_index is not None:

@@ -41,9 +41,7 @@ def without(folder: Path, layers: list[int], kind: str | None = None) -> torch.T
             name = "o_proj" if kind == "attention" else "down_proj"
             linear = block.linears[name]  # type: ignore[index]
             # a sublayer that adds nothing is not there (norm first)
-            linear.weight = torch.zeros_like(linear.weight)
-            linear.bias = None
-            linear._matmul = None
+            block.linears[name] = linear.replaced(weight=torch.zeros_like(linear.weight), bias=None)  # type: ignore[index]
     with torch.inference_mode():
         return model(TOKENS)
 

@@ -14,7 +14,7 @@ from halve.compression.recipe import parse_step
 from halve.errors import RecipeError
 from halve.model.linear import Linear
 from halve.quantization import QuantizedWeight
-from tests.common import FAMILIES, TOKENS, logits, relative
+from tests.common import FAMILIES, TOKENS, full_weight, logits, relative
 
 
 def blocks(folder: Path) -> list[dict[str, Linear]]:
@@ -32,7 +32,7 @@ def zeroed(
     with torch.no_grad():
         for (layer, role), (kept, dim) in keep.items():
             weight = model.get_parameter(family.block_name(layer, role) + ".weight")
-            weight.copy_(linears[layer][role].full_weight())
+            weight.copy_(full_weight(linears[layer][role]))
             gone = torch.ones(weight.shape[dim], dtype=torch.bool)
             gone[kept] = False
             weight[(slice(None),) * dim + (gone,)] = 0
@@ -139,10 +139,10 @@ def test_pruning_twice_and_in_both_directions_composes(make_hf, tmp_path: Path) 
         for role, linear in after.items():
             assert linear.weight.shape[1] == before[role].in_features * 3 // 8, role
             assert linear.weight.shape[0] == before[role].out_features * 3 // 4, role
-            kept = linear.full_weight() != 0
+            kept = full_weight(linear) != 0
             full = torch.where(kept, before[role].dense_weight(), 0)
             # what is left is the old weight, up to 8-bit rounding
-            assert float((linear.full_weight() - full).abs().max()) <= float(full.abs().max()) / 127
+            assert float((full_weight(linear) - full).abs().max()) <= float(full.abs().max()) / 127
     assert torch.isfinite(logits(tmp_path / "out")).all()
 
 

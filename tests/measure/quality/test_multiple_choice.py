@@ -266,7 +266,7 @@ def test_progress_of_another_model_or_setting_is_not_taken_up(
     kept = tmp_path / "progress"
     request: dict[str, Any] = {"task": "race-h", "data": data, "batch_tokens": 1, "progress_file": kept}
     other = load_model(folder, dtype=torch.float32)
-    other.head.weight = other.head.dense_weight() * 1.01
+    other.head = other.head.replaced(weight=other.head.dense_weight() * 1.01)
     other.head.select_backend("auto", torch.float32)
     expected = {name: evaluate(m, characters, **request) for name, m in (("same", model), ("other", other))}
     reruns: list[tuple[str, Model, dict[str, Any]]] = [
