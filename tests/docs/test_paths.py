@@ -30,9 +30,8 @@ def missing(page: str, text: str, root: Path = PROJECT) -> list[str]:
     files = {
         str(file.relative_to(root)) for folder in FOLDERS for file in (root / folder).glob("**/*") if file.is_file()
     }
-    modules = [
-        name for name in MODULE.findall(text) if not any(file == name or file.endswith(f"/{name}") for file in files)
-    ]
+    named = [name for name in MODULE.findall(text) if "NAME" not in name]  # a file that is to be made
+    modules = [name for name in named if not any(file == name or file.endswith(f"/{name}") for file in files)]
     return sorted({*paths, *links, *modules})
 
 

@@ -274,6 +274,8 @@ class CpuMatmul:
             return f"computes in float32 and bfloat16, not {dtype}"
         if isinstance(weight, Tensor) and weight.dtype not in (torch.float32, torch.bfloat16):
             return f"reads dense weights in float32 and bfloat16, not {weight.dtype}"
+        if isinstance(weight, QuantizedWeight) and weight.spec.bits not in _STORED_BITS:
+            return f"reads codes of {', '.join(map(str, _STORED_BITS))} bits, not {weight.spec.bits}"
         if weight.shape[0] == 0 or weight.shape[1] == 0:
             return "the weight is empty"
         return None

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halve.errors import HalveError
-from halve.kernels.triton_layout import PIECE, Operand, SegmentedWeight, dense_operand
+from halve.kernels.triton_layout import PIECE, STORED_BITS, Operand, SegmentedWeight, dense_operand
 from halve.quantization import QuantizedWeight
 
 MAX_ROWS = 16  # rows of x the fused kernels take; more go to torch's matmul
@@ -303,6 +303,8 @@ class TritonMatmul:
             return missing()
         if dtype not in _DTYPES or (isinstance(weight, Tensor) and weight.dtype not in _DTYPES):
             return f"computes in float32, bfloat16 and float16, not {dtype}"
+        if isinstance(weight, QuantizedWeight) and weight.spec.bits not in STORED_BITS:
+            return f"reads codes of {', '.join(map(str, STORED_BITS))} bits, not {weight.spec.bits}"
         if weight.shape[0] == 0 or weight.shape[1] == 0:
             return "the weight is empty"
         return None

@@ -18,7 +18,7 @@ from torch.nn import functional
 from halve.kernels.prepared import PreparedWeight
 from halve.quantization import QuantizedWeight, QuantSpec, unpack
 
-_STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
+STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 _DENSE_COLUMNS = 128  # columns of a floating weight that a step of the kernel takes
 _BLOCK_ROWS = 16  # rows of a packed weight that lie together
 _LEAST = 16  # columns that the tensor cores multiply at once: the least size of a chunk
@@ -99,7 +99,7 @@ def dense_operand(weight: Tensor) -> Operand:
 
 def packed_operand(weight: QuantizedWeight) -> Operand:
     """A packed weight, its codes laid out anew, some rows at a time."""
-    bits, columns, groups = _STORED_BITS[weight.spec.bits], weight.in_features, weight.scale.shape[1]
+    bits, columns, groups = STORED_BITS[weight.spec.bits], weight.in_features, weight.scale.shape[1]
     per = _codes_an_element(bits)
     most, order, piece_map, chunks_a_group = 128 // per, None, None, 0
     if groups == 1 and weight.group_index is None:
