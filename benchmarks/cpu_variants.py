@@ -16,6 +16,7 @@ from halve.model.config import LayerConfig
 from halve.model.decoder import Block, Model
 from halve.model.linear import Linear
 from halve.model.merge import merge_siblings
+from halve.model.wiring import MLP, wires
 from halve.quantization import QuantSpec
 
 INT8, INT4 = QuantSpec(8, -1), QuantSpec(4, 128)
@@ -80,16 +81,10 @@ def _kept(columns: int, fraction: float) -> int:
 
 
 def _block(dense: Any, index: int, config: Any, layer: LayerConfig, variant: Variant) -> Block:
-    hidden, size, width = config.hidden_size, config.head_dim, layer.intermediate_size
-    queries, keys = layer.num_heads * size, layer.num_kv_heads * size
-    shapes = {
-        "q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries),
-        "gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width),
-    }  # fmt: skip
-    linears = {
-        role: _linear(rows, columns, variant.spec, 0.0 if role == "down_proj" else variant.inputs)
-        for role, (rows, columns) in shapes.items()
-    }
+    linears = {}
+    for wire in wires(config, layer):
+        dropped = 0.0 if wire.role == MLP.writer else variant.inputs
+        linears[wire.role] = _linear(wire.outputs(config, layer), wire.inputs(config, layer), variant.spec, dropped)
     block = Block(config, layer, index, linears, dict(dense.norms.items()))
     merge_siblings(block)
     return block

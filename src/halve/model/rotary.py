@@ -34,14 +34,14 @@ class Rotary:
 
     def tables(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos, sin [>= length, h] in `dtype`."""
-        held = self._tables.get(dtype)
-        if held is None or held[0].shape[0] < length:
+        tables = self._tables.get(dtype)
+        if tables is None or tables[0].shape[0] < length:
             size = max(256, 1 << (length - 1).bit_length())
             angles = torch.outer(torch.arange(size, device=self.inv_freq.device).float(), self.inv_freq)
             angles = torch.cat((angles, angles), dim=-1)
-            held = (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
-            self._tables[dtype] = held
-        return held
+            tables = (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+            self._tables[dtype] = tables
+        return tables
 
 
 def rope_frequencies(config: RopeConfig, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
