@@ -50,7 +50,8 @@ def compressed(draw: st.DrawFn) -> tuple[Linear, StoredLinear, torch.dtype]:
             linear, planned = keep_inputs(linear, kept), planned.keeping(inputs=len(kept))
         elif spec.divides(planned.kept_in):
             assert isinstance(linear.weight, torch.Tensor)
-            linear.weight, planned = quantize(linear.weight, spec, dtype), planned.quantized(spec)
+            linear = linear.replaced(weight=quantize(linear.weight, spec, dtype))
+            planned = planned.quantized(spec)
     return linear, planned, dtype
 
 
