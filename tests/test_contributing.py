@@ -15,6 +15,8 @@ import pytest
 import halve
 from tests.common import write_word_tokenizer
 
+pytestmark = pytest.mark.slow
+
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(halve.__file__).parent
 # For each kind of addition, by the title of its section: what is made new, and (file, what stands there, what it becomes)

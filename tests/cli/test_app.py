@@ -12,6 +12,8 @@ import pytest
 from halve.cli.app import main
 from tests.common import write_word_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

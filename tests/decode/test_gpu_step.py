@@ -24,6 +24,8 @@ from halve.kernels.triton_backend import Tiling
 from halve.model.decoder import Model
 from tools.ptx.cpu import cpu_too
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = [[5, 9, 3, 44], [7] * 21, [90, 2, 61, 33, 8, 8, 17]]
 

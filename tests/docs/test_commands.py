@@ -23,6 +23,8 @@ from halve.cli.app import app, main
 from halve.measure.records import new_record, write_record
 from tests.common import write_word_tokenizer
 
+pytestmark = pytest.mark.slow
+
 PROJECT = Path(__file__).resolve().parents[2]
 # the log tells what was, and the help page is the program's own words
 PAGES = [page for page in ("README.md", "CONTRIBUTING.md") if (PROJECT / page).is_file()]

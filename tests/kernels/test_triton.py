@@ -29,6 +29,8 @@ from halve.quantization import QuantizedWeight, QuantSpec, quantize
 from tests.common import relative
 from tools.ptx.cpu import cpu_too
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OUT = 37  # odd: no whole number of tiles
 SMALL = Tiling(16)

@@ -13,6 +13,8 @@ from halve.measure.speed import benchmark as benchmarking
 from tools.gpu import steps as gpu
 from tools.gpu.models import step_error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> gpu.Run:

@@ -26,6 +26,8 @@ from halve.measure.speed.profiling import memory_timeline
 from halve.measure.speed.timed_model import BenchmarkOptions, ExtraTiming, Placement
 from halve.measure.speed.timing import PassTimes, kv_bytes_per_step, random_prompt, spread, time_pass
 
+pytestmark = pytest.mark.slow
+
 CONTRACT = """prefill_tokens_per_s ttft_ms decode_ms_median decode_ms_p10 decode_ms_p90 decode_tokens_per_s weight_bytes
     peak_memory_bytes bandwidth_gb_per_s floor_share kernels device halve_version torch_version machine command model
     recipe""".split()

@@ -24,6 +24,8 @@ from halve.measure.records import read_record
 from halve.studies.search.options import Floor
 from tests.common import write_word_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ONE = {"steps": ["l1-inputs"], "vary": ["l1-inputs.fraction=0..0.9"], "floor": 0.6, "resolution": 0.05}
 SEVERAL = {
     "steps": ["rtn:bits=8,targets=*.down_proj", "l1-inputs:ignore=*.down_proj", "l1-outputs:targets=*.o_proj"],

@@ -25,6 +25,8 @@ from halve.studies.system1.tables import tables
 from halve.studies.system1.variants import OWN, RIGHT, Variant
 from tests.common import write_word_tokenizer
 
+pytestmark = pytest.mark.slow
+
 EXAM = READER / "exam_questions.jsonl"
 QUICK = {"data": EXAM, "protocol": "pmi", "limit": 6, "calibration": READER / "calibration.txt", "samples": 2}
 
