@@ -1,25 +1,116 @@
-"""Files written whole or not at all."""
+"""Single files written whole or not at all, names checked before the work, and locks that say who holds them."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from filelock import FileLock, Timeout
+
+from halve._version import __version__
 from halve.errors import OutputError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a file whole or not at all; a link stays, and what it points to is written. Raises OutputError."""
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{uuid4().hex}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path}: could not be written ({error.strerror or error})") from error
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path} cannot be written ({reason}): free space or choose another place") from error
 
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def check_output_path(path: str | os.PathLike[str]) -> Path:
+    """Find out before any work whether a file can be written at `path`, `~` expanded; raises OutputError."""
+    path = Path(os.path.expanduser(path))
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder: name a file inside it")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path} cannot be written, there is no folder {path.parent}: create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path} cannot be written, {path.parent} is not writable: choose another folder")
+    return path
+
+
+def resolve_out(out: str | os.PathLike[str]) -> Path:
+    """Where a folder named `out` really lies: `~` expanded, links followed, so that a link stays and its target is filled.
+
+    A dangling link is served by making its target, in a folder that is there. Raises OutputError for a file, `/`, links in
+    a circle, a link into a folder that is missing (a disk that is not mounted), and a name the system does not take.
+    """
+    try:
+        asked = Path(out).expanduser()
+        path = asked.resolve()
+        reason = None
+        if path.is_symlink():
+            reason = "is a link that leads in a circle"
+        elif (asked.is_symlink() and not path.parent.is_dir()) or any(
+            p.is_symlink() and not p.exists() for p in asked.parents
+        ):
+            reason = f"is or lies in a link to a place that is not there ({path}): make or mount that first"
+        elif path.exists() and not path.is_dir():
+            reason = "is a file"
+        elif path == Path(path.anchor):
+            reason = "is the root of the file system"
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = f"cannot be the name of a folder here ({getattr(error, 'strerror', None) or error})"
+    if reason is not None:
+        raise OutputError(f"{out}: {reason}: choose another folder")
+    return path
+
+
+class Lease:
+    """The lock `name`.lock, held while something in `folder` is in use, and the mark `name`.json that says by whom."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.mark = folder / f"{name}.json"
+        self._lock = FileLock(folder / f"{name}.lock")
+
+    def take(self) -> bool:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        except NotImplementedError as error:
+            raise OutputError(f"{self.mark.parent}: its file system has no locks: choose another folder") from error
+        return True
+
+    def sign(self, **content: Any) -> None:
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        who = {"program": f"halve {__version__}", "pid": os.getpid(), "host": socket.gethostname(), "since": since}
+        write_json(self.mark, who | content)
+
+    def holder(self) -> str:
+        mark = read_object(self.mark) or {}
+        return "process {} on {} since {}".format(*(mark.get(key, "?") for key in ("pid", "host", "since")))
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def remove(self) -> None:
+        """The mark first: without it the lock's file means nothing."""
+        self.mark.unlink(missing_ok=True)
+        self.mark.with_suffix(".lock").unlink(missing_ok=True)

@@ -162,8 +162,15 @@ def test_out_that_holds_something_is_refused_then_replaced(make_hf, tmp_path: Pa
     with pytest.raises(OutputError, match="not empty"):
         compress(make_hf("llama"), out, ["rtn"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"] and (out / "precious.txt").exists()
-    compress(make_hf("llama"), out, ["rtn"], overwrite=True)
-    assert not (out / "precious.txt").exists() and (out / "config.json").exists()
+    with pytest.raises(OutputError, match="holds no model but precious"):
+        compress(make_hf("llama"), out, ["rtn"], overwrite=True)
+    (out / "precious.txt").unlink()
+    compress(make_hf("llama"), out, ["rtn:bits=8"])
+    with pytest.raises(OutputError, match=r"not empty.*--overwrite"):
+        compress(make_hf("llama"), out, ["rtn:bits=4"])
+    compress(make_hf("llama"), out, ["rtn:bits=4"], overwrite=True)
+    assert set(s.bits for s in open_checkpoint(out).schemes.values()) == {4}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 def test_disk_too_small_is_said_before_any_work(make_hf, tmp_path: Path, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 LAYERS = [
     {"_version", "errors", "progress"},
     {"files", "texts"},
+    {"folders"},
     {"quantization"},
     {"kernels"},
     {"model"},

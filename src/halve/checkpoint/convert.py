@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from halve.checkpoint.reader import find_model, open_checkpoint, read_json
 from halve.checkpoint.writer import COPIED, save_shard
-from halve.errors import CheckpointError, OutputError
+from halve.errors import CheckpointError
 from halve.files import write_json
+from halve.folders.work import WorkFolder
 from halve.progress import track
 
 
@@ -25,15 +25,25 @@ def convert(model: str | Path, out: str | Path, *, overwrite: bool = False) -> P
     One file at a time is in memory. Tensors that share storage (tied weights) are stored once each under the name
     that the architecture reads. Raises CheckpointError for files that are not plain tensors.
     """
-    folder, out = find_model(model), Path(out)
+    folder = find_model(model)
     files = _listing(folder)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise OutputError(f"{out}: exists and is not empty: choose another folder, or replace it with --overwrite")
     config = read_json(folder / "config.json")
-    work = out.with_name(out.name + ".partial")
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
+    needed = sum(file.stat().st_size for file in files)
+    work = WorkFolder(out, keep={"the model's own folder": folder}, overwrite=overwrite, needs_bytes=needed)
+    with work.claim({"convert": str(folder.resolve())}, resume=False) as scratch:
+        made = scratch / "model"
+        made.mkdir()
+        try:
+            _write(folder, files, config, made)
+            open_checkpoint(made)  # whatever is wrong with the weights is found before the folder has its name
+        except CheckpointError:
+            work.empty()
+            raise
+        work.publish(made)
+    return work.out
+
+
+def _write(folder: Path, files: list[Path], config: dict[str, Any], made: Path) -> None:
     weight_map, total = {}, 0
     for number, path in enumerate(track(files, description="convert"), 1):
         shard = f"model-{number:05d}-of-{len(files):05d}.safetensors"
@@ -41,25 +51,16 @@ def convert(model: str | Path, out: str | Path, *, overwrite: bool = False) -> P
         if config.get("tie_word_embeddings", config.get("model_type") == "opt"):
             tensors.pop("lm_head.weight", None)
         # clones: tensors that are views of one storage cannot be saved as they are
-        save_shard({k: v.clone().contiguous() for k, v in tensors.items()}, work / shard)
+        save_shard({k: v.clone().contiguous() for k, v in tensors.items()}, made / shard)
         weight_map |= dict.fromkeys(tensors, shard)
         total += sum(t.nbytes for t in tensors.values())
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name.startswith(("config.json", *COPIED)):
-            shutil.copyfile(path, work / path.name)
+            shutil.copyfile(path, made / path.name)
     write_json(
-        work / "model.safetensors.index.json",
+        made / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )
-    try:
-        open_checkpoint(work)  # whatever is wrong with the weights is found before the folder has its name
-    except CheckpointError:
-        shutil.rmtree(work)
-        raise
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(work, out)
-    return out
 
 
 def _listing(folder: Path) -> list[Path]:

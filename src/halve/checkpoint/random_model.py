@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from halve.checkpoint.reader import Checkpoint
 from halve.checkpoint.writer import CheckpointWriter
+from halve.folders.work import WorkFolder
 
 
 def write_random_model(checkpoint: Checkpoint, folder: Path) -> Path:
@@ -14,15 +14,17 @@ def write_random_model(checkpoint: Checkpoint, folder: Path) -> Path:
     if folder.exists():
         return folder
     layers = len(checkpoint.config.layers)
-    work = folder.with_name(folder.name + ".partial")
-    writer = CheckpointWriter(work, layers + 1)
     prefixes = [checkpoint.family.names["block"].format(layer) + "." for layer in range(layers)]
     left = set(checkpoint.tensors.shapes)
-    for part, prefix in enumerate([*prefixes, ""]):
-        names = sorted(name for name in left if name.startswith(prefix))
-        left -= set(names)
-        if not writer.done(part):
-            writer.write(part, {name: checkpoint.tensor(name) for name in names}, [])
-    writer.finish(checkpoint.raw, {}, checkpoint.folder)
-    os.replace(work, folder)
+    work = WorkFolder(folder, keep={"the config's own folder": checkpoint.folder})
+    with work.claim({"random weights": checkpoint.raw}) as scratch:
+        made = scratch / "model"
+        writer = CheckpointWriter(made, layers + 1)
+        for part, prefix in enumerate([*prefixes, ""]):
+            names = sorted(name for name in left if name.startswith(prefix))
+            left -= set(names)
+            if not writer.done(part):
+                writer.write(part, {name: checkpoint.tensor(name) for name in names}, [])
+        writer.finish(checkpoint.raw, {}, checkpoint.folder)
+        work.publish(made)
     return folder

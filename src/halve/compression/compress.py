@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -32,8 +31,9 @@ from halve.compression.recipe import as_steps, make_step, step_json
 from halve.compression.step_run import Request, run_step, working_dtype
 from halve.compression.walk import Walk
 from halve.compression.windows import HELD_OUT_SHARE, Calibration, CalibrationOptions, make_windows
-from halve.errors import CheckpointError, OutputError
+from halve.errors import CheckpointError
 from halve.files import write_json, write_text
+from halve.folders.work import WorkFolder
 from halve.model.families import projection_linears, vector_shapes
 from halve.texts import read_documents
 
@@ -115,17 +115,27 @@ def compress(
     options = CalibrationOptions(str(calibration), samples, window, seed)
     request = Request(str(model), Path(out), as_steps(steps), options, device, dtype)
     plan = plan_recipe(request)
-    work = _prepare_output(request, plan, overwrite)
+    work = WorkFolder(
+        out,
+        keep={"the model's own folder": plan.checkpoint.folder, "the calibration text": calibration},
+        overwrite=overwrite,
+        needs_bytes=plan.disk_bytes,
+    )
     windows = _calibration(request, plan)
     if on_plan is not None:
         on_plan(plan)
-    _claim(work, request, plan, overwrite)
+    with work.claim(_identity(request, plan)) as scratch:
+        return _run(request, plan, windows, work, scratch)
+
+
+def _run(request: Request, plan: RecipePlan, windows: Calibration | None, work: WorkFolder, scratch: Path) -> Result:
+    """Every step, each from one folder to the next, and the last folder published; what is done already stays."""
     source, reports, seconds = plan.checkpoint, [], []
     manifest: dict[str, Any] = {}
     for number, asked in enumerate(request.steps, 1):
-        started, folder = time.monotonic(), work / f"step-{number}"
+        started, folder = time.monotonic(), scratch / f"step-{number}"
         if not (folder / "model.safetensors.index.json").exists():
-            method, step = _resolve(request, source, windows, work, number)
+            method, step = _resolve(request, source, windows, scratch, number)
             rows = run_step(request, source, method, step, windows if method.calibrates else None, folder, number)
             reports.append(_report(asked, method, step, rows))
             timed = [row for row in rows if "seconds" in row]
@@ -137,13 +147,12 @@ def compress(
             reports = manifest["steps"][len(plan.checkpoint.manifest.get("steps", [])) :]
         seconds.append({"step": asked.name, "seconds": round(time.monotonic() - started, 3)})
         if number > 1:
-            shutil.rmtree(work / f"step-{number - 1}")
+            shutil.rmtree(scratch / f"step-{number - 1}")
         source = open_checkpoint(folder)
     _verify(source, request)
     write_text(source.folder / "halve-log.jsonl", "".join(json.dumps(s) + "\n" for s in seconds))
-    _publish(work, source.folder, request.out)
-    notes = _notes(windows, reports)
-    return Result(request.out, manifest, plan, notes)
+    work.publish(source.folder)
+    return Result(work.out, manifest, plan, _notes(windows, reports))
 
 
 def _calibration(request: Request, plan: RecipePlan) -> Calibration | None:
@@ -171,30 +180,11 @@ def _notes(windows: Calibration | None, reports: list[dict[str, Any]]) -> list[s
     return notes
 
 
-def _prepare_output(request: Request, plan: RecipePlan, overwrite: bool) -> Path:
-    """Check that the result can be written; returns the folder to work in."""
-    out = request.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise OutputError(f"{out}: exists and is not empty: choose another folder, or replace it with --overwrite")
-    if out.resolve() == plan.checkpoint.folder.resolve():
-        raise OutputError(f"{out}: is the model's own folder: choose another one")
-    parent = out.resolve().parent
-    existing = next(p for p in (parent, *parent.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OutputError(f"{existing}: cannot be written to: choose another place for OUT")
-    free = shutil.disk_usage(existing).free
-    if free < plan.disk_bytes * 1.01:
-        raise OutputError(
-            f"{existing}: the disk has {free:,} bytes free and this needs {int(plan.disk_bytes * 1.01):,}: "
-            "free some space or choose another disk for OUT"
-        )
-    return out.with_name(out.name + ".partial")
-
-
-def _claim(work: Path, request: Request, plan: RecipePlan, overwrite: bool) -> None:
-    """Make the work folder ours: empty, or left by an interrupted run of the very same request."""
-    files, asked = sorted(plan.checkpoint.folder.glob("*.safetensors")), request.calibration
-    identity = {
+def _identity(request: Request, plan: RecipePlan) -> dict[str, Any]:
+    """What makes a request the very same, so that what an interrupted run of it left is gone on with."""
+    files = sorted(plan.checkpoint.folder.glob("*.safetensors"))
+    asked = request.calibration
+    return {
         "halve": __version__,
         "steps": [step_json(m) for m in request.steps],
         "settings": [asked.samples, plan.window, asked.seed, request.device, str(request.dtype)],
@@ -202,18 +192,6 @@ def _claim(work: Path, request: Request, plan: RecipePlan, overwrite: bool) -> N
         "source": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
         "config": plan.checkpoint.raw,
     }
-    path = work / "request.json"
-    if path.exists() and json.loads(path.read_text()) == json.loads(json.dumps(identity)):
-        return
-    if work.exists():
-        if not overwrite:
-            raise OutputError(
-                f"{work}: holds an unfinished run of another request: delete it, repeat that request to finish it, "
-                "or give --overwrite"
-            )
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    write_json(path, identity)
 
 
 def _fingerprint(source: str) -> str:
@@ -311,18 +289,3 @@ def _verify(checkpoint: Checkpoint, request: Request) -> None:
         logits = checkpoint.head(dtype, request.device)(walk.states[0][0])
     if not torch.isfinite(logits).all():
         raise CheckpointError(f"{checkpoint.folder}: the compressed model gives NaN or infinite logits: not published")
-
-
-def _publish(work: Path, folder: Path, out: Path) -> None:
-    """Give the finished folder its name; what was there before goes only then."""
-    old = out.with_name(out.name + ".old")
-    try:
-        if out.exists():
-            if old.exists():
-                shutil.rmtree(old)
-            os.replace(out, old)
-        os.replace(folder, out)
-    except OSError as error:
-        raise OutputError(f"{out}: could not be put in place ({error}): the result is in {folder}") from error
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(work, ignore_errors=True)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from halve.compression.compress import compress
-from halve.errors import OutputError
+from halve.folders.study import StudyFolder
 from halve.measure.machine import usable_cores
 from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded, prepare
 from halve.measure.quality.options import EvaluationOptions
@@ -71,13 +70,14 @@ def demo(out: str | Path = "halve-demo", *, overwrite: bool = False) -> Comparis
     Writes `out`/models/*, `out`/records/*.json, `out`/accuracy-size.png and `out`/report.html. Takes minutes on two cores,
     needs no network.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not overwrite:
-            raise OutputError(f"{out}: exists and is not empty: choose another folder, or replace it with --overwrite")
-        shutil.rmtree(out)
+    place = StudyFolder(out, ("models/", "records/"), keep={"the bundled model": READER}, overwrite=overwrite)
+    with place.claim({"demo": [asdict(variant) for variant in VARIANTS]}, resume=False) as folder:
+        return _fill(folder)
+
+
+def _fill(out: Path) -> Comparison:
     records = out / "records"
-    records.mkdir(parents=True)
+    records.mkdir()
     (out / "models").mkdir()
     models = [READER, *(out / "models" / variant.name for variant in VARIANTS)]
     # a model this small keeps one core busy at best: as many at a time as there are cores

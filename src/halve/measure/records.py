@@ -12,7 +12,6 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -22,7 +21,8 @@ from typing import Any, NotRequired, TypedDict
 import torch
 
 from halve._version import __version__
-from halve.errors import DataError, OutputError
+from halve.errors import DataError
+from halve.files import check_output_path, write_text
 from halve.measure.machine import describe_machine
 
 Record = dict[str, Any]  # of any kind, while it is made
@@ -208,18 +208,6 @@ def checkpoint_recipe(model: str | os.PathLike[str]) -> list[Any]:
     return recipe
 
 
-def check_output_path(path: str | os.PathLike[str]) -> Path:
-    """Find out before any work whether a file can be written at `path`; raises OutputError."""
-    path = Path(path)
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder: name a file inside it")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path} cannot be written, there is no folder {path.parent}: create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path} cannot be written, {path.parent} is not writable: choose another folder")
-    return path
-
-
 def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
     """Write one record as JSON, complete or not at all.
 
@@ -233,18 +221,7 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Pat
     if lost:
         finite["not_finite"] = lost
     text = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        reason = error.strerror or str(error)
-        raise OutputError(f"{path} cannot be written ({reason}): free space or choose another place") from error
+    write_text(path, text)
     return path
 
 

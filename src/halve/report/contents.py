@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from halve.errors import DataError
+from halve.folders.work import is_scratch_name
 from halve.measure.records import Record, check_record
 
 # files of a model folder that are large and hold nothing of interest
@@ -50,7 +51,7 @@ def read_contents(folder: Path) -> Contents:
     found = Contents()
     for path in sorted(folder.rglob("*.json")):
         place = path.relative_to(folder)
-        unfinished = any(part.endswith(".partial") or part.startswith(".") for part in place.parts[:-1])
+        unfinished = any(is_scratch_name(part) or part.startswith(".") for part in place.parts[:-1])
         if unfinished or path.name.startswith(_PASSED_OVER):
             continue
         _sort_in(found, place, _read(path), path)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from halve._version import __version__
-from halve.files import write_text
-from halve.measure.records import check_output_path
+from halve.files import check_output_path, write_text
 from halve.report import models, studies
 from halve.report.blocks import Section
 from halve.report.contents import Contents, read_contents

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from halve.compression.distances import LayerDistances, best_start, measure_ever
 from halve.compression.walk import Walk
 from halve.compression.windows import CalibrationOptions, make_windows
 from halve.errors import OutputError
-from halve.files import write_text
+from halve.files import resolve_out, write_json, write_text
 from halve.texts import read_documents
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def analyse_layers(
     HalveError subclasses for a model, data or folder that cannot be used, before any weight is read.
     """
     check_device(device)
-    checkpoint, folder = open_checkpoint(model), Path(out)
+    checkpoint, folder = open_checkpoint(model), resolve_out(out)
     layers = len(checkpoint.config.layers)
     if mark is not None and not 1 <= mark < layers:
         raise OutputError(f"mark={mark}: the model has {layers} layers: use 1 to {layers - 1}")
@@ -114,7 +113,7 @@ def analyse_layers(
     analysis = LayerAnalysis(str(model), turns, turns.pairs, all_tokens, calibration.origin)
     write_text(folder / "distances.csv", analysis.distances_csv())
     write_text(folder / "sublayers.csv", analysis.sublayers_csv())
-    write_text(folder / "layers.json", json.dumps(analysis.as_json(), indent=2) + "\n")
+    write_json(folder / "layers.json", analysis.as_json())
     _plot(analysis, folder / "layers.png", mark)
     return analysis
 

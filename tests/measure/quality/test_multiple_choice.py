@@ -285,8 +285,12 @@ def test_progress_of_another_model_or_setting_is_not_taken_up(
 
 
 def test_a_progress_file_that_cannot_be_written(model: Model, data: Path, tmp_path: Path, characters: Any) -> None:
-    with pytest.raises(OutputError, match="cannot keep the progress"):
+    with pytest.raises(OutputError, match="cannot be written"):
         evaluate(model, characters, task="race-h", data=data, progress_file=tmp_path / "absent" / "p")
+    (tmp_path / "p").write_text("notes of mine")
+    with pytest.raises(OutputError, match="is not the progress of an evaluation"):
+        evaluate(model, characters, task="race-h", data=data, progress_file=tmp_path / "p")
+    assert (tmp_path / "p").read_text() == "notes of mine"
 
 
 @pytest.mark.parametrize(

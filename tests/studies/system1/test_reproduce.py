@@ -173,7 +173,7 @@ def test_what_cannot_do_is_refused_before_any_work(
     assert not out.exists()
     out.mkdir()
     (out / "precious").touch()
-    with pytest.raises(OutputError, match="holds something else"):
+    with pytest.raises(OutputError, match="holds no model but precious"):
         reproduce_system1(READER, out, **QUICK)
     assert (out / "precious").exists()
 

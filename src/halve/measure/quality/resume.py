@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from halve.errors import OutputError
+from halve.files import write_text
 from halve.model.decoder import Model
 
 
@@ -40,18 +40,17 @@ class Progress:
         lines = [json.dumps({"run": identity}, sort_keys=True)]
         try:
             kept = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+            if any(kept) and not kept[0].startswith('{"run": '):
+                raise OutputError(
+                    f"{path}: is not the progress of an evaluation: move it elsewhere, it would be replaced"
+                )
             if kept and kept[0] == lines[0]:
                 lines += self._restore(kept[1:-1])
             # the file is replaced in one step: a kill at this moment loses nothing either
-            fresh = path.with_name(path.name + ".new")
-            fresh.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            os.replace(fresh, path)
+            write_text(path, "".join(line + "\n" for line in lines))
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise OutputError(
-                f"{path}: cannot keep the progress of this run: {reason}; choose another place"
-            ) from error
+            raise OutputError(f"{path} cannot be written ({error.strerror or error}): choose another place") from error
 
     def _restore(self, lines: list[str]) -> list[str]:
         good = []

@@ -10,23 +10,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from halve._version import __version__
 from halve.checkpoint.reader import check_device, find_model, open_checkpoint
 from halve.compression.methods import Method
 from halve.compression.recipe import as_steps, step_json
 from halve.compression.windows import CalibrationOptions
-from halve.errors import HalveError, OutputError, RecipeError
-from halve.files import write_json
+from halve.errors import HalveError, RecipeError
+from halve.folders.study import StudyFolder
 from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.race import QuestionSet
 from halve.measure.quality.tasks import QUESTION_TASKS
@@ -37,6 +34,8 @@ from halve.studies.search.questions import check_overlaps, search_and_final
 from halve.studies.search.trial import TrialRunner
 from halve.studies.search.vary import Point, Value, parse_vary
 from halve.studies.search.worker import Worker
+
+FILES = "trials/ prefix/ winner/ prefix.partial/ winner.partial/ study.db* winner-built.txt".split()  # beside records
 
 
 def search(
@@ -80,23 +79,29 @@ def search(
     task = QUESTION_TASKS[evaluation.task]
     questions, final = search_and_final(task, evaluation, options)
     checkpoint = open_checkpoint(str(model))
+    reads = {
+        "the model's own folder": checkpoint.folder,
+        "the calibration text": calibration.source,
+        "the questions": evaluation.data,
+        "the held-out questions": options.held_out_data,
+    }
+    place = StudyFolder(out, FILES, keep=reads, overwrite=overwrite, alone=False)
     name = find_model(str(model)).resolve().name if Path(model).expanduser().exists() else str(model)
     timing = _timing(options.minimise, checkpoint.config.max_positions)
     exam = task.choice_options(evaluation)
-    runner = TrialRunner(str(model), name, Path(out), recipe, varied, exam, calibration, options, device, dtype, timing)
+    runner = TrialRunner(str(model), name, place.out, recipe, varied, exam, calibration, options, device, dtype, timing)
     ladder = _ladder(runner) if len(varied) == 1 else None
     corner = None if ladder else _gentlest(runner)
     check_overlaps(questions, final, calibration.source, recipe)
     identity = _identity(runner, asked, questions, final, checkpoint.raw)
-    _prepare(runner.out, identity, overwrite)
-
-    dense = runner.dense(questions)
-    _check_dense(dense, asked, len(questions.questions))
-    study = _shared_study(runner, identity)
-    Worker(runner, study, questions, asked, dense, ladder, corner).run(on_trial)
-    result = outcome.SearchResult(runner, asked, questions, final, dense, study.board().done, ladder)
-    with runner.alone(runner.out / "finish"):
-        return outcome.finish(result)
+    with place.claim(identity):
+        dense = runner.dense(questions)
+        _check_dense(dense, asked, len(questions.questions))
+        study = _shared_study(runner, identity)
+        Worker(runner, study, questions, asked, dense, ladder, corner).run(on_trial)
+        result = outcome.SearchResult(runner, asked, questions, final, dense, study.board().done, ladder)
+        with runner.alone(runner.out / "finish"):
+            return outcome.finish(result)
 
 
 def _check_dense(dense: dict[str, Any], floor: Floor, questions: int) -> None:
@@ -190,27 +195,3 @@ def _identity(
         "seed": runner.options.seed,
     }
     return json.loads(json.dumps(identity))
-
-
-def _prepare(out: Path, identity: dict[str, Any], overwrite: bool) -> None:
-    """Make `out` ours: new, or left by the same search. Another worker may be doing the same at this moment."""
-    path = out / "request.json"
-    try:
-        if out.exists() and not path.is_file():
-            time.sleep(0.5)
-        if not path.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
-            _clear(out, "something else", overwrite)
-        elif path.is_file() and json.loads(path.read_text(encoding="utf-8")) != identity:
-            _clear(out, "the search of another request", overwrite)
-        out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / ".request.lock"):
-            if not path.is_file():
-                write_json(path, identity)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror or error}): choose another place") from error
-
-
-def _clear(out: Path, held: str, overwrite: bool) -> None:
-    if not overwrite:
-        raise OutputError(f"{out}: holds {held}: choose another folder, or replace it with --overwrite")
-    shutil.rmtree(out)

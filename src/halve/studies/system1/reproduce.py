@@ -6,7 +6,6 @@ fractions until the accuracy falls below the floor. Every finished part is a fol
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -22,8 +21,9 @@ from halve.checkpoint.tokenizer import load_tokenizer
 from halve.compression.compress import Request, compress
 from halve.compression.plan import state_of
 from halve.compression.windows import CalibrationOptions
-from halve.errors import HalveError, OutputError
-from halve.files import write_json
+from halve.errors import HalveError
+from halve.files import resolve_out
+from halve.folders.study import StudyFolder
 from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded, prepare
 from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.race import HUB_RACE, load_question_set
@@ -38,7 +38,7 @@ from halve.studies.system1.variants import OWN, PROCEDURES, Procedure, Variant
 from halve.texts import read_documents
 
 RECORD = "reproduce.json"
-_REQUEST = "request.json"
+FILES = ("models/", "records/")  # beside records
 NOT_MEASURED = "the weights are random"
 
 
@@ -112,14 +112,20 @@ def reproduce_system1(
     before any weight is read when memory, disk, data or model cannot do.
     """
     options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
-    study = Study(os.fspath(model), Path(out), **options)
+    study = Study(os.fspath(model), resolve_out(out), **options)
     checkpoint, needs = check(study)
     if on_needs is not None:
         on_needs(needs)
     needs.check(study.out, study.device)
-    _claim(study, checkpoint, overwrite)
-    record = _Run(study, checkpoint, needs).run()
-    write_record(study.path(RECORD), record)
+    reads = {
+        "the model's own folder": checkpoint.folder,
+        "the calibration text": study.calibration,
+        "the questions": study.data,
+    }
+    place = StudyFolder(study.out, FILES, keep=reads, overwrite=overwrite)
+    with place.claim(_identity(study, checkpoint)):
+        record = _Run(study, checkpoint, needs).run()
+        write_record(study.path(RECORD), record)
     return record
 
 
@@ -142,27 +148,13 @@ def check(study: Study) -> tuple[Checkpoint, Needs]:
     return checkpoint, estimate_needs(study.request(), checkpoint, questions, study.fractions, study.random_weights)
 
 
-def _claim(study: Study, checkpoint: Checkpoint, overwrite: bool) -> None:
-    """Make the folder ours: new, or begun by the very same request."""
+def _identity(study: Study, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What makes a study this one."""
     identity = asdict(study) | {"dtype": str(study.dtype), "config": checkpoint.raw}
     for free in ("out", "floor", "fractions"):  # a folder may move; these two decide only how far the work goes
         del identity[free]
     identity["weights"] = [[f.name, f.stat().st_size] for f in sorted(checkpoint.folder.glob("*.safetensors"))]
-    identity, path = json.loads(json.dumps(identity)), study.path(_REQUEST)
-    if path.exists() and json.loads(path.read_text()) == identity:
-        return
-    if study.out.exists() and (not study.out.is_dir() or any(study.out.iterdir())):
-        if not overwrite:
-            raise OutputError(
-                f"{study.out}: holds something else, or was begun with other options: choose another folder with --out, "
-                "or replace it with --overwrite"
-            )
-        shutil.rmtree(study.out)
-    try:
-        study.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{study.out}: cannot be made ({error.strerror}): choose another place") from error
-    write_json(path, identity)
+    return identity
 
 
 @dataclass

@@ -1,0 +1,84 @@
+"""What an output folder holds: what halve made, and may replace, and what has to stay."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from fnmatch import fnmatch
+from pathlib import Path
+
+from halve.files import read_object
+
+MODEL_FILES = (
+    "config.json generation_config.json halve.json halve-log.jsonl *.safetensors *.safetensors.index.json "
+    "pytorch_model*.bin pytorch_model*.bin.index.json tokenizer* special_tokens_map* added_tokens* vocab* merges* "
+    "chat_template* additional_chat_templates/ tekken.json LICENSE* NOTICE* USE_POLICY*"
+).split()
+# what does not make a folder hold something: of file systems, and of workers that begin at this moment
+PASSED_OVER = re.compile(r"lost\+found|\.request\.lock|\.worker-[0-9a-f]+\.(json|lock)|\.[0-9a-f]{32}(\.tmp)?")
+OTHERWISE = "choose another folder"
+
+
+def real_places(keep: Mapping[str, str | os.PathLike[str] | None]) -> dict[Path, str]:
+    """What must stay, by where it really lies: what is named, what its files link to, and the working directory."""
+    places: dict[Path, str] = {}
+    for what, name in {**keep, "the working directory": "."}.items():
+        with suppress(OSError, RuntimeError):  # a hub id, a named set, or a working directory that is gone
+            path = Path("" if name is None else name).expanduser()
+            if name is None or not path.exists():
+                continue
+            inner = path.iterdir() if path.is_dir() and name != "." else ()
+            for place in (path.resolve(), path.parent.resolve() / path.name, *(p.resolve() for p in inner)):
+                places.setdefault(place, what)
+    return places
+
+
+def holds_one_of(places: dict[Path, str], folder: Path) -> str | None:
+    """What of `places` would go with `folder`, in words."""
+    for place, what in places.items():
+        if place == folder or folder in place.parents:
+            return f"{'is' if place == folder else 'holds'} {what}"
+    return None
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder holds a model: what `--overwrite` may replace."""
+    if "recipe" in (read_object(folder / "halve.json") or {}):
+        return True
+    weights = any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
+    return weights and "model_type" in (read_object(folder / "config.json") or {})
+
+
+def first_foreign(folder: Path, names: Sequence[str], below: Sequence[str] = (), top: bool = True) -> Path | None:
+    """The first entry whose name is none of `names`, nor, in the folders named there ("trials/"), of `below`; else None."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            known = not top or any(fnmatch(f"{entry.name}/", name) for name in names)
+            foreign = first_foreign(entry, below or names, top=False) if known else entry
+            if foreign is not None:
+                return foreign
+        elif not entry.is_file() or not any(fnmatch(entry.name, name) for name in names):
+            return entry
+    return None
+
+
+def why_not_a_model(folder: Path) -> str | None:
+    """Why a folder is more than a model, the one thing that `--overwrite` replaces; None when it is that alone."""
+    if not _is_model(folder):
+        return f"exists and is not empty, and holds no model but {min(folder.iterdir()).name}"
+    foreign = first_foreign(folder, MODEL_FILES)
+    return None if foreign is None else holding(folder, foreign)
+
+
+def holding(folder: Path, foreign: Path) -> str:
+    return f"exists and is not empty, and holds {foreign.relative_to(folder)}, which halve did not write"
+
+
+def delete(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)
