@@ -8,7 +8,7 @@ import io
 import pytest
 
 from halve.errors import DataError
-from halve.measure.table import Comparison, compare, show_bytes, show_share
+from halve.measure.table import Comparison, compare
 
 MACHINE = {"cpu": "Chip", "cores": 2, "threads": 1}
 
@@ -201,22 +201,3 @@ def test_it_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
 def test_nothing_to_compare_is_an_error() -> None:
     with pytest.raises(DataError, match="no evaluation and no benchmark"):
         compare([base("plan", "m")])
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1_040_128, "1.04 MB"),
-        (248_004_608, "248 MB"),
-        (6.56e9, "6.56 GB"),
-        (1.4e12, "1400 GB"),
-    ],
-)
-def test_bytes_as_text(count: float, text: str) -> None:
-    assert show_bytes(count) == text
-
-
-def test_shares_keep_two_digits() -> None:
-    assert [show_share(x) for x in (0.00294, 0.05, 0.0999, 0.62, 1.0)] == ["0.29 %", "5 %", "10 %", "62 %", "100 %"]

@@ -21,7 +21,8 @@ from typing import Any
 
 from halve.errors import DataError
 from halve.measure.records import Record, read_record
-from halve.measure.table import MISSING, circumstances, compare, show_bytes, show_share
+from halve.measure.table import MISSING, circumstances, compare
+from halve.measure.units import show_bytes, show_percent, show_share
 from halve.studies.system1.tables import fraction_table, model_table
 
 
@@ -114,7 +115,7 @@ def show(key: str, value: Any) -> str:
     if not isinstance(value, int | float):
         return str(value).replace("|", r"\|")
     if key.endswith("accuracy"):
-        return f"{100 * value:.1f} %"
+        return show_percent(value)
     if key.endswith("_bytes"):
         return show_bytes(value)
     if key.endswith("_share"):

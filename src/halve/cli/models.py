@@ -23,6 +23,7 @@ from halve.cli.options import (
     dtype_of,
 )
 from halve.errors import HalveError
+from halve.measure.units import show_bytes
 
 
 def compress(
@@ -120,7 +121,7 @@ def fetch(model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id (ow
 
     folder = run(model)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{model}: {size / 1e9:.2f} GB in {folder}")
+    print(f"{model}: {show_bytes(size, 2)} in {folder}")
 
 
 def convert(model: Model, out: Out, overwrite: Overwrite = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from halve.measure.quality.tasks import figure_of
 from halve.measure.records import AnyRecord
+from halve.measure.units import show_bytes, show_duration
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,20 +23,7 @@ if TYPE_CHECKING:
     from halve.studies.system1.needs import Needs
 
 
-def size(count: float) -> str:
-    """Bytes in decimal units: 6.43 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, to the precision of an estimate."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+_size = partial(show_bytes, decimals=2)
 
 
 def plan(recipe: RecipePlan, steps: list[Method]) -> None:
@@ -44,9 +33,9 @@ def plan(recipe: RecipePlan, steps: list[Method]) -> None:
         console.print(_step_table(f"step {number}: {method.name}", step))
     ratio = recipe.bytes_after / recipe.bytes_before
     console.print(
-        f"weights: {size(recipe.bytes_before)} -> {size(recipe.bytes_after)} ({ratio:.0%}); "
-        f"disk while working: {size(recipe.disk_bytes)}; memory: about {size(recipe.estimate.memory_bytes)}; "
-        f"time: about {duration(recipe.estimate.seconds)}"
+        f"weights: {_size(recipe.bytes_before)} -> {_size(recipe.bytes_after)} ({ratio:.0%}); "
+        f"disk while working: {_size(recipe.disk_bytes)}; memory: about {_size(recipe.estimate.memory_bytes)}; "
+        f"time: about {show_duration(recipe.estimate.seconds)}"
     )
 
 
@@ -65,7 +54,7 @@ def _step_table(title: str, step: StepPlan) -> Table:
     table.add_column("before", justify="right", no_wrap=True)
     table.add_column("after", justify="right", no_wrap=True)
     for (name, what), (count, before, after) in kinds.items():
-        table.add_row(name, str(count), what, size(before), size(after))
+        table.add_row(name, str(count), what, _size(before), _size(after))
     return table
 
 
@@ -85,8 +74,8 @@ def _text(default: object) -> str:
 def needs(what: Needs) -> None:
     """Memory, disk and time of a study, before it begins."""
     print(
-        f"needs about {size(what.memory_bytes)} of memory ({size(what.together_bytes)} to time all models side by side), "
-        f"{size(what.disk_bytes)} of disk, and at most about {duration(what.seconds)}"
+        f"needs about {_size(what.memory_bytes)} of memory ({_size(what.together_bytes)} to time all models side by side), "
+        f"{_size(what.disk_bytes)} of disk, and at most about {show_duration(what.seconds)}"
     )
 
 
@@ -94,7 +83,7 @@ def result(done: Result) -> None:
     """What every step left of the linears, where the result is, and what is worth knowing about it."""
     console = Console()
     for step in done.manifest["steps"][-len(done.plan.steps) :]:
-        sizes = " -> ".join(size(step[f"linear_bytes_{when}"]) for when in ("before", "after"))
+        sizes = " -> ".join(_size(step[f"linear_bytes_{when}"]) for when in ("before", "after"))
         counts = " -> ".join(f"{step[f'parameters_{when}']:,}" for when in ("before", "after"))
         console.print(f"{step['step']}: linears {sizes}, parameters {counts}", soft_wrap=True, highlight=False)
     for note in done.notes:
@@ -136,7 +125,7 @@ def benchmark(record: AnyRecord) -> None:
     print(f"  floor     {record['floor_share']:.0%} of what {record['bandwidth_gb_per_s']:.1f} GB/s allow")
     peak = record["peak_memory_bytes"]
     print(
-        f"  memory    {'peak not measured' if peak is None else size(peak) + ' peak'}, {size(record['weight_bytes'])} weights"
+        f"  memory    {'peak not measured' if peak is None else _size(peak) + ' peak'}, {_size(record['weight_bytes'])} weights"
     )
     kernels = ", ".join(f"{name} x{count}" for name, count in record["kernels"].items())
     print(f"  kernels   {kernels}; decode {record['decode_kernel']}")
@@ -150,7 +139,7 @@ def benchmark(record: AnyRecord) -> None:
 def trial(row: dict[str, Any]) -> None:
     """One line as a trial of a search is measured."""
     verdict = "clears the floor" if row["feasible"] else "below the floor"
-    print(f"{_point(row)}: accuracy {row['accuracy']:.1%}, {size(row['bytes'])}, {verdict}", flush=True)
+    print(f"{_point(row)}: accuracy {row['accuracy']:.1%}, {_size(row['bytes'])}, {verdict}", flush=True)
 
 
 def search(record: dict[str, Any], out: Path) -> None:
@@ -165,13 +154,13 @@ def search(record: dict[str, Any], out: Path) -> None:
     ):
         table.add_column(title, justify="left" if title == "recipe" else "right")
     for row in record["pareto"]:
-        shown = f"{row['objective']:.2f}" if objective == "decode_ms" else size(row["objective"])
+        shown = f"{row['objective']:.2f}" if objective == "decode_ms" else _size(row["objective"])
         table.add_row(_point(row), f"{row['accuracy']:.1%}", shown, "yes" if row["feasible"] else "no")
     console.print(table)
     winner, dense = record["winner"], record["dense"]
     low, high = winner["held_out_accuracy_ci95"]
     print(
-        f"winner: {_point(winner)}: {size(winner['bytes'])}, {winner['bytes_share']:.0%} of the dense model; "
+        f"winner: {_point(winner)}: {_size(winner['bytes'])}, {winner['bytes_share']:.0%} of the dense model; "
         f"accuracy {winner['held_out_accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
         f"{record['held_out_data']['questions']} questions no trial has seen, dense {dense['held_out_accuracy']:.1%}: "
         f"{'confirmed' if winner['confirmed'] else 'NOT confirmed'} above {record['floor']['held_out_accuracy']:.1%}"

@@ -16,6 +16,7 @@ from halve.errors import DataError
 from halve.measure.quality.statistics import paired_records
 from halve.measure.quality.tasks import figure_of
 from halve.measure.records import AnyRecord
+from halve.measure.units import show_accuracy, show_bytes, show_difference, show_perplexity, show_share
 
 MISSING = "-"
 Row = dict[str, Any]  # column key -> number or text; a missing figure has no key
@@ -90,9 +91,9 @@ SPEED_COLUMNS = (
     Column("decode (ms)", ("decode_ms_median", "decode_ms_p10", "decode_ms_p90"), lambda m, *_: f"{m:.2f}"),
     Column("speed to the first row", ("decode_speed_to_first",), "{:.2f}x".format),
     Column("TTFT (ms)", ("ttft_ms",), "{:.1f}".format),
-    Column("peak memory", ("peak_memory_bytes",), lambda n: show_bytes(n)),
-    Column("weights", ("weight_bytes",), lambda n: show_bytes(n)),
-    Column("share of floor", ("floor_share",), lambda x: show_share(x)),
+    Column("peak memory", ("peak_memory_bytes",), show_bytes),
+    Column("weights", ("weight_bytes",), show_bytes),
+    Column("share of floor", ("floor_share",), show_share),
 )
 
 
@@ -248,35 +249,3 @@ def circumstances(records: Iterable[AnyRecord]) -> list[str]:
     if len(places) > 1:
         notes.append("Rows come from different machines or settings: their times are not comparable.")
     return notes
-
-
-def show_bytes(count: float) -> str:
-    """Bytes in powers of 1,000, three digits."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 1e3 * size else f"{count / size:.0f} {unit}"
-    return f"{count:.0f} B"
-
-
-def show_share(value: float) -> str:
-    """Per cent, whole from 10 % on."""
-    return f"{100 * value:.0f} %" if value >= 0.0995 else f"{100 * value:.2g} %"
-
-
-def show_perplexity(value: float) -> str:
-    """Three decimals, fewer for a broken model's large ones."""
-    return f"{value:.3f}" if value < 100 else f"{value:.4g}"
-
-
-def show_accuracy(value: float | str, low: float | None, high: float | None) -> str:
-    """Per cent with the 95 % interval; words, such as "undefined", as they are."""
-    if isinstance(value, str):
-        return value
-    interval = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{100 * value:.1f} %{interval}"
-
-
-def show_difference(value: float, p_value: float) -> str:
-    """Percentage points and the p-value of the paired test."""
-    chance = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
-    return f"{100 * value:+.1f} ({chance})"

@@ -9,20 +9,14 @@ from typing import Any
 
 from halve.compression.methods import METHODS
 from halve.measure.records import Record
-from halve.measure.table import Comparison, Row, compare, evaluation_setup, show_bytes
+from halve.measure.table import Comparison, Row, compare, evaluation_setup
+from halve.measure.units import byte_unit, show_bytes
 from halve.report import layers, plots
 from halve.report.blocks import Block, FactsBlock, Plot, PlotsBlock, Section, TableBlock
 from halve.report.contents import Contents
 from halve.report.plots import Mark
 
 _ALWAYS = ("bits", "group_size", "fraction", "count")  # options worth saying even at their defaults
-_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-
-
-def unit_of(values: Sequence[float]) -> tuple[float, str]:
-    """What to divide bytes by for an axis, and the unit's name."""
-    top = max(values, default=0)
-    return next(((size, unit) for unit, size in _UNITS if top >= size), (1.0, "bytes"))
 
 
 def results(found: Contents) -> Section:
@@ -69,7 +63,7 @@ def _plot(
     factor = 100 if "(%)" in y else 1
     marks, scale = [], 1.0
     if x_key == "weight_bytes":
-        scale, unit = unit_of([row[x_key] for row in rows if row.get(x_key)])
+        scale, unit = byte_unit(max((row[x_key] for row in rows if row.get(x_key)), default=0))
         x = f"{x} ({unit})"
     for number, row in enumerate(rows):
         figures = [row.get(key) for key in (x_key, *keys, "", "")][:4]

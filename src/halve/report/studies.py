@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from halve.measure.records import Record
-from halve.measure.table import show_accuracy, show_bytes, show_difference
+from halve.measure.units import byte_unit, show_accuracy, show_bytes, show_difference, show_percent
 from halve.report import plots
 from halve.report.blocks import FactsBlock, Plot, PlotsBlock, Section, TableBlock
 from halve.report.contents import Contents
-from halve.report.models import step_text, unit_of
+from halve.report.models import step_text
 from halve.studies.system1.tables import tables
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         ("varied", "; ".join(asked)),
         (
             "floor",
-            f"{100 * floor['accuracy']:.1f} %" + (", by the interval's lower end" * bool(floor.get("lower_bound"))),
+            show_percent(floor["accuracy"]) + (", by the interval's lower end" * bool(floor.get("lower_bound"))),
         ),
         ("least", OBJECTIVES.get(record["objective"], record["objective"])),
         ("questions", " to search, ".join(data) + (" to confirm" if len(data) > 1 else "") + f" ({protocol})"),
@@ -67,7 +67,7 @@ def _winner(winner: dict[str, Any] | None) -> list[tuple[str, str]]:
     share, interval = winner.get("bytes_share"), winner.get("accuracy_ci95") or (None, None)
     facts = [
         ("winner", _parameters(winner)),
-        ("weights", show_bytes(winner["bytes"]) + ("" if share is None else f", {100 * share:.0f} % of dense")),
+        ("weights", show_bytes(winner["bytes"]) + ("" if share is None else f", {show_percent(share, 0)} of dense")),
         ("accuracy, search", show_accuracy(winner["accuracy"], *interval)),
     ]
     if winner.get("held_out_accuracy") is not None:
@@ -112,7 +112,7 @@ Place = Callable[[dict[str, Any]], float]  # where a trial stands on the x axis
 def _plots(record: Record) -> PlotsBlock:
     """Accuracy against what is minimised, with the front, and against each varied option."""
     objective = record["objective"]
-    scale, unit = (1.0, "") if objective == "decode_ms" else unit_of([t["objective"] for t in record["trials"]])
+    scale, unit = (1.0, "") if objective == "decode_ms" else byte_unit(max(t["objective"] for t in record["trials"]))
     title = OBJECTIVES.get(objective, objective)
 
     def against_objective(axes: Axes) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from halve.measure.records import Record
-from halve.measure.table import Column, Comparison, Row, circumstances, show_accuracy, show_bytes
+from halve.measure.table import Column, Comparison, Row, circumstances
+from halve.measure.units import show_accuracy, show_bytes, show_fraction, show_percent
 from halve.studies.system1 import published, variants
 from halve.studies.system1.protocol import SYSTEM1
 from halve.studies.system1.variants import PROCEDURES
@@ -53,9 +54,11 @@ def fraction_table(record: Record) -> Comparison:
     rows: list[Row] = []
     for cell in record["fractions"]:
         row: Row = {"model": variants.label(cell["bits"]), "side": cell["side"]}
-        row["published"] = _percent(cell["largest"]) if cell["largest"] else f"below {_percent(published.SMALLEST)}"
+        row["published"] = (
+            show_fraction(cell["largest"]) if cell["largest"] else f"below {show_fraction(published.SMALLEST)}"
+        )
         rows.append(row | {procedure.key: _largest(cell[procedure.key]) for procedure in PROCEDURES})
-    floor = _percent(record["floor"])
+    floor = show_fraction(record["floor"])
     notes = [
         f"Each cell: the largest fraction tried with an accuracy above {floor}, and the next one tried. Its own way prunes "
         "the head alone in quantized models and every linear in bf16; the right way prunes every linear."
@@ -76,17 +79,13 @@ def _largest(search: dict[str, Any]) -> str:
     if search["largest"] is None:
         return f"{_accuracy(tried[0])} unpruned"
     at = next(point for point in tried if point["fraction"] == search["largest"])
-    after = [f"{_percent(p['fraction'])}: {_accuracy(p)}" for p in tried if p["fraction"] > search["largest"]]
-    first = f"{_percent(at['fraction'])}: {_accuracy(at)}" if at["fraction"] else f"none: {_accuracy(at)} unpruned"
+    after = [f"{show_fraction(p['fraction'])}: {_accuracy(p)}" for p in tried if p["fraction"] > search["largest"]]
+    first = f"{show_fraction(at['fraction'])}: {_accuracy(at)}" if at["fraction"] else f"none: {_accuracy(at)} unpruned"
     return "; ".join([first, *after[:1]])
 
 
 def _accuracy(point: dict[str, Any]) -> str:
-    return "undefined" if point["accuracy"] is None else f"{100 * point['accuracy']:.1f} %"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:g} %"
+    return "undefined" if point["accuracy"] is None else show_percent(point["accuracy"])
 
 
 def _notes(record: Record) -> list[str]:

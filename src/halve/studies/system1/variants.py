@@ -7,6 +7,7 @@ from typing import Any
 
 from halve.compression.methods import Method
 from halve.compression.recipe import make_step
+from halve.measure.units import show_fraction
 from halve.studies.system1 import published
 
 # what is tried for the largest fraction, every published one among them
@@ -93,7 +94,7 @@ def kept() -> list[Variant]:
 
 def label(bits: int | None, pruned: float = 0.0) -> str:
     """`4 bit, pruned 10 %`."""
-    return ("bf16" if bits is None else f"{bits} bit") + (f", pruned {100 * pruned:g} %" if pruned else "")
+    return ("bf16" if bits is None else f"{bits} bit") + (f", pruned {show_fraction(pruned)}" if pruned else "")
 
 
 def settings_json() -> dict[str, Any]:
