@@ -12,12 +12,14 @@ import torch
 from halve.compression.compress import compress
 from halve.folders.study import StudyFolder
 from halve.measure.machine import usable_cores
+from halve.measure.pictures import GREY, new_figure, with_interval, write_png
 from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded, prepare
 from halve.measure.quality.options import EvaluationOptions
 from halve.measure.records import EvaluationRecord, Record, read_records, write_record
 from halve.measure.speed.benchmark import benchmark_side_by_side
 from halve.measure.speed.timed_model import BenchmarkOptions, Placement
 from halve.measure.table import Comparison, compare
+from halve.measure.units import byte_unit
 from halve.progress import progress
 from halve.report.page import write_page
 
@@ -119,33 +121,29 @@ def examine(model: Path) -> list[EvaluationRecord]:
 
 
 def plot(records: list[Record], path: Path) -> None:
-    """Weight bytes and accuracy with its interval, a line per model, the largest on top."""
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
-    size = {r["model"]: r["weight_bytes"] / 1e6 for r in records if r["kind"] == "benchmark"}
-    models = sorted(size, key=lambda name: size[name])
-    figure = Figure(figsize=(9, 1.8 + 0.4 * len(models)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
-    bars = left.barh(range(len(models)), [size[name] for name in models], color="tab:gray", height=0.6)
-    left.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
-    left.set(xlabel="weights (MB)", xlim=(0, 1.2 * max(size.values())))
-    left.set_yticks(range(len(models)), models)
-    for number, (exam, marker) in enumerate((("exam_cloze.jsonl", "s"), ("exam_questions.jsonl", "o"))):
-        rows = {r["model"]: r for r in records if r.get("data") == exam}
-        places = [(y + 0.12 * (1 - 2 * number), rows[name]) for y, name in enumerate(models) if name in rows]
-        accuracy = [100 * r["accuracy"] for _, r in places]
-        low = [100 * (r["accuracy"] - r["accuracy_ci95"][0]) for _, r in places]
-        high = [100 * (r["accuracy_ci95"][1] - r["accuracy"]) for _, r in places]
-        label = exam.removeprefix("exam_").removesuffix(".jsonl")
-        right.errorbar(accuracy, [y for y, _ in places], xerr=[low, high], fmt=marker, capsize=3, label=label)
-    right.axvline(25, color="grey", linestyle=":", label="chance")
-    right.set(xlabel="accuracy (%), 95 % interval", xlim=(0, 102))
-    right.grid(alpha=0.3)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize="small")
-    figure.suptitle("The bundled reader: accuracy against size", x=0.01, ha="left")
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
+    """Weight bytes and accuracy with its interval, a line per model, the largest on top. Raises OutputError."""
+    nbytes = {r["model"]: r["weight_bytes"] for r in records if r["kind"] == "benchmark"}
+    models = sorted(nbytes, key=lambda name: nbytes[name])
+    scale, unit = byte_unit(max(nbytes.values()))
+    sizes = [nbytes[name] / scale for name in models]
+    with new_figure((9, 1.8 + 0.4 * len(models))) as figure:
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
+        bars = left.barh(range(len(models)), sizes, color=GREY, height=0.6)
+        left.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        left.set(xlabel=f"weights ({unit})", xlim=(0, 1.2 * max(sizes)))
+        left.set_yticks(range(len(models)), models)
+        left.grid(visible=False)
+        for number, (exam, marker) in enumerate((("exam_cloze.jsonl", "s"), ("exam_questions.jsonl", "o"))):
+            rows = {r["model"]: r for r in records if r.get("data") == exam}
+            places = [y + 0.12 * (1 - 2 * number) for y, name in enumerate(models) if name in rows]
+            accuracy, interval = with_interval([rows[name] for name in models if name in rows])
+            label = exam.removeprefix("exam_").removesuffix(".jsonl")
+            right.errorbar(accuracy, places, xerr=interval, fmt=marker, capsize=3, label=label)
+        right.axvline(25, color=GREY, linestyle=":", label="chance")
+        right.set(xlabel="accuracy (%), 95 % interval", xlim=(0, 102))
+        figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=3)
+        figure.suptitle("The bundled reader: accuracy against size", x=0.01, ha="left")
+        write_png(figure, path)
 
 
 def speed_table() -> Comparison | None:

@@ -15,6 +15,7 @@ from halve.report import layers, plots
 from halve.report.blocks import Block, FactsBlock, Plot, PlotsBlock, Section, TableBlock
 from halve.report.contents import Contents
 from halve.report.plots import Mark
+from halve.studies.layer_plots import by_run, by_sublayer
 
 _ALWAYS = ("bits", "group_size", "fraction", "count")  # options worth saying even at their defaults
 
@@ -91,7 +92,11 @@ def distances(found: Contents) -> Section:
         )
         runs = f"{name}: how far every run of layers turns the hidden state (last token, {text}); a dot on the best run"
         alone = f"{name}: every attention and every MLP alone"
-        pair = [Plot(layers.distance_plot(analysis), runs), Plot(layers.sublayer_plot(analysis), alone)]
+        spoken = "angular distance of every run of layers", "angular distance of every sublayer, by layer"
+        pair = [
+            Plot(plots.draw(by_run(analysis), spoken[0]), runs),
+            Plot(plots.draw(by_sublayer(analysis), spoken[1]), alone),
+        ]
         section.blocks.append(PlotsBlock(pair, str(place.parent) if len(found.analyses) > 1 else ""))
     return section
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from halve.measure.pictures import COLOURS, GREY, Painter, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,28 +17,12 @@ if TYPE_CHECKING:
 
 # stand-ins that become the page's own colours
 _INK, _RULE = "#010203", "#010204"
-COLOURS = ("#3f7fc4", "#d9772f", "#3d9b6d", "#9a6cc4", "#cf4d64", "#8a8f3a", "#2f9aa8", "#a06a4a")  # on white and black
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "halve",
-    "font.size": 9,
-    "text.parse_math": False,
-    "axes.titlesize": 9,
-    "axes.prop_cycle": f"cycler('color', {list(COLOURS)})",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 5,
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
     "grid.color": _RULE,
-    "grid.linewidth": 0.6,
-    "axes.grid": True,
 }
 SIZE = (4.3, 3.1)  # inches: narrow enough to be read on a phone
 _numbers = itertools.count(1)
@@ -55,20 +40,9 @@ class Mark:
     kind: int = 0
 
 
-@contextmanager
-def _style():
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
-        yield
-
-
-def draw(paint: Callable[[Axes], None], description: str, size: tuple[float, float] = SIZE) -> str:
+def draw(paint: Painter, description: str, size: tuple[float, float] = SIZE) -> str:
     """The SVG of one pair of axes that `paint` has painted; `description` is what a screen reader says."""
-    with _style():
-        from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
-        figure = Figure(figsize=size, layout="constrained")
+    with new_figure(size, _STYLE) as figure:
         paint(figure.subplots())
         return _svg(figure, description)
 
@@ -96,7 +70,7 @@ def _svg(figure: Figure, description: str) -> str:
 def scatter(
     marks: Sequence[Mark], *, x: str, y: str, kinds: Mapping[int, str] | None = None, line: float | None = None,
     line_label: str = "",
-) -> Callable[[Axes], None]:  # fmt: skip
+) -> Painter:  # fmt: skip
     """Points with intervals and names. `kinds`: legend text of each kind; `line`: a dotted level, such as chance."""
 
     def paint(axes: Axes) -> None:
@@ -112,7 +86,7 @@ def scatter(
                 elinewidth=1, capsize=2, label=label,
             )  # fmt: skip
         if line is not None:
-            axes.axhline(line, color="#8a8a8a", linestyle=":", label=line_label or None)
+            axes.axhline(line, color=GREY, linestyle=":", label=line_label or None)
         axes.margins(0.14)
         axes.set(xlabel=x, ylabel=y)
         if kinds or line_label:
@@ -155,30 +129,3 @@ _OFFSETS = (
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def lines(
-    series: Mapping[str, Mapping[int, float]], *, x: str, y: str, percent: bool = False
-) -> Callable[[Axes], None]:
-    """Lines over whole numbers, such as layers."""
-
-    def paint(axes: Axes) -> None:
-        from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-        for name, points in series.items():
-            axes.plot(list(points), list(points.values()), marker="o", markersize=3, label=name)
-        axes.set(xlabel=x, ylabel=y)
-        axes.set_ylim(0, None)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-        legend_above(axes)
-
-    return paint
-
-
-def legend_above(axes: Axes, columns: int = 4) -> None:
-    """The legend outside the axes, where it covers nothing."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.legend(loc="outside upper center", ncols=columns)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from halve.measure.records import Record
-from halve.measure.units import byte_unit, show_accuracy, show_bytes, show_difference, show_percent
+from halve.measure.units import show_accuracy, show_bytes, show_difference, show_percent
 from halve.report import plots
 from halve.report.blocks import FactsBlock, Plot, PlotsBlock, Section, TableBlock
 from halve.report.contents import Contents
 from halve.report.models import step_text
+from halve.studies.search.plot import OBJECTIVES, by_objective, by_option
 from halve.studies.system1.tables import tables
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-OBJECTIVES = {"bytes": "weights", "peak_memory": "peak memory", "decode_ms": "decode (ms a token)"}
 _MOST_VARIED = 3  # options with a plot of their own
-_PASS, _FAIL, _FRONT, _WINNER = plots.COLOURS[0], "#9a9a9a", plots.COLOURS[1], plots.COLOURS[2]
 
 
 def searches(found: Contents) -> Section:
@@ -106,62 +101,14 @@ def show_objective(objective: str, value: float) -> str:
     return f"{value:.2f} ms" if objective == "decode_ms" else show_bytes(value)
 
 
-Place = Callable[[dict[str, Any]], float]  # where a trial stands on the x axis
-
-
 def _plots(record: Record) -> PlotsBlock:
     """Accuracy against what is minimised, with the front, and against each varied option."""
-    objective = record["objective"]
-    scale, unit = (1.0, "") if objective == "decode_ms" else byte_unit(max(t["objective"] for t in record["trials"]))
-    title = OBJECTIVES.get(objective, objective)
-
-    def against_objective(axes: Axes) -> None:
-        _paint(axes, record, lambda trial: trial["objective"] / scale)
-        axes.set(xlabel=f"{title} ({unit})" if unit else title)
-
     caption = f"{record['model']}: every trial, the Pareto front, the floor and the winner"
-    pictures = [Plot(plots.draw(against_objective, caption), caption)]
+    pictures = [Plot(plots.draw(by_objective(record), caption), caption)]
     for one in record["varied"][:_MOST_VARIED]:
-        name = one["name"]
-
-        def against_option(axes: Axes, name: str = name) -> None:
-            _paint(axes, record, lambda trial: trial["parameters"].get(name, math.nan), front=False)
-            axes.set(xlabel=name)
-
-        pictures.append(Plot(plots.draw(against_option, f"accuracy by {name}"), f"accuracy by {name}"))
+        caption = f"accuracy by {one['name']}"
+        pictures.append(Plot(plots.draw(by_option(record, one["name"]), caption), caption))
     return PlotsBlock(pictures)
-
-
-def _paint(axes: Axes, record: Record, place: Place, front: bool = True) -> None:
-    winner, dense = record.get("winner"), record.get("dense")
-    for feasible, colour, label in ((True, _PASS, "clears the floor"), (False, _FAIL, "does not")):
-        some = [trial for trial in record["trials"] if bool(trial["feasible"]) is feasible]
-        if some:
-            _points(axes, some, place, color=colour, label=label, markersize=4)
-    best = record.get("pareto") or []
-    if front and len(best) > 1:
-        axes.step([place(t) for t in best], [100 * t["accuracy"] for t in best], where="post", color=_FRONT,
-                  label="Pareto front", zorder=3)  # fmt: skip
-    if front and dense:
-        axes.plot([place(dense)], [100 * dense["accuracy"]], "^", color="#8a8a8a", label="dense")
-    axes.axhline(100 * record["floor"]["accuracy"], color=plots.COLOURS[4], linestyle=":", label="floor")
-    if winner:
-        held_out = winner.get("held_out_accuracy") is not None
-        label = "winner, held out" if held_out else "winner"
-        key = "held_out_accuracy" if held_out else "accuracy"
-        style = {"fmt": "D", "capsize": 3, "elinewidth": 1.6, "zorder": 4}
-        _points(axes, [winner], place, key, color=_WINNER, label=label, **style)
-    axes.set(ylabel="accuracy (%)")
-    axes.legend(loc="best", fontsize=8)
-
-
-def _points(axes: Axes, some: Sequence[dict[str, Any]], place: Place, key: str = "accuracy", **style: Any) -> None:
-    """Trials with their intervals."""
-    ends = [row.get(f"{key}_ci95") or (row[key], row[key]) for row in some]
-    low = [100 * (row[key] - end[0]) for row, end in zip(some, ends, strict=True)]
-    high = [100 * (end[1] - row[key]) for row, end in zip(some, ends, strict=True)]
-    x, y = [place(row) for row in some], [100 * row[key] for row in some]
-    axes.errorbar(x, y, yerr=[low, high], **({"fmt": "o", "elinewidth": 0.6} | style))
 
 
 def reproductions(found: Contents) -> Section:

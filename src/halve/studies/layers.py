@@ -6,7 +6,7 @@ import csv
 import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,8 @@ from halve.compression.walk import Walk
 from halve.compression.windows import CalibrationOptions, make_windows
 from halve.errors import OutputError
 from halve.files import resolve_out, write_json, write_text
+from halve.studies.layer_plots import write_plots
 from halve.texts import read_documents
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 FILES = ("distances.csv", "sublayers.csv", "layers.json", "layers.png")
 
@@ -114,7 +112,7 @@ def analyse_layers(
     write_text(folder / "distances.csv", analysis.distances_csv())
     write_text(folder / "sublayers.csv", analysis.sublayers_csv())
     write_json(folder / "layers.json", analysis.as_json())
-    _plot(analysis, folder / "layers.png", mark)
+    write_plots(analysis.as_json(), folder / "layers.png", mark)
     return analysis
 
 
@@ -122,51 +120,3 @@ def _csv(header: list[str], rows: list[list[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue()
-
-
-def _plot(found: LayerAnalysis, path: Path, mark: int | None) -> None:
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _plot_runs(left, found, mark)
-    for kind, turns in found.turns.sublayers.items():
-        right.plot(list(turns), [turn.last_token for turn in turns.values()], marker="o", label=kind)
-    right.set(xlabel="layer", ylabel="angular distance", title="each sublayer alone (last token)", ylim=(0, None))
-    right.legend()
-    for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(f"{Path(found.model).name}: what layers do to the residual stream")
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise OutputError(f"{path}: could not be written ({error.strerror or error})") from error
-
-
-def _plot_runs(axes: Axes, found: LayerAnalysis, mark: int | None) -> None:
-    """Distance by first layer, one line for each count of layers, a dot on the best run of each."""
-    import matplotlib
-
-    colours, best = matplotlib.colormaps["viridis"], found.best()
-    for count, start in best.items():
-        colour = colours((count - 1) / max(1, found.layers - 2))
-        starts = range(found.layers - count + 1)
-        line = [float(found.last_token[first, first + count]) for first in starts]
-        bold = mark == count
-        label = f"n = {count}" if count in (1, found.layers - 1) or bold or found.layers <= 12 else None
-        axes.plot(starts, line, color="red" if bold else colour, linewidth=2.5 if bold else 1, label=label)
-        axes.plot([start], [line[start]], marker="o", color="red" if bold else colour)
-        if bold:
-            axes.annotate(
-                f"layers {start}..{start + count - 1}",
-                (start, line[start]),
-                (0, -16),
-                textcoords="offset points",
-                ha="center",
-            )
-    axes.set(
-        xlabel="first layer of the run", ylabel="angular distance", title="runs of n layers (last token; dot: the best)"
-    )
-    axes.set_ylim(0, None)
-    axes.legend(fontsize="small")

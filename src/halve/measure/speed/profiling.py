@@ -15,9 +15,10 @@ from torch.profiler import record_function
 
 from halve.decode.generate import Decoder
 from halve.decode.sampling import Sampling
-from halve.errors import OutputError
 from halve.kernels import Matmul
+from halve.measure.pictures import COLOURS, new_figure, write_png
 from halve.measure.speed.timing import random_prompt
+from halve.measure.units import byte_unit
 from halve.model.decoder import Model
 
 _OPERATIONS_KEPT = 30
@@ -138,19 +139,15 @@ def _phases(events: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
 
 
 def _plot(timeline: list[tuple[float, int]], phases: dict[str, tuple[float, float]], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
-    axes.step([at for at, _ in timeline], [allocated / 1e6 for _, allocated in timeline], where="post", linewidth=0.8)
-    for number, (name, (start, duration)) in enumerate(phases.items()):
-        axes.axvspan(start, start + duration, alpha=0.12, color=f"C{number + 1}", label=name)
-    axes.set_xlabel("time (ms)")
-    axes.set_ylabel("allocated above the weights (MB)")
-    axes.set_title("Memory during one prompt and its continuation")
-    axes.legend(loc="upper right")
-    try:
-        canvas.print_png(str(path))
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
+    scale, unit = byte_unit(max((allocated for _, allocated in timeline), default=0))
+    with new_figure((9, 4)) as figure:
+        axes = figure.subplots()
+        axes.step(
+            [at for at, _ in timeline], [allocated / scale for _, allocated in timeline], where="post", linewidth=0.8
+        )
+        for number, (name, (start, duration)) in enumerate(phases.items(), 1):
+            axes.axvspan(start, start + duration, alpha=0.12, color=COLOURS[number], label=name)
+        axes.set(xlabel="time (ms)", ylabel=f"allocated above the weights ({unit})")
+        axes.set_title("Memory during one prompt and its continuation")
+        axes.legend(loc="upper right")
+        write_png(figure, path)

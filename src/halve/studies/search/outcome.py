@@ -14,6 +14,7 @@ from halve.measure.quality.statistics import paired_records
 from halve.measure.records import AnyRecord, Record, new_record, write_record
 from halve.studies.search.bisection import reversals
 from halve.studies.search.options import Floor
+from halve.studies.search.plot import write_plot
 from halve.studies.search.trial import PREFIX, TRIALS, TrialRunner
 from halve.studies.search.vary import Point, Value, label, parameters
 
@@ -22,7 +23,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Everything a search has result."""
+    """Everything a search has found."""
 
     runner: TrialRunner
     floor: Floor
@@ -99,9 +100,7 @@ def finish(result: SearchResult) -> Record:
         pareto=pareto_front(rows),
         notes=notes,
     )
-    from halve.studies.search.plot import plot
-
-    plot(record, runner.out / "pareto.png")
+    write_plot(record, runner.out / "pareto.png")
     write_record(runner.out / "search.json", record)
     if not runner.options.keep_checkpoints:
         shutil.rmtree(runner.out / PREFIX, ignore_errors=True)

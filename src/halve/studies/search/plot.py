@@ -1,66 +1,82 @@
-"""Accuracy against what is minimised: every trial with its interval, the Pareto front, the floor and the winner."""
+"""The picture of a search: every trial with its interval, the Pareto front, the floor, the winner and the dense model."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-TITLES = {"bytes": "weights", "decode_ms": "decode (ms a token)", "peak_memory": "peak memory"}
+from halve.measure.pictures import COLOURS, GREY, Painter, new_figure, with_interval, write_png
+from halve.measure.units import byte_unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+OBJECTIVES = {"bytes": "weights", "peak_memory": "peak memory", "decode_ms": "decode (ms a token)"}
+_Place = Callable[[dict[str, Any]], float]  # where a trial stands on the x axis
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Write the picture of a search record as PNG."""
-    import matplotlib
+def by_objective(record: dict[str, Any]) -> Painter:
+    """Accuracy against what a search minimises, from its record."""
+    objective = record["objective"]
+    scale, unit = 1.0, ""
+    if objective != "decode_ms":
+        scale, unit = byte_unit(max(row["objective"] for row in [*record["trials"], record["dense"]]))
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def place(trial: dict[str, Any]) -> float:
+        return trial["objective"] / scale
 
-    rows, objective = record["trials"], record["objective"]
-    scale, unit = _unit(objective, [row["objective"] for row in [*rows, record["dense"]]])
-    figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
-    for feasible, color, name in ((True, "tab:blue", "clears the floor"), (False, "tab:gray", "does not")):
-        some = [row for row in rows if row["feasible"] is feasible]
-        if not some:
-            continue
-        accuracy = [100 * row["accuracy"] for row in some]
-        low = [100 * (row["accuracy"] - row["accuracy_ci95"][0]) for row in some]
-        high = [100 * (row["accuracy_ci95"][1] - row["accuracy"]) for row in some]
-        axes.errorbar(
-            [row["objective"] / scale for row in some], accuracy, yerr=[low, high], color=color, label=name,
-            fmt="o", markersize=4, elinewidth=0.6, alpha=0.7,
-        )  # fmt: skip
-    front = record["pareto"]
-    axes.step(
-        [row["objective"] / scale for row in front], [100 * row["accuracy"] for row in front], where="post",
-        color="tab:orange", label="Pareto front",
-    )  # fmt: skip
-    dense = record["dense"]
-    axes.plot(dense["objective"] / scale, 100 * dense["accuracy"], "k^", markersize=7, label="dense")
-    axes.axhline(100 * record["floor"]["accuracy"], color="tab:red", linestyle=":", label="floor")
+    def paint(axes: Axes) -> None:
+        dense, front = record["dense"], record["pareto"]
+        accuracy, _ = with_interval(front)
+        axes.step(
+            [place(row) for row in front], accuracy, where="post", color=COLOURS[1], label="Pareto front", zorder=3
+        )
+        axes.plot([place(dense)], [100 * dense["accuracy"]], "^", color=GREY, label="dense")
+        _paint_trials(axes, record, place)
+        title = OBJECTIVES[objective]
+        axes.set(xlabel=f"{title} ({unit})" if unit else title)
+
+    return paint
+
+
+def by_option(record: dict[str, Any], name: str) -> Painter:
+    """Accuracy against one of the options that a search varied."""
+
+    def paint(axes: Axes) -> None:
+        _paint_trials(axes, record, lambda trial: trial["parameters"].get(name, math.nan))
+        axes.set(xlabel=name)
+
+    return paint
+
+
+def _paint_trials(axes: Axes, record: dict[str, Any], place: _Place) -> None:
+    for feasible, colour, label in ((True, COLOURS[0], "clears the floor"), (False, GREY, "does not")):
+        some = [trial for trial in record["trials"] if bool(trial["feasible"]) is feasible]
+        if some:
+            _paint_points(axes, some, place, fmt="o", color=colour, label=label, markersize=4, elinewidth=0.6)
+    axes.axhline(100 * record["floor"]["accuracy"], color=COLOURS[4], linestyle=":", label="floor")
     winner = record["winner"]
     if winner is not None:
-        axes.plot(winner["objective"] / scale, 100 * winner["accuracy"], "*", color="tab:green", markersize=14,
-                  label="winner, search questions")  # fmt: skip
-        low, high = winner["held_out_accuracy_ci95"]
-        middle = winner["held_out_accuracy"]
-        axes.errorbar(
-            winner["objective"] / scale, 100 * middle, yerr=[[100 * (middle - low)], [100 * (high - middle)]],
-            fmt="D", color="tab:green", markersize=5, capsize=3, label="winner, held-out questions",
-        )  # fmt: skip
-    axes.set(
-        xlabel=f"{TITLES[objective]}{unit}", ylabel="accuracy (%)",
-        title=f"{record['model']}: {', '.join(one['name'] for one in record['varied'])}",
-    )  # fmt: skip
-    axes.legend(fontsize=8, loc="lower right")
-    axes.grid(alpha=0.3)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    pyplot.close(figure)
-    temporary.replace(path)
+        style: dict[str, Any] = {"color": COLOURS[2], "zorder": 4}
+        axes.plot([place(winner)], [100 * winner["accuracy"]], "*", markersize=11, label="winner", **style)
+        _paint_points(axes, [winner], place, "held_out_accuracy", fmt="D", capsize=3, elinewidth=1.6,
+                      label="winner, held out", **style)  # fmt: skip
+    axes.set(ylabel="accuracy (%)")
+    axes.legend(loc="best")
 
 
-def _unit(objective: str, values: list[float]) -> tuple[float, str]:
-    if objective == "decode_ms":
-        return 1.0, ""
-    top = max(values)
-    return next(((s, f" ({u})") for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if top >= s), (1.0, " (bytes)"))
+def _paint_points(
+    axes: Axes, rows: Sequence[dict[str, Any]], place: _Place, key: str = "accuracy", **style: Any
+) -> None:
+    accuracy, interval = with_interval(rows, key)
+    axes.errorbar([place(row) for row in rows], accuracy, yerr=interval, **style)
+
+
+def write_plot(record: dict[str, Any], path: Path) -> None:
+    """Write the picture of a search record as PNG."""
+    with new_figure((7, 4.4)) as figure:
+        by_objective(record)(figure.subplots())
+        figure.suptitle(f"{record['model']}: {', '.join(one['name'] for one in record['varied'])}")
+        write_png(figure, path)

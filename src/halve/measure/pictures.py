@@ -1,0 +1,101 @@
+"""How every picture looks, what several of them paint, and pictures as PNG files.
+
+A picture is painted on axes by a function that stands beside what it is about, so that a PNG and the SVG of a page
+(`report/plots.py`) show the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halve.errors import OutputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#3f7fc4", "#d9772f", "#3d9b6d", "#9a6cc4", "#cf4d64", "#8a8f3a", "#2f9aa8", "#a06a4a")  # on white and black
+GREY = "#8a8a8a"
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "text.parse_math": False,  # names of models are text
+    "axes.titlesize": 9,
+    "axes.prop_cycle": f"cycler('color', {list(COLOURS)})",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.labelspacing": 0.3,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5,
+    "grid.color": "#d9dee5",
+    "grid.linewidth": 0.6,
+    "axes.grid": True,
+}
+Painter = Callable[["Axes"], None]
+
+
+@contextmanager
+def new_figure(size: tuple[float, float], style: Mapping[Any, Any] | None = None) -> Iterator[Figure]:
+    """A figure of so many inches in the common style and `style` besides, to be painted and saved inside the context."""
+    import matplotlib
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    with matplotlib.rc_context(_STYLE | dict(style or {})):
+        yield Figure(figsize=size, layout="constrained")
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """Write a picture whole or not at all. Raises OutputError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=150)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path}: could not be written ({error.strerror or error})") from error
+
+
+def with_interval(rows: Sequence[Mapping[str, Any]], key: str = "accuracy") -> tuple[list[float], list[list[float]]]:
+    """`key` of every row in per cent, and how far its 95 % interval reaches below and above, 0 where it has none."""
+    ends = [row.get(f"{key}_ci95") or (row[key], row[key]) for row in rows]
+    low = [100 * (row[key] - end[0]) for row, end in zip(rows, ends, strict=True)]
+    high = [100 * (end[1] - row[key]) for row, end in zip(rows, ends, strict=True)]
+    return [100 * row[key] for row in rows], [low, high]
+
+
+def lines(series: Mapping[str, Mapping[int, float]], *, x: str, y: str, percent: bool = False) -> Painter:
+    """Lines over whole numbers, such as layers."""
+
+    def paint(axes: Axes) -> None:
+        from matplotlib.ticker import PercentFormatter
+
+        for name, points in series.items():
+            axes.plot(list(points), list(points.values()), marker="o", markersize=3, label=name)
+        axes.set(xlabel=x, ylabel=y)
+        from_zero_over_whole_numbers(axes)
+        if percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        legend_above(axes)
+
+    return paint
+
+
+def from_zero_over_whole_numbers(axes: Axes) -> None:
+    """y begins at 0, ticks of x are whole."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_ylim(0, None)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def legend_above(axes: Axes, columns: int = 4) -> None:
+    """The legend outside the axes, where it covers nothing."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=columns, handlelength=1.4, columnspacing=1.2
+    )

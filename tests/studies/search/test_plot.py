@@ -1,0 +1,74 @@
+"""The picture of a search, read back from its axes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halve.measure.pictures import Painter, new_figure
+from halve.studies.search.plot import by_objective, by_option, write_plot
+
+
+def trial(fraction: float, nbytes: float, accuracy: float) -> dict[str, Any]:
+    return {
+        "parameters": {"rtn.fraction": fraction},
+        "objective": nbytes,
+        "accuracy": accuracy,
+        "accuracy_ci95": [accuracy - 0.1, accuracy + 0.1],
+        "feasible": accuracy >= 0.5,
+    }
+
+
+@pytest.fixture
+def record() -> dict[str, Any]:
+    trials = [trial(0.1, 3e6, 0.75), trial(0.2, 2e6, 0.5), trial(0.3, 1e6, 0.25)]
+    return {
+        "model": "tiny",
+        "objective": "bytes",
+        "varied": [{"name": "rtn.fraction"}],
+        "floor": {"accuracy": 0.5},
+        "dense": {"accuracy": 0.8, "objective": 4e6},
+        "trials": trials,
+        "pareto": trials[::-1],
+        "winner": trials[1] | {"held_out_accuracy": 0.6, "held_out_accuracy_ci95": [0.5, 0.7]},
+    }
+
+
+def painted(paint: Painter) -> tuple[dict[str, list[tuple[float, float]]], str]:
+    """The points of everything that the legend names, and the x axis' label."""
+    with new_figure((4, 3)) as figure:
+        axes = figure.subplots()
+        paint(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        points = {}
+        for handle, name in zip(handles, labels, strict=True):
+            line: Any = handle[0] if isinstance(handle, tuple) else handle  # points with intervals are a tuple
+            points[name] = list(zip(*(map(float, values) for values in line.get_data()), strict=True))
+        return points, axes.get_xlabel()
+
+
+def test_everything_is_where_the_record_says(record: dict[str, Any]) -> None:
+    points, label = painted(by_objective(record))
+    assert label == "weights (MB)"
+    assert points.pop("floor") == [(0.0, 50.0), (1.0, 50.0)]
+    assert points.pop("dense") == [(4.0, 80.0)]
+    assert points == {
+        "Pareto front": [(1.0, 25.0), (2.0, 50.0), (3.0, 75.0)],
+        "clears the floor": [(3.0, 75.0), (2.0, 50.0)],
+        "does not": [(1.0, 25.0)],
+        "winner": [(2.0, 50.0)],
+        "winner, held out": [(2.0, 60.0)],
+    }
+    points, label = painted(by_option(record, "rtn.fraction"))
+    assert label == "rtn.fraction" and points["clears the floor"] == [(0.1, 75.0), (0.2, 50.0)]
+    assert not {"Pareto front", "dense"} & points.keys()  # dense has no value of the option
+
+
+def test_milliseconds_keep_their_unit_and_a_search_may_have_no_winner(record: dict[str, Any], tmp_path: Path) -> None:
+    record |= {"objective": "decode_ms", "winner": None}
+    points, label = painted(by_objective(record))
+    assert label == "decode (ms a token)" and points["does not"] == [(1e6, 25.0)] and "winner" not in points
+    write_plot(record, tmp_path / "pareto.png")
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
