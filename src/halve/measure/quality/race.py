@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from halve.errors import DataError
+from halve.texts import hub_rows, json_file, json_rows, read_file
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 HUB_RACE = ("ehovy/race", "high", "test")
@@ -59,11 +57,13 @@ def read_questions(path: Path) -> QuestionSet:
         raise DataError(f"{path}: no such file or folder; give a .jsonl file or a folder of RACE .txt files")
     digest, questions = hashlib.sha256(), []
     for file in files:
-        content = _read(file)
+        text, content = read_file(file)
+        if not text.strip():
+            raise DataError(f"{file}: is empty; {LAYOUT}")
         if path.is_dir():
             digest.update(file.name.encode() + b"\0")
         digest.update(content)
-        questions += _parse_file(file, content)
+        questions += _parse_file(file, text)
     if not questions:
         raise DataError(f"{path}: holds no questions; {LAYOUT}")
     return QuestionSet(questions, path.name, digest.hexdigest())
@@ -75,20 +75,7 @@ def read_hub_questions(name: str, config: str | None, split: str) -> QuestionSet
     Raises DataError when the package is missing, the dataset cannot be fetched, or a row has another layout.
     """
     remedy = "or give --data with a local copy (.jsonl, or RACE's folder of .txt files)"
-    try:
-        import datasets  # pyright: ignore[reportMissingImports] - an extra
-    except ImportError:
-        raise DataError(
-            f"{name}: reading a hub dataset needs the package 'datasets'; pip install datasets, {remedy}"
-        ) from None
-    try:
-        with _without_retry_notes():
-            rows: Iterable[Any] = datasets.load_dataset(name, config, split=split)  # pyright: ignore[reportAssignmentType]
-    except Exception as error:  # whatever network, hub client or dataset builder raises, the remedy is the same
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(
-            f"{name} ({config}, {split}): cannot be fetched: {reason}; check the network, {remedy}"
-        ) from error
+    rows = hub_rows(name, config, remedy=remedy, split=split)
     digest, questions = hashlib.sha256(), []
     for number, row in enumerate(rows, 1):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
@@ -96,18 +83,6 @@ def read_hub_questions(name: str, config: str | None, split: str) -> QuestionSet
     if not questions:
         raise DataError(f"{name} ({config}, {split}): holds no questions; {LAYOUT}")
     return QuestionSet(questions, ":".join(part for part in (name, config, split) if part), digest.hexdigest())
-
-
-@contextmanager
-def _without_retry_notes() -> Iterator[None]:
-    """Keep the hub client from logging a line per retry: the error that follows says it all in one."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def load_question_set(data: Path | str | None, default: tuple[str, str, str] | None) -> QuestionSet:
@@ -127,41 +102,15 @@ def load_question_set(data: Path | str | None, default: tuple[str, str, str] | N
     return read_questions(Path(data))
 
 
-def _read(file: Path) -> bytes:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}; check the path and its permissions") from error
-    if not content.strip():
-        raise DataError(f"{file}: is empty; {LAYOUT}")
-    return content
-
-
-def _parse_file(file: Path, content: bytes) -> list[Question]:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(f"{file}, line {line}: not UTF-8 text; convert the file to UTF-8") from None
+def _parse_file(file: Path, text: str) -> list[Question]:
     if file.suffix == ".txt":
-        return _parse_record(_json(text, str(file), 1), str(file), file.name)
+        return _parse_record(json_file(text, file, LAYOUT), str(file), file.name)
     if file.suffix != ".jsonl":
         raise DataError(f"{file}: unknown kind of file '{file.suffix}'; want .jsonl, .txt or a folder of .txt files")
     questions = []
-    # only \n ends a line: str.splitlines would also cut at characters that JSON strings may hold
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{file}, line {number}"
-            questions += _parse_record(_json(line, where, None), where, f"{file.name}:{number}")
+    for where, row in json_rows(text, file, LAYOUT):
+        questions += _parse_record(row, where, f"{file.name}:{where.rsplit(' ', 1)[-1]}")
     return questions
-
-
-def _json(text: str, where: str, first_line: int | None) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = where if first_line is None else f"{where}, line {error.lineno}"
-        raise DataError(f"{place}: not JSON ({error.msg}, column {error.colno}); {LAYOUT}") from None
 
 
 def _parse_record(record: Any, where: str, fallback_id: str) -> list[Question]:

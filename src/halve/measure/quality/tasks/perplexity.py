@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from halve.measure.quality.scoring import BATCH_TOKENS, check_ids, score, sequen
 from halve.measure.quality.task import Evaluation, Figures, Task
 from halve.model.decoder import Model
 from halve.progress import track
+from halve.texts import SEPARATOR, json_rows, read_file
 
 if TYPE_CHECKING:
     from halve.measure.quality.options import EvaluationOptions
 
 PROTOCOLS = {"windows": "stretches of the running text", "documents": "each on its own"}
-SEPARATOR = "<|endoftext|>"  # between the documents of a text file
 DEFAULT_WINDOW = 2048
 
 
@@ -66,14 +65,7 @@ def read_text(path: Path, protocol: str) -> Text:
     assert protocol in PROTOCOLS
     if path.suffix not in (".txt", ".raw", ".jsonl"):
         raise DataError(f"{path}: unknown kind of text '{path.suffix}'; want .txt, .raw or .jsonl with a 'text' field")
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 text; convert the file to UTF-8") from None
+    text, content = read_file(path)
     if path.suffix == ".jsonl":
         documents = _jsonl_texts(path, text)
         pieces = documents if protocol == "documents" else ["\n\n".join(documents)]
@@ -87,16 +79,10 @@ def read_text(path: Path, protocol: str) -> Text:
 
 def _jsonl_texts(path: Path, text: str) -> list[str]:
     texts = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error.msg}); want one object per line") from None
-        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-            raise DataError(f"{path}, line {number}: no 'text' field with text; want {{\"text\": ...}} on every line")
-        texts.append(value["text"])
+    for where, row in json_rows(text, path, "want one object per line"):
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise DataError(f"{where}: no 'text' field with text; want {{\"text\": ...}} on every line")
+        texts.append(row["text"])
     return texts
 
 
