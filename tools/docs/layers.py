@@ -3,7 +3,6 @@
 LAYERS = [
     {"_version", "errors", "progress"},
     {"files", "texts"},
-    {"folders"},
     {"quantization"},
     {"kernels"},
     {"model"},

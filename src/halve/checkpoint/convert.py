@@ -15,7 +15,7 @@ from halve.checkpoint.reader import find_model, open_checkpoint, read_json
 from halve.checkpoint.writer import COPIED, save_shard
 from halve.errors import CheckpointError
 from halve.files import write_json
-from halve.folders.work import WorkFolder
+from halve.files.work import WorkFolder
 from halve.progress import track
 
 

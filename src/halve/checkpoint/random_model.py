@@ -6,7 +6,7 @@ from pathlib import Path
 
 from halve.checkpoint.reader import Checkpoint
 from halve.checkpoint.writer import CheckpointWriter
-from halve.folders.work import WorkFolder
+from halve.files.work import WorkFolder
 
 
 def write_random_model(checkpoint: Checkpoint, folder: Path) -> Path:

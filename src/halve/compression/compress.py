@@ -33,7 +33,7 @@ from halve.compression.walk import Walk
 from halve.compression.windows import HELD_OUT_SHARE, Calibration, CalibrationOptions, make_windows
 from halve.errors import CheckpointError
 from halve.files import write_json, write_text
-from halve.folders.work import WorkFolder
+from halve.files.work import WorkFolder
 from halve.model.families import projection_linears, vector_shapes
 from halve.texts import read_documents
 

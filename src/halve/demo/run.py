@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from halve.compression.compress import compress
-from halve.folders.study import StudyFolder
+from halve.files.study import StudyFolder
 from halve.measure.machine import usable_cores
 from halve.measure.pictures import GREY, new_figure, with_interval, write_png
 from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded, prepare

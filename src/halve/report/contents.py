@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from halve.errors import DataError
-from halve.folders.work import is_scratch_name
+from halve.files.work import is_scratch_name
 from halve.measure.records import Record, check_record
 
 # files of a model folder that are large and hold nothing of interest

@@ -23,7 +23,7 @@ from halve.compression.methods import Method
 from halve.compression.recipe import as_steps, step_json
 from halve.compression.windows import CalibrationOptions
 from halve.errors import HalveError, RecipeError
-from halve.folders.study import StudyFolder
+from halve.files.study import StudyFolder
 from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.race import QuestionSet
 from halve.measure.quality.tasks import QUESTION_TASKS

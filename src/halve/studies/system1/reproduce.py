@@ -23,7 +23,7 @@ from halve.compression.plan import state_of
 from halve.compression.windows import CalibrationOptions
 from halve.errors import HalveError
 from halve.files import resolve_out
-from halve.folders.study import StudyFolder
+from halve.files.study import StudyFolder
 from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded, prepare
 from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.race import HUB_RACE, load_question_set

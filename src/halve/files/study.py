@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from halve.errors import OutputError
 from halve.files import Lease, read_object, resolve_out, write_json
-from halve.folders.contents import (
+from halve.files.contents import (
     MODEL_FILES,
     OTHERWISE,
     PASSED_OVER,

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halve.errors import OutputError
-from halve.folders.study import StudyFolder
-from halve.folders.work import WorkFolder
+from halve.files.study import StudyFolder
+from halve.files.work import WorkFolder
 
 MODEL = {"config.json": '{"model_type": "llama"}', "model.safetensors": "weights"}
 OURS = {**MODEL, "halve.json": '{"recipe": []}'}

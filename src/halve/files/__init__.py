@@ -1,4 +1,4 @@
-"""Single files written whole or not at all, names checked before the work, and locks that say who holds them."""
+"""Written whole or not at all: single files here, output folders in `work.py` and `study.py`, claimed and published there."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from halve.errors import OutputError
 from halve.files import Lease, read_object, resolve_out
-from halve.folders.contents import (
+from halve.files.contents import (
     MODEL_FILES,
     OTHERWISE,
     PASSED_OVER,

@@ -1,1 +1,0 @@
-"""Output folders: the one place where OUT is claimed, resumed and published, and where it is said what may be replaced."""
