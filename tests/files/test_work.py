@@ -195,17 +195,53 @@ def test_a_folder_that_is_named_like_unfinished_work_is_left_alone(tmp_path: Pat
 
 
 def test_a_study_replaces_only_its_like(tmp_path: Path) -> None:
+    record = {"kind": "evaluation", "halve_version": "1"}
+
     def claim(identity: dict, overwrite: bool) -> None:
         with StudyFolder(tmp_path / "out", ("trials/",), keep={}, overwrite=overwrite).claim(identity) as folder:
-            make(folder / "trials", {"a.json": json.dumps(identity)})
+            make(folder / "trials", {"a.json": json.dumps(record | identity)})
 
     claim({"floor": 1}, False)
     claim({"floor": 1}, False)
     with pytest.raises(OutputError, match=r"begun by another request.*--overwrite"):
         claim({"floor": 2}, False)
     claim({"floor": 2}, True)
-    assert json.loads((tmp_path / "out" / "trials" / "a.json").read_text()) == {"floor": 2}
+    assert json.loads((tmp_path / "out" / "trials" / "a.json").read_text()) == record | {"floor": 2}
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"notes\.txt, which halve did not write"):
         claim({"floor": 3}, True)
     assert (tmp_path / "out" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mine.json",
+        "holiday.png",
+        "ledger.csv",
+        "trials/notes.json",
+        "trials/tokenizer_notes.md",
+        "winner/my_lora.safetensors",
+    ],
+)
+def test_files_of_the_user_in_a_study_keep_it_from_being_replaced(tmp_path: Path, name: str) -> None:
+    def claim(floor: int, overwrite: bool = False) -> None:
+        place = StudyFolder(tmp_path / "out", ("trials/", "winner/", "pareto.png"), keep={}, overwrite=overwrite)
+        with place.claim({"floor": floor}) as folder:
+            make(folder / "trials", {".dense.lock": ""})
+            make(folder / "winner", OURS)
+
+    claim(1)
+    claim(2, overwrite=True)
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(OutputError, match="which halve did not write"):
+        claim(3, overwrite=True)
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["vocabulary.txt", "merges_todo.md", "my_lora.safetensors", "tokenizer_corpus.txt"])
+def test_files_of_the_user_beside_a_model_keep_it_from_being_replaced(tmp_path: Path, name: str) -> None:
+    out = make(tmp_path / "out", {**OURS, name: "mine"})
+    with pytest.raises(OutputError, match="which halve did not write"):
+        run(out, make(tmp_path / "model", MODEL), tmp_path / "none", True)
+    assert (out / name).read_text() == "mine"

@@ -11,7 +11,7 @@ import pytest
 from halve.errors import DataError, OutputError
 from halve.measure.records import (
     REQUIRED,
-    check_output_path,
+    check_record_path,
     checkpoint_recipe,
     new_record,
     read_record,
@@ -78,9 +78,21 @@ def test_a_failed_write_keeps_the_earlier_record(tmp_path: Path, monkeypatch: py
 
 def test_bad_output_paths_are_found_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="there is no folder"):
-        check_output_path(tmp_path / "none" / "a.json")
+        check_record_path(tmp_path / "none" / "a.json")
     with pytest.raises(OutputError, match="is a folder"):
-        check_output_path(tmp_path)
+        check_record_path(tmp_path)
+
+
+@pytest.mark.parametrize("held", ["a text", '{"model_type": "llama"}', '{"halve_version": "1", "recipe": []}'])
+def test_a_record_replaces_a_record_alone(tmp_path: Path, held: str) -> None:
+    path = tmp_path / "a.json"
+    path.touch()  # an empty file holds nothing
+    write_record(path, make(x=1))
+    write_record(path, make(x=2))
+    path.write_text(held)
+    with pytest.raises(OutputError, match=r"is not a record that halve wrote.*name another file"):
+        write_record(path, make(x=3))
+    assert path.read_text() == held
 
 
 @pytest.mark.parametrize(

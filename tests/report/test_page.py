@@ -123,9 +123,21 @@ def test_folders_with_nothing_to_show_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text('{"kind": ')
     with pytest.raises(DataError, match=r"broken\.json.*JSON"):
         write_page(tmp_path)
-    write_record(tmp_path / "broken.json", evaluation("a", [], 0.5))
+    (tmp_path / "broken.json").unlink()
+    write_record(tmp_path / "a.json", evaluation("a", [], 0.5))
     with pytest.raises(OutputError, match="is a folder"):
         write_page(tmp_path, tmp_path)
+
+
+def test_a_page_replaces_a_page_alone(tmp_path: Path) -> None:
+    write_record(tmp_path / "a.json", evaluation("a", [], 0.5))
+    write_page(tmp_path)
+    write_page(tmp_path)
+    for name in ("config.json", "report.html"):
+        (tmp_path / name).write_text("{}" if name == "config.json" else "<!doctype html>mine")
+        with pytest.raises(OutputError, match="is not a page that halve wrote"):
+            write_page(tmp_path, tmp_path / name)
+        assert (tmp_path / name).read_text() in ("{}", "<!doctype html>mine")
 
 
 def test_unfinished_models_are_passed_over(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,21 @@ def test_what_cannot_be_analysed_is_refused(assets: Path, tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be made"):
         analyse_layers(model, data, tmp_path / "file" / "out", samples=1, window=16)
+
+
+def test_tables_never_replace_what_is_not_ours(assets: Path, tmp_path: Path) -> None:
+    model, data = tmp_path / "m", assets / "data" / "tinystories_317.txt"
+    shutil.copytree(assets / "models" / "stories260K", model)
+    before = sorted(path.name for path in model.iterdir())
+    with pytest.raises(OutputError, match="model's own folder"):
+        analyse_layers(model, data, model, samples=1, window=16)
+    assert sorted(path.name for path in model.iterdir()) == before
+    for name in FILES:
+        out = tmp_path / f"out-{name}"
+        out.mkdir()
+        (out / name).write_text("{}")
+        with pytest.raises(OutputError, match="which halve did not write"):
+            analyse_layers(model, data, out, samples=1, window=16)
+        assert (out / name).read_text() == "{}"
+    for _ in range(2):  # made again, it is replaced
+        analyse_layers(model, data, tmp_path / "twice", samples=1, window=16)

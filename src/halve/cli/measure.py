@@ -43,7 +43,7 @@ def evaluate(
     """
     from halve.cli import terminal
     from halve.measure.quality.evaluate import evaluate as run
-    from halve.measure.records import check_output_path, write_record
+    from halve.measure.records import check_record_path, write_record
 
     record = run(
         model,
@@ -56,7 +56,7 @@ def evaluate(
         seed=seed,
         device=device,
         dtype=dtype_of(dtype),
-        progress_file=None if json is None else check_output_path(json).with_suffix(".progress.jsonl"),
+        progress_file=None if json is None else check_record_path(json).with_suffix(".progress.jsonl"),
     )
     terminal.evaluation(record)
     if json is not None:
@@ -97,7 +97,8 @@ def benchmark(
     With several models the runs take turns, so that their ratios hold; --json then names a folder.
     """
     from halve.cli import terminal
-    from halve.measure.records import check_output_path, write_record
+    from halve.measure.pictures import check_picture_path
+    from halve.measure.records import check_record_path, write_record
     from halve.measure.speed.benchmark import BenchmarkOptions, Placement, benchmark_side_by_side
 
     options = BenchmarkOptions(prompt_tokens, new_tokens, runs, long_prompt_tokens)
@@ -111,8 +112,8 @@ def benchmark(
         )
         if len(model) > 1:
             json.mkdir(parents=True, exist_ok=True)
-        targets = [check_output_path(name) for name in names]
-    plot = None if profile is None else check_output_path(profile)
+        targets = [check_record_path(name) for name in names]
+    plot = None if profile is None else check_picture_path(profile)
     records = benchmark_side_by_side(model, options, placement, profile_plot=plot)
     for record in records:
         terminal.benchmark(record)

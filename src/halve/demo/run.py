@@ -72,7 +72,9 @@ def demo(out: str | Path = "halve-demo", *, overwrite: bool = False) -> Comparis
     Writes `out`/models/*, `out`/records/*.json, `out`/accuracy-size.png and `out`/report.html. Takes minutes on two cores,
     needs no network.
     """
-    place = StudyFolder(out, ("models/", "records/"), keep={"the bundled model": READER}, overwrite=overwrite)
+    place = StudyFolder(
+        out, ("models/", "records/", "accuracy-size.png"), keep={"the bundled model": READER}, overwrite=overwrite
+    )
     with place.claim({"demo": [asdict(variant) for variant in VARIANTS]}, resume=False) as folder:
         return _fill(folder)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,11 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def check_output_path(path: str | os.PathLike[str]) -> Path:
-    """Find out before any work whether a file can be written at `path`, `~` expanded; raises OutputError."""
+def check_output_path(path: str | os.PathLike[str], what: str, ours: Callable[[Path], bool]) -> Path:
+    """Find out before any work whether a file can be written at `path`, `~` expanded; raises OutputError.
+
+    What is there already is replaced only when it is empty, or `ours` says that it is `what` ("a record") halve writes.
+    """
     path = Path(os.path.expanduser(path))
     if path.is_dir():
         raise OutputError(f"{path} is a folder: name a file inside it")
@@ -52,6 +56,8 @@ def check_output_path(path: str | os.PathLike[str]) -> Path:
         raise OutputError(f"{path} cannot be written, there is no folder {path.parent}: create it first")
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"{path} cannot be written, {path.parent} is not writable: choose another folder")
+    if path.is_file() and path.stat().st_size and not ours(path):
+        raise OutputError(f"{path} exists and is not {what} that halve wrote, so it is not replaced: name another file")
     return path
 
 

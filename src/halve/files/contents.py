@@ -12,11 +12,17 @@ from pathlib import Path
 
 from halve.files import read_object
 
+# what `--overwrite` may delete: names that programs write, none that a person would give to notes or adapters
 MODEL_FILES = (
-    "config.json generation_config.json halve.json halve-log.jsonl *.safetensors *.safetensors.index.json "
-    "pytorch_model*.bin pytorch_model*.bin.index.json tokenizer* special_tokens_map* added_tokens* vocab* merges* "
-    "chat_template* additional_chat_templates/ tekken.json LICENSE* NOTICE* USE_POLICY*"
+    "config.json generation_config.json halve.json halve-log.jsonl model.safetensors model-?????-of-?????.safetensors "
+    "model.safetensors.index.json pytorch_model.bin pytorch_model-?????-of-?????.bin pytorch_model.bin.index.json "
+    "tokenizer.* tokenizer_config.json special_tokens_map.json added_tokens.json vocab.* merges.txt chat_template.* "
+    "additional_chat_templates/ tekken.json LICENSE LICENSE.txt LICENSE.md NOTICE NOTICE.txt USE_POLICY.md"
 ).split()
+_OWNER_FILE = "owner.json"
+# a scratch folder has a mark; what is copied into it from MODEL is chosen by how a name begins, so these are wider
+_SCRATCH_FILES = [*MODEL_FILES, *"*/ *.json *.tmp owner.lock *.safetensors *.bin tokenizer* vocab* merges*".split()]
+_SCRATCH_FILES += "special_tokens_map* added_tokens* generation_config* chat_template*".split()
 # what does not make a folder hold something: of file systems, and of workers that begin at this moment
 PASSED_OVER = re.compile(r"lost\+found|\.request\.lock|\.worker-[0-9a-f]+\.(json|lock)|\.[0-9a-f]{32}(\.tmp)?")
 OTHERWISE = "choose another folder"
@@ -52,17 +58,49 @@ def _is_model(folder: Path) -> bool:
     return weights and "model_type" in (read_object(folder / "config.json") or {})
 
 
+def is_scratch(folder: Path) -> bool:
+    """Whether a folder is a scratch folder of halve: by its mark, not by its name."""
+    mark = None if folder.is_symlink() else read_object(folder / _OWNER_FILE)
+    return mark is not None and str(mark.get("program", "")).startswith("halve ")
+
+
+def all_ours(scratch: Path) -> bool:
+    """Whether nothing has been put into a scratch folder by anybody else."""
+    return first_foreign(scratch, _SCRATCH_FILES) is None
+
+
 def first_foreign(folder: Path, names: Sequence[str], below: Sequence[str] = (), top: bool = True) -> Path | None:
-    """The first entry whose name is none of `names`, nor, in the folders named there ("trials/"), of `below`; else None."""
+    """The first entry that halve did not make; None when it made all of them.
+
+    Ours is a file named in `names` or, in the folders named there ("trials/"), in `below`; a record, by what it holds; and
+    unfinished work, by its mark.
+    """
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.is_symlink():
             known = not top or any(fnmatch(f"{entry.name}/", name) for name in names)
-            foreign = first_foreign(entry, below or names, top=False) if known else entry
+            wanted = _SCRATCH_FILES if is_scratch(entry) else below or names
+            foreign = first_foreign(entry, wanted, top=False) if known else entry
             if foreign is not None:
                 return foreign
-        elif not entry.is_file() or not any(fnmatch(entry.name, name) for name in names):
+        elif not entry.is_file() or not (any(fnmatch(entry.name, name) for name in names) or _is_result(entry)):
             return entry
     return None
+
+
+def _is_result(file: Path) -> bool:
+    """Whether a file is a record, or the progress of an evaluation."""
+    if file.name.endswith(".progress.jsonl"):
+        return is_progress(file)
+    return file.suffix == ".json" and is_record(file)
+
+
+def is_record(file: Path) -> bool:
+    return {"halve_version", "kind"} <= (read_object(file) or {}).keys()
+
+
+def is_progress(file: Path) -> bool:
+    with file.open("rb") as lines:
+        return lines.readline().startswith(b'{"run": ')
 
 
 def why_not_a_model(folder: Path) -> str | None:

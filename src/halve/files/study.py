@@ -27,13 +27,15 @@ from halve.files.contents import (
 )
 
 _REQUEST, _GUARD = "request.json", ".request.lock"
-_STUDY = "request.json report.html *.json *.progress.jsonl *.png *.csv .*.lock owner.lock *.tmp".split()
+_STUDY = (
+    "request.json report.html .*.lock .worker-*.json owner.lock .????????????????????????????????.tmp *.png.tmp".split()
+)
 
 
 class StudyFolder:
     """OUT filled in place: its request.json says by what request, and the same request again goes on.
 
-    own: names of what the study writes there, beside records ("trials/" for a folder). alone: one process at a time. keep,
+    own: names of all that the study writes there, beside records ("trials/" for a folder). alone: one process at a time. keep,
     overwrite: as for a `WorkFolder`; what is replaced is a model, or an earlier study of the same kind. Raises OutputError
     when OUT cannot be used.
     """

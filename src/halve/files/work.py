@@ -15,19 +15,18 @@ from uuid import uuid4
 from halve.errors import OutputError
 from halve.files import Lease, read_object, resolve_out
 from halve.files.contents import (
-    MODEL_FILES,
     OTHERWISE,
     PASSED_OVER,
+    all_ours,
     delete,
-    first_foreign,
     holds_one_of,
+    is_scratch,
     real_places,
     why_not_a_model,
 )
 
 _OWNER, _REPLACED = "owner", "replaced"
 _LEASE = {f"{_OWNER}.json", f"{_OWNER}.lock"}
-_WORK_FILES = ["*/", "*.json", "*.tmp", "owner.lock"]
 
 
 def is_scratch_name(name: str) -> bool:
@@ -53,14 +52,14 @@ class WorkFolder:
     ) -> None:
         self.out, self._overwrite, self._keep = resolve_out(out), overwrite, real_places(keep)
         for parent in self.out.parents:
-            if _is_scratch(parent):
+            if is_scratch(parent):
                 raise OutputError(f"{out}: lies in {parent}, an unfinished run of another command: {OTHERWISE}")
         existing = next(p for p in self.out.parents if p.exists())
         self._inside = self.out.is_dir() and (
             os.path.ismount(self.out)
             or self.out == Path(os.getcwd()).resolve()
             or not os.access(existing, os.W_OK)
-            or any(_is_scratch(path) for path in self.out.glob(".halve.partial*"))
+            or any(is_scratch(path) for path in self.out.glob(".halve.partial*"))
         )
         self._base, self._stem = (self.out, ".halve") if self._inside else (self.out.parent, self.out.name)
         self._check_content()
@@ -87,7 +86,7 @@ class WorkFolder:
         if not self._inside:
             return entries
         entries = [e for e in entries if not PASSED_OVER.fullmatch(e.name)]
-        scratch = [e for e in entries if e.name.startswith(".halve.partial") and _is_scratch(e)]
+        scratch = [e for e in entries if e.name.startswith(".halve.partial") and is_scratch(e)]
         moved = [(read_object(e / f"{_OWNER}.json") or {}).get("moved", {}) for e in scratch]
         return [e for e in entries if e not in scratch and not any(m.get(e.name) == e.lstat().st_ino for m in moved)]
 
@@ -130,7 +129,7 @@ class WorkFolder:
             scratch = self._base / f"{self._stem}.partial{'' if number == 1 else f'-{number}'}"
             if not os.path.lexists(scratch):
                 return self._make(scratch)
-            if _is_scratch(scratch) and holds_one_of(self._keep, scratch) is None and _all_ours(scratch):
+            if is_scratch(scratch) and holds_one_of(self._keep, scratch) is None and all_ours(scratch):
                 return self._adopt(scratch, resume)
         raise OutputError(f"{self._base}: has 999 folders named {self._stem}.partial-*: move them elsewhere")
 
@@ -247,21 +246,10 @@ class WorkFolder:
     def _discard(self) -> None:
         """Delete the scratch folder, or give it up where somebody else has put something into it."""
         with suppress(OSError):
-            if _all_ours(self.scratch):
+            if all_ours(self.scratch):
                 self.empty()
             self._lease.remove()
             self.scratch.rmdir()
-
-
-def _is_scratch(folder: Path) -> bool:
-    """Whether a folder is a scratch folder of halve: by its mark, not by its name."""
-    mark = None if folder.is_symlink() else read_object(folder / f"{_OWNER}.json")
-    return mark is not None and str(mark.get("program", "")).startswith("halve ")
-
-
-def _all_ours(scratch: Path) -> bool:
-    """Whether nothing has been put into a scratch folder by anybody else."""
-    return first_foreign(scratch, [*MODEL_FILES, *_WORK_FILES]) is None
 
 
 def _snapshot(folder: Path) -> Any:

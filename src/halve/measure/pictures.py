@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halve.errors import OutputError
+from halve.files import check_output_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,6 +49,11 @@ def new_figure(size: tuple[float, float], style: Mapping[Any, Any] | None = None
 
     with matplotlib.rc_context(_STYLE | dict(style or {})):
         yield Figure(figsize=size, layout="constrained")
+
+
+def check_picture_path(path: str | os.PathLike[str]) -> Path:
+    """Find out before any work whether a PNG can be written at `path`, where a PNG alone is replaced."""
+    return check_output_path(path, "a picture", lambda there: there.read_bytes()[:4] == b"\x89PNG")
 
 
 def write_png(figure: Figure, path: Path) -> None:

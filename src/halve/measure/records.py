@@ -23,6 +23,7 @@ import torch
 from halve._version import __version__
 from halve.errors import DataError
 from halve.files import check_output_path, write_text
+from halve.files.contents import is_record
 from halve.measure.machine import describe_machine
 
 Record = dict[str, Any]  # of any kind, while it is made
@@ -208,13 +209,18 @@ def checkpoint_recipe(model: str | os.PathLike[str]) -> list[Any]:
     return recipe
 
 
+def check_record_path(path: str | os.PathLike[str]) -> Path:
+    """Find out before any work whether a record can be written at `path`, where a record alone is replaced."""
+    return check_output_path(path, "a record", is_record)
+
+
 def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
     """Write one record as JSON, complete or not at all.
 
     JSON has no infinity: a figure that is not finite becomes null, and its value is kept under "not_finite".
     Raises OutputError when the place cannot be written, DataError when the record lacks a required key.
     """
-    path = check_output_path(path)
+    path = check_record_path(path)
     check_record(record, str(path))
     lost: dict[str, str] = {}
     finite = _finite(dict(record), "", lost)

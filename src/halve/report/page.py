@@ -32,9 +32,13 @@ def write_page(folder: str | Path, out: str | Path | None = None, *, title: str 
     """
     folder = Path(folder)
     contents = read_contents(folder)
-    target = check_output_path(folder / FILE if out is None else out)
+    target = check_output_path(folder / FILE if out is None else out, "a page", _is_page)
     write_text(target, render(contents, title or folder.resolve().name))
     return target
+
+
+def _is_page(file: Path) -> bool:
+    return b'<meta name="generator" content="halve ' in file.read_bytes()[:1000]
 
 
 def render(contents: Contents, title: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from halve.compression.distances import LayerDistances, best_start, measure_ever
 from halve.compression.walk import Walk
 from halve.compression.windows import CalibrationOptions, make_windows
 from halve.errors import OutputError
-from halve.files import resolve_out, write_json, write_text
+from halve.files import read_object, resolve_out, write_json, write_text
 from halve.studies.layer_plots import write_plots
 from halve.texts import read_documents
 
-FILES = ("distances.csv", "sublayers.csv", "layers.json", "layers.png")
+FILES = ("layers.json", "distances.csv", "sublayers.csv", "layers.png")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def analyse_layers(
     HalveError subclasses for a model, data or folder that cannot be used, before any weight is read.
     """
     check_device(device)
-    checkpoint, folder = open_checkpoint(model), resolve_out(out)
+    checkpoint = open_checkpoint(model)
+    folder = _claim(resolve_out(out), checkpoint.folder.resolve())
     layers = len(checkpoint.config.layers)
     if mark is not None and not 1 <= mark < layers:
         raise OutputError(f"mark={mark}: the model has {layers} layers: use 1 to {layers - 1}")
@@ -109,11 +111,22 @@ def analyse_layers(
 
     turns, all_tokens = measure_every_run(Walk(checkpoint, calibration, dtype, dtype, device))
     analysis = LayerAnalysis(str(model), turns, turns.pairs, all_tokens, calibration.origin)
+    write_json(folder / "layers.json", analysis.as_json())  # first: it says whose the others are
     write_text(folder / "distances.csv", analysis.distances_csv())
     write_text(folder / "sublayers.csv", analysis.sublayers_csv())
-    write_json(folder / "layers.json", analysis.as_json())
     write_plots(analysis.as_json(), folder / "layers.png", mark)
     return analysis
+
+
+def _claim(folder: Path, model: Path) -> Path:
+    """`folder` when nothing of anybody else's goes by writing FILES into it; raises OutputError otherwise."""
+    if folder == model or model in folder.parents:
+        raise OutputError(f"{folder}: is the model's own folder or inside it: choose another folder")
+    ours = {"distance", "best_first_layer"} <= (read_object(folder / "layers.json") or {}).keys()
+    there = [name for name in FILES if os.path.lexists(folder / name)]
+    if there and not ours:
+        raise OutputError(f"{folder}: holds {there[0]}, which halve did not write: choose another folder")
+    return folder
 
 
 def _csv(header: list[str], rows: list[list[Any]]) -> str:

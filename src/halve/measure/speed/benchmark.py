@@ -18,9 +18,9 @@ import torch
 
 from halve.checkpoint.reader import DTYPES, check_device, compute_dtype
 from halve.errors import HalveError
-from halve.files import check_output_path
 from halve.kernels.cpu import load_library
 from halve.measure.machine import bandwidth_gb_per_s, describe_device, dtype_name, last_level_cache_bytes
+from halve.measure.pictures import check_picture_path
 from halve.measure.records import BenchmarkRecord, new_record
 from halve.measure.speed.profiling import profile_run
 from halve.measure.speed.timed_model import BenchmarkOptions, ExtraTiming, Placement, TimedModel
@@ -53,7 +53,7 @@ def benchmark(
     """
     options = BenchmarkOptions(prompt_tokens, new_tokens, runs, long_prompt_tokens, seed)
     placement = Placement(device, dtype, backend, random_weights)
-    plot = None if profile_plot is None else check_output_path(profile_plot)
+    plot = None if profile_plot is None else check_picture_path(profile_plot)
     (record,) = benchmark_side_by_side([model], options, placement, command=command, profile_plot=plot)
     return record
 

@@ -35,7 +35,7 @@ from halve.studies.search.trial import TrialRunner
 from halve.studies.search.vary import Point, Value, parse_vary
 from halve.studies.search.worker import Worker
 
-FILES = "trials/ prefix/ winner/ prefix.partial/ winner.partial/ study.db* winner-built.txt".split()  # beside records
+FILES = "trials/ prefix/ winner/ *.partial*/ study.db* winner-built.txt pareto.png".split()  # beside records
 
 
 def search(
