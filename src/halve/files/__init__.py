@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import socket
@@ -10,8 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
-
-from filelock import FileLock, Timeout
 
 from halve._version import __version__
 from halve.errors import OutputError
@@ -93,15 +93,28 @@ class Lease:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.mark = folder / f"{name}.json"
-        self._lock = FileLock(folder / f"{name}.lock")
+        self._path = folder / f"{name}.lock"
+        self._file: int | None = None
 
     def take(self) -> bool:
+        """Whether the lock is ours now. Raises FileNotFoundError when the folder is gone, or is just going.
+
+        Not by `filelock`, which makes a folder that is missing: that of somebody who has just finished.
+        """
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file).st_nlink == 0:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path))
+        except BlockingIOError:
+            os.close(file)
             return False
-        except NotImplementedError as error:
-            raise OutputError(f"{self.mark.parent}: its file system has no locks: choose another folder") from error
+        except OSError as error:
+            os.close(file)
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise OutputError(f"{self.mark.parent}: its file system has no locks: choose another folder") from error
+            raise
+        self._file = file
         return True
 
     def sign(self, **content: Any) -> None:
@@ -114,9 +127,13 @@ class Lease:
         return "process {} on {} since {}".format(*(mark.get(key, "?") for key in ("pid", "host", "since")))
 
     def release(self) -> None:
-        self._lock.release()
+        """Give the lock back; nothing happens where it was not ours."""
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # closing alone leaves it to processes forked meanwhile
+            os.close(self._file)
+            self._file = None
 
     def remove(self) -> None:
         """The mark first: without it the lock's file means nothing."""
         self.mark.unlink(missing_ok=True)
-        self.mark.with_suffix(".lock").unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)

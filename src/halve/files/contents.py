@@ -24,7 +24,9 @@ _OWNER_FILE = "owner.json"
 _SCRATCH_FILES = [*MODEL_FILES, *"*/ *.json *.tmp owner.lock *.safetensors *.bin tokenizer* vocab* merges*".split()]
 _SCRATCH_FILES += "special_tokens_map* added_tokens* generation_config* chat_template*".split()
 # what does not make a folder hold something: of file systems, and of workers that begin at this moment
-PASSED_OVER = re.compile(r"lost\+found|\.request\.lock|\.worker-[0-9a-f]+\.(json|lock)|\.[0-9a-f]{32}(\.tmp)?")
+PASSED_OVER = re.compile(
+    r"lost\+found|\.request\.lock|\.worker-[0-9a-f]+\.(json|lock)|\.halve-[0-9a-f]{32}|\.[0-9a-f]{32}\.tmp"
+)
 OTHERWISE = "choose another folder"
 
 
@@ -106,7 +108,7 @@ def is_progress(file: Path) -> bool:
 def why_not_a_model(folder: Path) -> str | None:
     """Why a folder is more than a model, the one thing that `--overwrite` replaces; None when it is that alone."""
     if not _is_model(folder):
-        return f"exists and is not empty, and holds no model but {min(folder.iterdir()).name}"
+        return f"exists and is not empty, and holds no model but {min((e.name for e in folder.iterdir()), default='nothing')}"
     foreign = first_foreign(folder, MODEL_FILES)
     return None if foreign is None else holding(folder, foreign)
 

@@ -105,11 +105,12 @@ class StudyFolder:
         found = []
         for mark in self.out.glob(".worker-*.json"):
             lease = Lease(self.out, mark.stem)
-            if not lease.take():
-                found.append(lease.holder())
-                continue
-            lease.remove()
-            lease.release()
+            with suppress(FileNotFoundError):  # it ends at this moment
+                if not lease.take():
+                    found.append(lease.holder())
+                    continue
+                lease.remove()
+                lease.release()
         return found
 
     def _clear(self) -> None:

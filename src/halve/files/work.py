@@ -62,7 +62,11 @@ class WorkFolder:
             or any(is_scratch(path) for path in self.out.glob(".halve.partial*"))
         )
         self._base, self._stem = (self.out, ".halve") if self._inside else (self.out.parent, self.out.name)
-        self._check_content()
+        try:
+            self._check_content()
+        except OSError as error:
+            reason = "changed while it was looked at" if isinstance(error, FileNotFoundError) else str(error.strerror)
+            raise OutputError(f"{self.out}: cannot be looked into ({reason}): try again, or {OTHERWISE}") from error
         self._check_disk(self.out if self._inside else existing, needs_bytes)
 
     def _check_content(self) -> None:
@@ -70,11 +74,13 @@ class WorkFolder:
         content = self._content()
         if not content:
             return
-        reason = holds_one_of(self._keep, self.out) or why_not_a_model(self.out)
+        reason = holds_one_of(self._keep, self.out)
         if reason is None and self._inside:
             reason = (
-                "exists and is not empty, and a mount point, working directory or read-only folder's is not replaced"
+                "exists and is not empty, and a mount point, a working directory or what lies in a read-only folder "
+                "cannot be replaced"
             )
+        reason = reason or why_not_a_model(self.out)
         if reason is not None:
             raise OutputError(f"{self.out}: {reason}: {OTHERWISE}")
         if not self._overwrite:
@@ -119,7 +125,8 @@ class WorkFolder:
             self._seen = _snapshot(self.out)
             yield self.scratch
         finally:
-            if self.scratch.is_dir() and {e.name for e in self.scratch.iterdir()} <= _LEASE:
+            # once given up, its name may be another process's
+            if self._ours and {e.name for e in self.scratch.iterdir()} <= _LEASE:
                 self._discard()
             self._lease.release()
 
@@ -129,46 +136,67 @@ class WorkFolder:
             scratch = self._base / f"{self._stem}.partial{'' if number == 1 else f'-{number}'}"
             if not os.path.lexists(scratch):
                 return self._make(scratch)
-            if is_scratch(scratch) and holds_one_of(self._keep, scratch) is None and all_ours(scratch):
-                return self._adopt(scratch, resume)
+            if is_scratch(scratch) and holds_one_of(self._keep, scratch) is None:
+                adopted = self._adopt(scratch, resume)
+                if adopted is not None:
+                    return adopted
+            elif not os.path.lexists(scratch):
+                return False  # finished and gone at this moment: its name, not the next, is the one to take
         raise OutputError(f"{self._base}: has 999 folders named {self._stem}.partial-*: move them elsewhere")
 
     def _make(self, scratch: Path) -> bool:
         """Lock and mark first, then the name: a folder of this name without a mark is never ours."""
-        fresh = scratch.with_name(f".{uuid4().hex}")
+        self._clean_up()
+        fresh = scratch.with_name(f".halve-{uuid4().hex}")
         fresh.mkdir()
         lease = Lease(fresh, _OWNER)
-        lease.take()
-        lease.sign(identity=self._identity)
         try:
+            if not lease.take():  # another process takes it for what a kill has left
+                return False
+            lease.sign(identity=self._identity)
             fresh.rename(scratch)
-        except OSError:
-            shutil.rmtree(fresh)
+        except (OSError, OutputError):
+            lost = scratch.is_dir() or not fresh.is_dir()  # to another process: it is tried again
+            shutil.rmtree(fresh, ignore_errors=True)
             lease.release()
-            if not scratch.is_dir():
+            if not lost:
                 raise
             return False
         lease.mark = scratch / lease.mark.name
-        self.scratch, self._lease = scratch, lease
+        self.scratch, self._lease, self._ours = scratch, lease, True
         return True
 
-    def _adopt(self, scratch: Path, resume: bool) -> bool:
+    def _clean_up(self) -> None:
+        """Delete what a kill has left of scratch folders that did not have their name yet."""
+        for left in self._base.glob(".halve-*"):
+            with suppress(OSError):
+                inner = {e.name for e in left.iterdir()} - _LEASE
+                if not all(PASSED_OVER.fullmatch(name) for name in (left.name, *inner)):
+                    continue
+                lease = Lease(left, _OWNER)
+                if lease.take():
+                    shutil.rmtree(left)
+                    lease.release()
+
+    def _adopt(self, scratch: Path, resume: bool) -> bool | None:
+        """Take over a scratch folder; False when it is gone, None when somebody else has put something into it."""
         lease = Lease(scratch, _OWNER)
         try:
             if not lease.take():
                 raise OutputError(f"{scratch}: in use by {lease.holder()}: wait for it, or {OTHERWISE}")
         except FileNotFoundError:
             return False  # finished and gone at this moment
-        self.scratch, self._lease = scratch, lease
         mark = read_object(lease.mark)
+        if mark is not None and not all_ours(scratch):
+            lease.release()
+            return None
+        self.scratch, self._lease, self._ours = scratch, lease, mark is not None
         if mark is not None and self._was_published(mark):
             self._discard()
         elif mark is not None:
             self._begin(mark, resume)
             return True
-        elif {e.name for e in scratch.iterdir()} <= _LEASE:  # its owner is just deleting it
-            self._discard()
-        lease.release()
+        lease.release()  # without a mark: finished and gone at this moment
         return False
 
     def _begin(self, mark: dict[str, Any], resume: bool) -> None:
@@ -245,11 +273,15 @@ class WorkFolder:
 
     def _discard(self) -> None:
         """Delete the scratch folder, or give it up where somebody else has put something into it."""
+        self._ours = False
         with suppress(OSError):
-            if all_ours(self.scratch):
-                self.empty()
-            self._lease.remove()
-            self.scratch.rmdir()
+            if not all_ours(self.scratch):
+                self._lease.remove()
+                return
+            self.empty()
+            # in one step, mark and all: what a kill leaves from here on is cleaned up by the next run
+            gone = self.scratch.rename(self.scratch.with_name(f".halve-{uuid4().hex}"))
+            shutil.rmtree(gone)
 
 
 def _snapshot(folder: Path) -> Any:
