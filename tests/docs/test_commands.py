@@ -175,15 +175,6 @@ def run_line(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     RUNNERS[words[0]](words, monkeypatch)
 
 
-@pytest.fixture(autouse=True)
-def environment_put_back() -> Iterator[None]:
-    """Scripts run in this process may set what others read later, such as whether Triton interprets."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 def questions(first: int) -> str:
     """Forty questions in RACE's layout, every letter as often the answer."""
     rows = []

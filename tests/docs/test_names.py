@@ -69,3 +69,11 @@ def test_a_name_that_is_gone_is_found(text: str) -> None:
 
 def test_what_exists_passes() -> None:
     check("`halve.compress(model, out, steps, ...)`, `halve.json`, `tools.reader.export`, `halve.model.decoder.Model`")
+
+
+def test_the_table_of_steps_has_every_step() -> None:
+    from halve.compression.methods import METHODS
+
+    section = (PROJECT / "README.md").read_text().split("### Steps", 1)[1].split("### ", 1)[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(name for row in rows for name in re.findall(r"`([a-z0-9-]+)`", row)) == sorted(METHODS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from halve.errors import OutputError
-from halve.measure.pictures import lines, new_figure, with_interval, write_png
+from halve.measure.pictures import check_picture_path, lines, new_figure, with_interval, write_png
 
 
 def test_intervals_are_lengths_in_per_cent() -> None:
@@ -27,7 +27,7 @@ def test_a_picture_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(figure, "savefig", full)
-        with pytest.raises(OutputError, match=r"b\.png: could not be written \(No space left"):
+        with pytest.raises(OutputError, match=r"b\.png cannot be written \(No space left"):
             write_png(figure, tmp_path / "b.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     with pytest.raises(OutputError, match="No such file"), new_figure((3, 2)) as figure:
@@ -41,3 +41,15 @@ def test_lines_begin_at_zero_over_whole_numbers() -> None:
         assert [list(line.get_ydata()) for line in axes.get_lines()] == [[0.5, 0.25], [0.1]]
         assert axes.get_ylim()[0] == 0 and all(tick == int(tick) for tick in axes.get_xticks())
         assert [text.get_text() for text in axes.get_legend().get_texts()] == ["attention", "mlp"]
+
+
+def test_only_a_picture_of_halves_is_replaced(tmp_path: Path) -> None:
+    with new_figure((2, 1)) as figure:
+        write_png(figure, tmp_path / "ours.png")
+        figure.savefig(tmp_path / "theirs.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("ours.png", "new.png"):
+        assert check_picture_path(tmp_path / name) == tmp_path / name
+    for name in ("theirs.png", "text.png"):
+        with pytest.raises(OutputError, match=f"{name} exists and is not a picture that halve wrote"):
+            check_picture_path(tmp_path / name)

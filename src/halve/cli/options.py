@@ -38,7 +38,9 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face folder, halve checkpoint, or hub id (owner/name).")
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must be new or empty.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds something.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUT if it holds a model or an earlier study, and nothing else.")
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Dtype = Annotated[
     str | None,

@@ -178,7 +178,7 @@ def reproduce(
         str | None,
         typer.Option(help="Questions in RACE's layout (default: RACE-H's test set from the hub).", show_default=False),
     ] = None,
-    protocol: Annotated[str, typer.Option(help=f"How the right way asks: {listed(PROTOCOLS)}.")] = ("letter"),
+    protocol: Annotated[str, typer.Option(help=f"How the right way asks: {listed(PROTOCOLS)}.")] = "letter",
     template: Annotated[
         str | None, typer.Option(help="race (default) or plain, for continuation and pmi.", show_default=False)
     ] = None,

@@ -118,10 +118,10 @@ def select(
     chosen, skipped = [], {}
     for pattern in (*(t for t in targets if t != "Linear"), *ignore):
         try:
-            found = any(matches(pattern, s.name) for s in state.linears.values())
+            matched = any(matches(pattern, s.name) for s in state.linears.values())
         except re.error as error:
             raise RecipeError(f"pattern {pattern!r} is not a regular expression ({error})") from error
-        if not found:
+        if not matched:
             examples = ", ".join(s.name for s in list(state.linears.values())[:2])
             raise RecipeError(f"pattern {pattern!r} matches no linear: names are {examples}, ..., lm_head")
     for key, linear in state.linears.items():

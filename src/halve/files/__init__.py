@@ -7,7 +7,8 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,28 @@ from halve._version import __version__
 from halve.errors import OutputError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; a link stays, and what it points to is written. Raises OutputError."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, to be written in the context, that takes its name when the context ends well.
+
+    A link stays, and what it points to is replaced. Raises OutputError; nothing is left then.
+    """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{uuid4().hex}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
+        yield temporary
         os.replace(temporary, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         reason = error.strerror or str(error)
         raise OutputError(f"{path} cannot be written ({reason}): free space or choose another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all (see `replacing`)."""
+    with replacing(path) as temporary, temporary.open("x", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,7 +19,7 @@ MODEL_FILES = (
     "tokenizer.* tokenizer_config.json special_tokens_map.json added_tokens.json vocab.* merges.txt chat_template.* "
     "additional_chat_templates/ tekken.json LICENSE LICENSE.txt LICENSE.md NOTICE NOTICE.txt USE_POLICY.md"
 ).split()
-_OWNER_FILE = "owner.json"
+OWNER = "owner"  # of a scratch folder: its mark OWNER.json and its lock OWNER.lock
 # a scratch folder has a mark; what is copied into it from MODEL is chosen by how a name begins, so these are wider
 _SCRATCH_FILES = [*MODEL_FILES, *"*/ *.json *.tmp owner.lock *.safetensors *.bin tokenizer* vocab* merges*".split()]
 _SCRATCH_FILES += "special_tokens_map* added_tokens* generation_config* chat_template*".split()
@@ -62,7 +62,7 @@ def _is_model(folder: Path) -> bool:
 
 def is_scratch(folder: Path) -> bool:
     """Whether a folder is a scratch folder of halve: by its mark, not by its name."""
-    mark = None if folder.is_symlink() else read_object(folder / _OWNER_FILE)
+    mark = None if folder.is_symlink() else read_object(folder / f"{OWNER}.json")
     return mark is not None and str(mark.get("program", "")).startswith("halve ")
 
 

@@ -27,9 +27,7 @@ from halve.files.contents import (
 )
 
 _REQUEST, _GUARD = "request.json", ".request.lock"
-_STUDY = (
-    "request.json report.html .*.lock .worker-*.json owner.lock .????????????????????????????????.tmp *.png.tmp".split()
-)
+_STUDY = "request.json report.html .*.lock .worker-*.json owner.lock .????????????????????????????????.tmp".split()
 
 
 class StudyFolder:
@@ -49,7 +47,10 @@ class StudyFolder:
         overwrite: bool = False,
         alone: bool = True,
     ) -> None:
-        self.out, self._own, self._overwrite, self._alone = resolve_out(out), own, overwrite, alone
+        self.out = resolve_out(out)
+        self._own = own
+        self._overwrite = overwrite
+        self._alone = alone
         self._keep = real_places(keep)
 
     @contextmanager
@@ -81,15 +82,16 @@ class StudyFolder:
 
     def _check(self, identity: dict[str, Any], resume: bool) -> bool:
         """Whether OUT is this very request's; raises OutputError where something is there that has to stay."""
-        held = read_object(self.out / _REQUEST)
-        if held == identity and resume:
+        earlier = read_object(self.out / _REQUEST)
+        if earlier == identity and resume:
             return True
         content = [e.name for e in self.out.iterdir() if not PASSED_OVER.fullmatch(e.name)] if self.out.is_dir() else []
         if not content:
             return False
-        reason, what = holds_one_of(self._keep, self.out), "exists and is not empty"
-        if reason is None and held is not None and held.keys() == identity.keys():
-            what = what if held == identity else "was begun by another request"
+        reason = holds_one_of(self._keep, self.out)
+        what = "exists and is not empty"
+        if reason is None and earlier is not None and earlier.keys() == identity.keys():
+            what = what if earlier == identity else "was begun by another request"
             foreign = first_foreign(self.out, [*self._own, *_STUDY], [*_STUDY, *MODEL_FILES])
             reason = None if foreign is None else f"{what}, and {holding(self.out, foreign)}"
         elif reason is None:
@@ -102,16 +104,16 @@ class StudyFolder:
 
     def _workers(self) -> list[str]:
         """Who is at work here, in words; the marks of those that died are taken away."""
-        found = []
+        holders = []
         for mark in self.out.glob(".worker-*.json"):
             lease = Lease(self.out, mark.stem)
             with suppress(FileNotFoundError):  # it ends at this moment
                 if not lease.take():
-                    found.append(lease.holder())
+                    holders.append(lease.holder())
                     continue
                 lease.remove()
                 lease.release()
-        return found
+        return holders
 
     def _clear(self) -> None:
         """Empty the folder; what says that it may be emptied goes last."""

@@ -16,6 +16,7 @@ from halve.errors import OutputError
 from halve.files import Lease, read_object, resolve_out
 from halve.files.contents import (
     OTHERWISE,
+    OWNER,
     PASSED_OVER,
     all_ours,
     delete,
@@ -25,8 +26,8 @@ from halve.files.contents import (
     why_not_a_model,
 )
 
-_OWNER, _REPLACED = "owner", "replaced"
-_LEASE = {f"{_OWNER}.json", f"{_OWNER}.lock"}
+_REPLACED = "replaced"
+_LEASE = {f"{OWNER}.json", f"{OWNER}.lock"}
 
 
 def is_scratch_name(name: str) -> bool:
@@ -50,7 +51,9 @@ class WorkFolder:
         overwrite: bool = False,
         needs_bytes: int = 0,
     ) -> None:
-        self.out, self._overwrite, self._keep = resolve_out(out), overwrite, real_places(keep)
+        self.out = resolve_out(out)
+        self._overwrite = overwrite
+        self._keep = real_places(keep)
         for parent in self.out.parents:
             if is_scratch(parent):
                 raise OutputError(f"{out}: lies in {parent}, an unfinished run of another command: {OTHERWISE}")
@@ -93,7 +96,7 @@ class WorkFolder:
             return entries
         entries = [e for e in entries if not PASSED_OVER.fullmatch(e.name)]
         scratch = [e for e in entries if e.name.startswith(".halve.partial") and is_scratch(e)]
-        moved = [(read_object(e / f"{_OWNER}.json") or {}).get("moved", {}) for e in scratch]
+        moved = [(read_object(e / f"{OWNER}.json") or {}).get("moved", {}) for e in scratch]
         return [e for e in entries if e not in scratch and not any(m.get(e.name) == e.lstat().st_ino for m in moved)]
 
     def _check_disk(self, place: Path, needs_bytes: int) -> None:
@@ -149,7 +152,7 @@ class WorkFolder:
         self._clean_up()
         fresh = scratch.with_name(f".halve-{uuid4().hex}")
         fresh.mkdir()
-        lease = Lease(fresh, _OWNER)
+        lease = Lease(fresh, OWNER)
         try:
             if not lease.take():  # another process takes it for what a kill has left
                 return False
@@ -173,14 +176,14 @@ class WorkFolder:
                 inner = {e.name for e in left.iterdir()} - _LEASE
                 if not all(PASSED_OVER.fullmatch(name) for name in (left.name, *inner)):
                     continue
-                lease = Lease(left, _OWNER)
+                lease = Lease(left, OWNER)
                 if lease.take():
                     shutil.rmtree(left)
                     lease.release()
 
     def _adopt(self, scratch: Path, resume: bool) -> bool | None:
         """Take over a scratch folder; False when it is gone, None when somebody else has put something into it."""
-        lease = Lease(scratch, _OWNER)
+        lease = Lease(scratch, OWNER)
         try:
             if not lease.take():
                 raise OutputError(f"{scratch}: in use by {lease.holder()}: wait for it, or {OTHERWISE}")

@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halve.errors import OutputError
-from halve.files import check_output_path
+from halve.files import check_output_path, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,6 +38,7 @@ _STYLE: dict[Any, Any] = {
     "axes.grid": True,
 }
 Painter = Callable[["Axes"], None]
+_MARK = b"Software\0halve"  # in the head of every PNG that halve writes
 
 
 @contextmanager
@@ -52,19 +52,14 @@ def new_figure(size: tuple[float, float], style: Mapping[Any, Any] | None = None
 
 
 def check_picture_path(path: str | os.PathLike[str]) -> Path:
-    """Find out before any work whether a PNG can be written at `path`, where a PNG alone is replaced."""
-    return check_output_path(path, "a picture", lambda there: there.read_bytes()[:4] == b"\x89PNG")
+    """Find out before any work whether a PNG can be written at `path`, where a PNG of halve's alone is replaced."""
+    return check_output_path(path, "a picture", lambda there: _MARK in there.read_bytes()[:1024])
 
 
 def write_png(figure: Figure, path: Path) -> None:
     """Write a picture whole or not at all. Raises OutputError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=150)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path}: could not be written ({error.strerror or error})") from error
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, metadata={"Software": "halve"})
 
 
 def with_interval(rows: Sequence[Mapping[str, Any]], key: str = "accuracy") -> tuple[list[float], list[list[float]]]:

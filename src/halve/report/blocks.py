@@ -30,8 +30,8 @@ class TableBlock:
     @staticmethod
     def parts(cell: str) -> tuple[str, str]:
         """A figure, and its interval or p-value, which stands below it."""
-        found = re.fullmatch(r"([^\[(]+?) ([\[(].*[\])])", cell)
-        return (found[1], found[2]) if found else (cell, "")
+        match = re.fullmatch(r"([^\[(]+?) ([\[(].*[\])])", cell)
+        return (match[1], match[2]) if match else (cell, "")
 
     @classmethod
     def of(cls, table: Comparison, title: str = "", text_columns: int = 1) -> TableBlock:

@@ -34,7 +34,7 @@ class Contents:
         """The records that no search counts among its trials, except the winner's and the dense model's."""
         hidden: set[Path] = set()
         for path, search in self.searches.items():
-            best = [held for held in (search.get("winner"), search.get("dense")) if held]
+            best = [row for row in (search.get("winner"), search.get("dense")) if row]
             hidden |= _named(path, search["trials"]) - _named(path, best)
         return {path: record for path, record in self.records.items() if path not in hidden}
 
@@ -48,18 +48,18 @@ def read_contents(folder: Path) -> Contents:
     """Read every JSON file below `folder` that halve wrote. Raises DataError when there is none, or one is malformed."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder: name one with records, models, or a study")
-    found = Contents()
+    contents = Contents()
     for path in sorted(folder.rglob("*.json")):
         place = path.relative_to(folder)
         unfinished = any(is_scratch_name(part) or part.startswith(".") for part in place.parts[:-1])
         if unfinished or path.name.startswith(_PASSED_OVER):
             continue
-        _sort_in(found, place, _read(path), path)
-    if not (found.everything or found.analyses or found.manifests):
+        _sort_in(contents, place, _read(path), path)
+    if not (contents.everything or contents.analyses or contents.manifests):
         raise DataError(
             f"{folder}: holds no record, no model of halve and no study: make records with --json, or name another folder"
         )
-    return found
+    return contents
 
 
 def _read(path: Path) -> Any:
@@ -69,14 +69,14 @@ def _read(path: Path) -> Any:
         raise DataError(f"{path}: not readable as JSON ({error}): write it again or move it elsewhere") from error
 
 
-def _sort_in(found: Contents, place: Path, held: Any, path: Path) -> None:
-    if not isinstance(held, dict):
+def _sort_in(contents: Contents, place: Path, value: Any, path: Path) -> None:
+    if not isinstance(value, dict):
         return
-    if path.name == "halve.json" and isinstance(held.get("steps"), list):
-        found.manifests[place.parent] = held
-    elif path.name == "layers.json" and "best_first_layer" in held:
-        found.analyses[place] = held
-    elif "kind" in held and "halve_version" in held:
-        check_record(held, str(path))
-        kinds = {"search": found.searches, "reproduction": found.reproductions}
-        kinds.get(held["kind"], found.records)[place] = held
+    if path.name == "halve.json" and isinstance(value.get("steps"), list):
+        contents.manifests[place.parent] = value
+    elif path.name == "layers.json" and "best_first_layer" in value:
+        contents.analyses[place] = value
+    elif "kind" in value and "halve_version" in value:
+        check_record(value, str(path))
+        kinds = {"search": contents.searches, "reproduction": contents.reproductions}
+        kinds.get(value["kind"], contents.records)[place] = value

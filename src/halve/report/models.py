@@ -20,9 +20,9 @@ from halve.studies.layer_plots import by_run, by_sublayer
 _ALWAYS = ("bits", "group_size", "fraction", "count")  # options worth saying even at their defaults
 
 
-def results(found: Contents) -> Section:
+def results(contents: Contents) -> Section:
     """One row a model, dense ones first, and the plots of accuracy, size and speed."""
-    records = [r for r in found.shown().values() if r["kind"] in ("evaluation", "benchmark")]
+    records = [r for r in contents.shown().values() if r["kind"] in ("evaluation", "benchmark")]
     section = Section("results", "Results")
     if not records:
         return section
@@ -79,10 +79,10 @@ def _plot(
     return [Plot(plots.draw(paint, caption), caption)]
 
 
-def distances(found: Contents) -> Section:
+def distances(contents: Contents) -> Section:
     """What `halve layers` measured."""
     section = Section("layers", "What layers do")
-    for place, analysis in found.analyses.items():
+    for place, analysis in contents.analyses.items():
         name = Path(str(analysis["model"])).name
         data = analysis.get("data", {})
         text = (
@@ -97,15 +97,15 @@ def distances(found: Contents) -> Section:
             Plot(plots.draw(by_run(analysis), spoken[0]), runs),
             Plot(plots.draw(by_sublayer(analysis), spoken[1]), alone),
         ]
-        section.blocks.append(PlotsBlock(pair, str(place.parent) if len(found.analyses) > 1 else ""))
+        section.blocks.append(PlotsBlock(pair, str(place.parent) if len(contents.analyses) > 1 else ""))
     return section
 
 
-def recipes(found: Contents) -> Section:
+def recipes(contents: Contents) -> Section:
     """How each model was made, from its manifest, or from its record where there is none."""
     section = Section("recipes", "How the models were made")
     rows = []
-    for place, manifest in found.manifests.items():
+    for place, manifest in contents.manifests.items():
         for step in manifest["steps"]:
             name = place.name if place.name else str(manifest.get("base_model", "model"))
             done = [line for line in step["linears"] if line["action"] != "skipped"]
@@ -116,8 +116,8 @@ def recipes(found: Contents) -> Section:
                 f"{show_bytes(step['linear_bytes_before'])} to {show_bytes(step['linear_bytes_after'])}",
                 _calibration(manifest, step),
             ])  # fmt: skip
-    told = {place.name for place in found.manifests}
-    for record in found.shown().values():
+    told = {place.name for place in contents.manifests}
+    for record in contents.shown().values():
         name = Path(record["model"]).name
         if name not in told and record["recipe"]:
             told.add(name)
@@ -151,11 +151,11 @@ def step_text(step: dict[str, Any]) -> str:
     return name + (":" + ",".join(options) if options else "")
 
 
-def errors(found: Contents) -> Section:
+def errors(contents: Contents) -> Section:
     """What every layer lost, by kind of linear."""
     section = Section("errors", "Error per layer")
     shown = []
-    for place, manifest in found.manifests.items():
+    for place, manifest in contents.manifests.items():
         for step in manifest["steps"]:
             series = layers.error_series(step)
             if series is not None:
@@ -167,11 +167,11 @@ def errors(found: Contents) -> Section:
     return section
 
 
-def machines(found: Contents) -> Section:
+def machines(contents: Contents) -> Section:
     """Where the figures were measured."""
     section = Section("machine", "Machine")
     seen: dict[tuple[str, ...], None] = {}
-    for record in found.everything.values():
+    for record in contents.everything.values():
         machine, versions = record["machine"], record.get("versions", {})
         ram = machine.get("ram_bytes")
         seen[
@@ -188,19 +188,19 @@ def machines(found: Contents) -> Section:
     return section
 
 
-def provenance(found: Contents) -> Section:
+def provenance(contents: Contents) -> Section:
     """Every record with the command that made it."""
     section = Section("records", "Records")
     rows = [
         [str(path), record["kind"], str(record.get("date", "-")).replace("T", " ").removesuffix("+00:00"),
          str(record.get("commit") or "-")[:10], record["command"]]
-        for path, record in (found.shown() | found.searches | found.reproductions).items()
+        for path, record in (contents.shown() | contents.searches | contents.reproductions).items()
     ]  # fmt: skip
     if rows:
         head = ["file", "kind", "date (UTC)", "commit", "command"]
         section.blocks.append(TableBlock(head, rows, text_columns=len(head)))
     missing: dict[tuple[str, str], None] = {}
-    for record in found.shown().values():
+    for record in contents.shown().values():
         if record["kind"] == "benchmark":  # quality is no business of a benchmark's, unless it could not be measured
             passed_over = () if record.get("random_weights") else ("accuracy", "perplexity")
             items = record.get("not_measured", {}).items()

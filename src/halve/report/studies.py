@@ -17,11 +17,11 @@ from halve.studies.system1.tables import tables
 _MOST_VARIED = 3  # options with a plot of their own
 
 
-def searches(found: Contents) -> Section:
+def searches(contents: Contents) -> Section:
     """Winner, plot, front and trials of every search."""
     section = Section("search", "Search")
-    for place, record in found.searches.items():
-        title = str(place.parent) if len(found.searches) > 1 else ""
+    for place, record in contents.searches.items():
+        title = str(place.parent) if len(contents.searches) > 1 else ""
         section.blocks.append(FactsBlock(_facts(record), title))
         section.blocks.append(_plots(record))
         front = record.get("pareto") or []
@@ -111,10 +111,10 @@ def _plots(record: Record) -> PlotsBlock:
     return PlotsBlock(pictures)
 
 
-def reproductions(found: Contents) -> Section:
+def reproductions(contents: Contents) -> Section:
     """Published tables beside what was measured here."""
     section = Section("reproduction", "Published tables, made again")
-    for record in found.reproductions.values():
+    for record in contents.reproductions.values():
         for title, table in tables(record):
             section.blocks.append(TableBlock.of(table, title, text_columns=2))
     return section
