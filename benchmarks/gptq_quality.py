@@ -84,7 +84,7 @@ def run_model(folder: Path, args: argparse.Namespace, documents: list[str], peer
     step = f"gptq:bits={args.bits},group_size={args.group_size},fallback=channel,{args.options}".rstrip(",")
     plain = f"rtn:bits={args.bits},group_size={args.group_size},fallback=channel"
     losses: dict[str, list[float]] = {"halve": [], "rtn": [], "llm-compressor": []}
-    limit = open_checkpoint(folder).config.max_positions
+    config = open_checkpoint(folder).config
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         text = work / "train.txt"
@@ -97,8 +97,8 @@ def run_model(folder: Path, args: argparse.Namespace, documents: list[str], peer
             losses["halve"].append(held_out_loss(load_model(ours), data))
             if args.peer_python:
                 tokenizer = load_tokenizer(folder)
-                asked = CalibrationOptions(text.name, args.samples, min(args.window, limit), seed)
-                drawn = make_windows(read_documents(text), tokenizer, asked)
+                asked = CalibrationOptions(text.name, args.samples, min(args.window, config.max_positions), seed)
+                drawn = make_windows(read_documents(text), tokenizer, asked, config.vocab_size)
                 save_file({"input_ids": drawn.windows}, str(work / "windows.safetensors"))
                 request = {
                     "model": str(folder),

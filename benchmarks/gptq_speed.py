@@ -119,7 +119,8 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     model = work / "model"
     make_model(model, args.layers, args.hidden, args.mlp, args.vocabulary, (args.samples * 9 // 8 + 1) * args.window)
     documents = read_documents(model / "text.txt")
-    drawn = make_windows(documents, load_tokenizer(model), CalibrationOptions("text.txt", args.samples, args.window))
+    asked = CalibrationOptions("text.txt", args.samples, args.window)
+    drawn = make_windows(documents, load_tokenizer(model), asked, args.vocabulary)
     save_file({"input_ids": drawn.windows}, str(work / "windows.safetensors"))
     step = f"gptq:bits=4,group_size={args.group_size}"
     ours = {"model": str(model), "step": step, "samples": args.samples, "window": args.window, "threads": args.threads}

@@ -54,12 +54,16 @@ def full_weight(linear: Linear, dtype: torch.dtype = torch.float32) -> torch.Ten
 
 
 def write_word_tokenizer(folder: Path, words: Iterable[str]) -> None:
-    """Give the model in `folder` a tokenizer whose tokens are <unk>, <s>, </s> and then `words`, split at spaces."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """Give the model in `folder` a tokenizer whose tokens are <unk>, <s>, </s> and then `words`, split at spaces.
+
+    It puts <s> before a text.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])  # type: ignore[assignment]
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}

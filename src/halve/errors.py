@@ -1,5 +1,11 @@
 """The one error tree. Every message names the value, the limit and the remedy, on one line."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class HalveError(ValueError):
     """The input or the request is wrong; the command line prints the message and exits with 2."""
@@ -27,3 +33,18 @@ class OutputError(HalveError):
 
 class StaleKernelsError(HalveError):
     """The compiled kernels were built from other sources than this package."""
+
+
+@contextmanager
+def reading(path: Path | str, failure: type[HalveError]) -> Iterator[None]:
+    """Turn an OSError of reading `path`, or a file below it, into `failure`: which file, the system's reason, a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise failure(unreadable(error, path)) from error
+
+
+def unreadable(error: OSError, path: Path | str) -> str:
+    """What to say of an OSError that came up while `path` was read."""
+    name = error.filename if isinstance(error.filename, (str, Path)) else path
+    return f"{name}: cannot be read: {error.strerror or error}; check the path and its permissions"

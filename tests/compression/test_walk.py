@@ -24,14 +24,14 @@ from halve.texts import read_documents
 class Letters:
     """One token a letter; 0 is BOS."""
 
-    bos_id = 0
+    bos_ids = (0,)
 
     def encode(self, text: str, bos: bool) -> list[int]:
         return [0] * bos + [ord(c) for c in text]
 
 
 def windows(documents: list[str], samples: int, window: int, seed: int = 0):
-    return make_windows(documents, Letters(), CalibrationOptions("text.txt", samples, window, seed))  # type: ignore[arg-type]
+    return make_windows(documents, Letters(), CalibrationOptions("text.txt", samples, window, seed), 5000)  # type: ignore[arg-type]
 
 
 def test_short_documents_are_packed_with_bos_between() -> None:
@@ -141,9 +141,9 @@ def test_real_files_fill_their_windows(assets: Path, source: str, available: int
     """The record counts what was used: the documents drawn hold the tokens of the windows, one fewer would not."""
     documents = read_documents(assets / "data" / source)
     tokenizer = load_tokenizer(assets / "models" / "stories260K")
-    calibration = make_windows(documents, tokenizer, CalibrationOptions(source, 32, 256))
+    calibration = make_windows(documents, tokenizer, CalibrationOptions(source, 32, 256), 512)
     assert calibration.windows.shape == (32, 256) and calibration.held_out.shape == (1, 256)
-    assert (calibration.windows[:, 0] == tokenizer.bos_id).all()
+    assert (calibration.windows[:, 0] == tokenizer.bos_ids[0]).all()
     origin = calibration.origin
     assert (origin["documents_available"], origin["windows"], origin["tokens"]) == (available, 32, 32 * 256)
     order = list(range(available))

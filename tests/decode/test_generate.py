@@ -203,7 +203,7 @@ def test_half_a_character_at_the_end_is_still_shown() -> None:
         ([], "no prompt"),
         ([[1], []], "prompt 2 is empty"),
         ([[1] * 65], "65 tokens, the model's context holds 64"),
-        ([[1, 97]], "token id 97, the vocabulary has 97"),
+        ([[1, 97]], "token id 97 is outside of the model's vocabulary of 97"),
         ([[1, -1]], "token id -1"),
     ],
 )

@@ -16,7 +16,7 @@ from halve.checkpoint.hub import fetch
 from halve.checkpoint.schemes import read_schemes
 from halve.checkpoint.stored import PACKED, WEIGHT, StoredLinear, tensor_names
 from halve.checkpoint.tensors import PrefixedTensors, RandomTensors, SafetensorsFolder, TensorSource, expect
-from halve.errors import CheckpointError, HalveError, UnsupportedModelError
+from halve.errors import CheckpointError, HalveError, UnsupportedModelError, reading
 from halve.model import families
 from halve.model.config import ModelConfig
 from halve.model.decoder import Block, Model, Norm
@@ -40,15 +40,17 @@ def find_model(model: str | Path, *, weights: bool = True) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError when it is missing or malformed."""
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent}: no {path.name}: is it a model folder?")
+    """A JSON object from a file; CheckpointError when it is missing, cannot be read, or is malformed."""
+    with reading(path, CheckpointError):
+        if not path.exists():
+            raise CheckpointError(f"{path.parent}: no {path.name}: is it a model folder?")
+        content = path.read_bytes()
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}): get an intact copy") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not an object")
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not an object: get an intact copy")
     return value
 
 

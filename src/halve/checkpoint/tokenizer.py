@@ -2,49 +2,132 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from halve.checkpoint.reader import find_model, read_json
-from halve.errors import CheckpointError
+from halve.errors import CheckpointError, reading
+
+_JSON_OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+# what the two kinds of tokenizer.model are read with, by the extra of this package that brings it
+_READERS = {"sentencepiece": ("sentencepiece", "google.protobuf"), "tiktoken": ("tiktoken",)}
+_TIKTOKEN_RANK = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer reduced to what this project needs."""
+    """A Hugging Face tokenizer reduced to what this project needs.
+
+    bos_ids: what the tokenizer itself puts before a text, often the beginning of a sequence, or nothing. eos_ids: tokens
+    that end a generation. Raises CheckpointError for files that cannot be used.
+    """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer  # seconds to import: only when text is involved
-        from transformers.utils import logging
-
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it warns of a model_type it does not know, and `halve` is one
-        try:
-            self.inner = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(
-                f"{folder}: no usable tokenizer ({reason}): copy the model's tokenizer files there"
-            ) from error
-        finally:
-            logging.set_verbosity(verbosity)
         self.folder = folder
-        self.bos_id: int | None = self.inner.bos_token_id
-        self.eos_ids = self._eos_ids()
-
-    def _eos_ids(self) -> tuple[int, ...]:
-        path = self.folder / "generation_config.json"
-        ids = read_json(path).get("eos_token_id") if path.exists() else None
-        if ids is None:
-            ids = self.inner.eos_token_id
-        return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+        _check_files(folder)
+        self.eos_ids = _eos_ids(folder)
+        with self._told("no usable tokenizer"):
+            self.inner = _load(folder)
+            self.bos_ids = self._added_before()
+            if self.eos_ids is None:
+                self.eos_ids = () if self.inner.eos_token_id is None else (self.inner.eos_token_id,)
 
     def encode(self, text: str, bos: bool) -> list[int]:
-        """Token ids; with `bos` the beginning-of-sequence id first, where the model has one. Nothing else is added."""
-        ids = self.inner(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return [self.bos_id, *ids] if bos and self.bos_id is not None else list(ids)
+        """Token ids; with `bos` what the tokenizer puts before a text first. Nothing is added after it."""
+        with self._told("the tokenizer cannot encode the text"):
+            ids = self._ids(text, special=False)
+        return [*self.bos_ids, *ids] if bos else ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, special tokens left out."""
-        return self.inner.decode(ids, skip_special_tokens=True)
+        with self._told("the tokenizer cannot decode its own tokens"):
+            return self.inner.decode(ids, skip_special_tokens=True)
+
+    def token(self, token_id: int) -> str:
+        """How the tokenizer writes one token."""
+        return str(self.inner.convert_ids_to_tokens(token_id))
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        return list(self.inner(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _added_before(self) -> tuple[int, ...]:
+        if not self._ids("", special=True):
+            return ()
+        for text in ("a", *self.inner.get_vocab()):
+            with suppress(Exception):  # no token, and none for the unknown: another text will do
+                bare, whole = self._ids(text, special=False), self._ids(text, special=True)
+                for start in range(len(whole) - len(bare) + 1 if bare else 0):
+                    if whole[start : start + len(bare)] == bare:
+                        return tuple(whole[:start])
+        return ()
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """In one line whatever goes wrong: the libraries of tokenizers raise anything, panics of Rust included."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            raise CheckpointError(
+                f"{self.folder}: {what} ({reason}): copy the model's own tokenizer files there, or upgrade transformers and "
+                "tokenizers if they are of a newer form"
+            ) from error
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoTokenizer  # seconds to import: only when text is involved
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of a model_type it does not know, and `halve` is one
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _check_files(folder: Path) -> None:
+    """What the library would say less of: a file that is not readable, one that is no JSON, a reader that is missing."""
+    with reading(folder, CheckpointError):
+        for path in (folder / name for name in _JSON_OBJECTS):
+            if path.exists():
+                read_json(path)
+        vocabulary = folder / "tokenizer.model"
+        if (folder / "tokenizer.json").exists() or not vocabulary.exists():
+            return
+        with vocabulary.open("rb") as file:
+            kind = "tiktoken" if _TIKTOKEN_RANK.match(file.read(512)) else "sentencepiece"
+    if not all(_installed(module) for module in _READERS[kind]):
+        raise CheckpointError(
+            f"{vocabulary}: the tokenizer is in {kind}'s own form alone, which takes a package more: "
+            f"pip install 'halve[{kind}]', or put a tokenizer.json beside it"
+        )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # a parent that is not there; a module taken out by hand
+        return False
+
+
+def _eos_ids(folder: Path) -> tuple[int, ...] | None:
+    """From where transformers takes them: generation_config.json, else config.json; None where neither names any."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        config = read_json(path) if path.exists() else {}
+        for part in (config, config.get("text_config")):
+            ids = part.get("eos_token_id") if isinstance(part, dict) else None
+            if ids is not None:
+                listed = ids if isinstance(ids, list) else [ids]
+                if not all(type(token) is int for token in listed):
+                    raise CheckpointError(f"{path}: eos_token_id={ids!r} must be a token id or a list of them: correct it")
+                return tuple(listed)
+    return None
 
 
 def load_tokenizer(model: str | Path) -> Tokenizer:

@@ -97,8 +97,8 @@ def generate(
     from halve.decode.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    loaded = load_model(model, dtype=dtype_of(dtype), device=device)
     tokenizer = load_tokenizer(model)
+    loaded = load_model(model, dtype=dtype_of(dtype), device=device)
 
     def stream(piece: str) -> None:
         print(piece, end="", flush=True)

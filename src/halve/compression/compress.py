@@ -161,7 +161,8 @@ def _calibration(request: Request, plan: RecipePlan) -> Calibration | None:
         return None
     documents = read_documents(request.calibration.source)
     tokenizer = load_tokenizer(request.model)
-    return make_windows(documents, tokenizer, replace(request.calibration, window=plan.window))
+    asked = replace(request.calibration, window=plan.window)
+    return make_windows(documents, tokenizer, asked, plan.checkpoint.config.vocab_size)
 
 
 def _notes(windows: Calibration | None, reports: list[dict[str, Any]]) -> list[str]:

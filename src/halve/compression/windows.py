@@ -11,6 +11,7 @@ from torch import Tensor
 
 from halve.checkpoint.tokenizer import Tokenizer
 from halve.errors import DataError
+from halve.model.vocabulary import check_ids
 
 HELD_OUT_SHARE = 32  # calibration windows to one that is held out
 
@@ -41,17 +42,20 @@ class Calibration:
     origin: dict[str, object]
 
 
-def make_windows(documents: list[str], tokenizer: Tokenizer, options: CalibrationOptions) -> Calibration:
-    """Documents shuffled by the seed, packed end to end, cut into windows that each begin with BOS.
+def make_windows(
+    documents: list[str], tokenizer: Tokenizer, options: CalibrationOptions, vocab_size: int
+) -> Calibration:
+    """Documents shuffled by the seed, packed end to end, cut into windows that each begin as the tokenizer begins a text.
 
     One window more for every HELD_OUT_SHARE (at least one) is held out for judging. Too little text gives fewer windows, and
-    `origin` says so. Raises DataError when there is not enough for one window and one held out.
+    `origin` says so. Raises DataError when there is not enough for one window and one held out, or for a token outside of
+    the vocabulary.
     """
     samples, window = options.samples, options.window
     order = list(range(len(documents)))
     random.Random(options.seed).shuffle(order)
     held_out = max(1, samples // HELD_OUT_SHARE)
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    bos = list(tokenizer.bos_ids)
     body = window - len(bos)
     stream: list[int] = []
     used = 0
@@ -66,6 +70,7 @@ def make_windows(documents: list[str], tokenizer: Tokenizer, options: Calibratio
             f"calibration text {options.source!r} has {len(stream)} tokens: two windows of {window} need {2 * body}; "
             "use more text or a smaller --window"
         )
+    check_ids(vocab_size, rows, tokenizer)
     if len(rows) < samples + held_out:
         held_out = min(held_out, max(1, len(rows) // HELD_OUT_SHARE))
     calibration, judging = torch.tensor(rows).split((len(rows) - held_out, held_out))

@@ -17,6 +17,7 @@ from halve.decode.text_stream import TextStream, TokenizerLike
 from halve.errors import DataError, HalveError
 from halve.model.cache import KVCache
 from halve.model.decoder import Model
+from halve.model.vocabulary import check_ids
 
 OnToken = Callable[[int, int], None]  # (row, token id), as soon as the token is known
 
@@ -130,7 +131,7 @@ def _watched(
 
 def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
     """Raise DataError unless every prompt has 1 to max_positions ids, all inside the vocabulary."""
-    context, vocabulary = model.config.max_positions, model.config.vocab_size
+    context = model.config.max_positions
     if not prompts:
         raise DataError("no prompt was given: pass at least one")
     for number, prompt in enumerate(prompts, 1):
@@ -140,12 +141,7 @@ def check_prompts(model: Model, prompts: Sequence[Sequence[int]]) -> None:
             raise DataError(
                 f"prompt {number} has {len(prompt)} tokens, the model's context holds {context}: shorten the prompt"
             )
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            outside = next(t for t in prompt if not 0 <= t < vocabulary)
-            raise DataError(
-                f"prompt {number} holds token id {outside}, the vocabulary has {vocabulary} entries: "
-                f"use the tokenizer that belongs to the model"
-            )
+    check_ids(model.config.vocab_size, prompts)
 
 
 @dataclass(frozen=True)
@@ -175,6 +171,7 @@ def generate_text(
     if on_text is not None and len(texts) != 1:
         raise HalveError(f"streaming needs a single prompt, {len(texts)} were given: call it once for each")
     ids = [tokenizer.encode(text, bos=True) for text in texts]
+    check_ids(model.config.vocab_size, ids, tokenizer)
     streams = [TextStream(tokenizer, row) for row in ids]
 
     def on_token(row: int, token: int) -> None:

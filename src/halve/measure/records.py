@@ -50,6 +50,7 @@ class EvaluationRecord(Circumstances):
 
     device: str
     dtype: str
+    bos_ids: NotRequired[list[int]]
     weight_bytes: NotRequired[int]
     task: str
     protocol: str

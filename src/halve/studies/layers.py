@@ -103,7 +103,7 @@ def analyse_layers(
     if mark is not None and not 1 <= mark < layers:
         raise OutputError(f"mark={mark}: the model has {layers} layers: use 1 to {layers - 1}")
     asked = CalibrationOptions(str(data), samples, min(window, checkpoint.config.max_positions), seed)
-    calibration = make_windows(read_documents(data), load_tokenizer(model), asked)
+    calibration = make_windows(read_documents(data), load_tokenizer(model), asked, checkpoint.config.vocab_size)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -406,7 +406,7 @@ def test_every_real_layer_errs_less_than_rounding(assets: Path, name: str) -> No
     """At identical inputs, those of the dense model, the total output error of each linear is below round-to-nearest's."""
     folder = assets / "models" / name
     documents = read_documents(assets / "data" / "tinystories_317.txt")
-    windows = make_windows(documents, load_tokenizer(folder), CalibrationOptions("stories", 8, 128))
+    windows = make_windows(documents, load_tokenizer(folder), CalibrationOptions("stories", 8, 128), 512)
     walk = Walk(open_checkpoint(folder), windows, torch.float32, torch.float32, "cpu")
     for index in range(5):
         view = walk.block(index)

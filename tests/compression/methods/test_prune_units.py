@@ -124,7 +124,7 @@ def test_reported_error_is_that_of_the_layer(stories: Path, real: dict, tmp_path
     from halve.texts import read_documents
 
     documents = read_documents(real["calibration"])
-    windows = make_windows(documents, load_tokenizer(stories), CalibrationOptions("text", 8, 128))
+    windows = make_windows(documents, load_tokenizer(stories), CalibrationOptions("text", 8, 128), 512)
     caught: list[torch.Tensor] = []
     for model in (before, after):
         model.blocks[0].linears["down_proj"].register_forward_hook(lambda _m, _x, y: caught.append(y.double()))  # type: ignore[index]

@@ -315,7 +315,7 @@ def test_bad_requests_are_explained(
 def test_pmi_starts_from_the_end_of_text_where_there_is_no_bos(
     folder: Path, model: Model, data: Path, characters: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    characters.bos_id = None
+    characters.bos_ids = ()
     results = raw_results(monkeypatch)
     evaluate(model, characters, task="race-h", data=data, protocol="pmi", limit=1)
     slow = SlowLoop(folder, lambda text: [1, *characters.encode(text, bos=False)], CONTEXT)

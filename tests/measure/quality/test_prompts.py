@@ -21,7 +21,7 @@ QUESTION = Question("a", "Tom has a cat.", "What has Tom?", ("a dog", "a cat", "
 class WordTokenizer:
     """Ids of words with their leading space, like SentencePiece: a text gets a space in front; "x: y" merges ": "."""
 
-    bos_id: int | None = 0
+    bos_ids: tuple[int, ...] = (0,)
     eos_ids: tuple[int, ...] = (1,)
 
     def __init__(self, pattern: str) -> None:
@@ -90,7 +90,7 @@ def test_a_long_prompt_loses_the_articles_beginning_and_nothing_else(characters:
     shorter = letter_prompt(replace(QUESTION, article="as a cat."))
     assert texts == [shorter.context + letter for letter in shorter.continuations]
     assert {len(s) for s in encoded.sequences} == {room}
-    assert all(s[0] == characters.bos_id for s in encoded.sequences)
+    assert all(s[0] == characters.bos_ids[0] for s in encoded.sequences)
     assert [characters.decode(list(s[b:])) for s, b in zip(encoded.sequences, encoded.starts, strict=True)] == [
         " A",
         " B",
@@ -138,7 +138,7 @@ def test_generation_keeps_room_for_the_answer_only(characters: Any) -> None:
 
 
 def test_without_bos_and_article_nothing_predicts_the_first_token(characters: Any) -> None:
-    characters.bos_id = None
+    characters.bos_ids = ()
     question = replace(QUESTION, options=("a dog", "x"))
     assert not encode_prompt(characters, plain_prompt(question), 7).overflow  # one character of the article is left
     assert encode_prompt(characters, plain_prompt(question), 6).overflow

@@ -12,7 +12,7 @@ import torch
 from halve.checkpoint.reader import load_model
 from halve.errors import HalveError
 from halve.measure.quality import scoring
-from halve.measure.quality.scoring import Node, check_ids, fork, question_nodes, score, sequence_node
+from halve.measure.quality.scoring import Node, fork, question_nodes, score, sequence_node
 from halve.model.decoder import Model
 
 FAMILIES = {
@@ -151,12 +151,6 @@ def test_forked_rows_continue_like_their_originals(model: Model) -> None:
         short, long = (model(torch.tensor([[*prefix, 7, 8, 9]]))[0, -3:] for prefix in ([5, 6], [1, 2, 3, 4]))
     for row, expected in zip(logits, (short, long, short), strict=True):
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_ids_outside_the_vocabulary_are_refused(model: Model) -> None:
-    check_ids(model, [[0, 96], [3]])
-    with pytest.raises(HalveError, match="token id 97: outside the model's vocabulary of 97"):
-        check_ids(model, [[0, 96], [97]])
 
 
 def test_logits_that_are_not_finite_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

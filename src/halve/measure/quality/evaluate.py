@@ -80,9 +80,9 @@ class LoadedModel:
     ) -> LoadedModel:
         """Load a folder or hub id. `name`: for records, where it is not `model`; `tokenizer`: where it is there already."""
         model = os.fspath(model)
-        loaded = load_model(model, dtype=dtype, device=device)
+        tokenizer = tokenizer or load_tokenizer(model)
         recipe = checkpoint_recipe(find_model(model))
-        return cls(name or model, recipe, device, loaded, tokenizer or load_tokenizer(model))
+        return cls(name or model, recipe, device, load_model(model, dtype=dtype, device=device), tokenizer)
 
 
 def evaluate_loaded(
@@ -97,6 +97,7 @@ def evaluate_loaded(
         recipe=loaded.recipe,
         device=loaded.device,
         dtype=dtype_name(loaded.model.dtype),
+        bos_ids=list(loaded.tokenizer.bos_ids),
         **figures,
     )
     return cast(EvaluationRecord, record)

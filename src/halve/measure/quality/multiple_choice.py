@@ -20,10 +20,11 @@ from halve.measure.quality.protocols import ChoiceProtocol
 from halve.measure.quality.protocols.continuation import TEMPLATES
 from halve.measure.quality.race import Question, QuestionSet
 from halve.measure.quality.resume import Progress, fingerprint
-from halve.measure.quality.scoring import Node, check_ids, question_nodes, score, sequence_node
+from halve.measure.quality.scoring import Node, question_nodes, score, sequence_node
 from halve.measure.quality.statistics import accuracy_interval
 from halve.measure.quality.task import Evaluation, Figures
 from halve.model.decoder import Model
+from halve.model.vocabulary import check_ids
 from halve.progress import progress as progress_bar
 from halve.progress import track
 
@@ -71,11 +72,12 @@ def run(
     ask = protocol.prompt or TEMPLATES[options.template]
     room = model.config.max_positions - (0 if protocol.read is None else protocol.max_new_tokens)
     encoded = [encode_prompt(tokenizer, ask(q), room) for q in track(questions, len(questions), "tokenize")]
-    check_ids(model, (s for e in encoded for s in e.sequences))
+    sent = [*(s for e in encoded for s in e.sequences), *([_start_tokens(tokenizer)] if protocol.prior else [])]
+    check_ids(model.config.vocab_size, sent, tokenizer)
     batches = list(_batches(questions, encoded, options.batch_tokens, shared=protocol.read is None))
     label = f"{options.task} {protocol.name}"
     with (
-        Progress(progress_file, _identity(model, data, options) if progress_file else {}) as progress,
+        Progress(progress_file, _identity(model, tokenizer, data, options) if progress_file else {}) as progress,
         progress_bar(label, sum(len(group) for batch in batches for group in batch)) as advance,
     ):
         for number, batch in enumerate(batches):
@@ -93,8 +95,10 @@ def run(
     return record | {"data": data.name, "data_sha256": data.sha256}
 
 
-def _identity(model: Model, data: QuestionSet, options: ChoiceOptions) -> dict[str, Any]:
-    return options.json() | {"model": fingerprint(model), "data": data.sha256}
+def _identity(
+    model: Model, tokenizer: TokenizerLike, data: QuestionSet, options: ChoiceOptions
+) -> dict[str, Any]:
+    return options.json() | {"model": fingerprint(model), "bos_ids": tokenizer.bos_ids, "data": data.sha256}
 
 
 def _batches(
@@ -146,11 +150,11 @@ def _score_batch(
         roots += question_nodes(asked)
     prior = options.protocol.prior
     if prior:
-        start = _start_token(tokenizer)
+        start = _start_tokens(tokenizer)
         for index, place in places.items():
             prompt = encoded[index]
             for offset, (tokens, begin) in enumerate(zip(prompt.sequences, prompt.starts, strict=True)):
-                roots.append(sequence_node((start, *tokens[begin:]), slots + place.start + offset))
+                roots.append(sequence_node((*start, *tokens[begin:]), slots + place.start + offset, len(start)))
     sums = score(model, roots, slots * (2 if prior else 1), options.batch_tokens).tolist()
     results = {index: {"scores": sums[place]} for index, place in places.items()}
     if prior:
@@ -159,13 +163,12 @@ def _score_batch(
     return results
 
 
-def _start_token(tokenizer: TokenizerLike) -> int:
-    """What stands for "no context": the BOS, or the end-of-text token of a model that has no BOS."""
-    if tokenizer.bos_id is not None:
-        return tokenizer.bos_id
-    if not tokenizer.eos_ids:
+def _start_tokens(tokenizer: TokenizerLike) -> tuple[int, ...]:
+    """What stands for "no context": what the tokenizer puts before a text, or the end-of-text token where that is nothing."""
+    start = tokenizer.bos_ids or tokenizer.eos_ids[:1]
+    if not start:
         raise HalveError("protocol pmi: this tokenizer has neither a BOS nor an EOS token; use protocol continuation")
-    return tokenizer.eos_ids[0]
+    return start
 
 
 def _generate_batch(

@@ -6,7 +6,7 @@ Shape legend: R rows of a batch, T tokens of a pass, N scored positions, D hidde
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,16 +32,6 @@ class Node:
     tokens: Sequence[int]
     targets: list[tuple[int, int, int]] = field(default_factory=list)
     children: list[Node] = field(default_factory=list)
-
-
-def check_ids(model: Model, sequences: Iterable[Sequence[int]]) -> None:
-    """Raise HalveError when a token id lies outside the model's vocabulary."""
-    highest = max((max(tokens) for tokens in sequences), default=0)
-    if highest >= model.config.vocab_size:
-        raise HalveError(
-            f"token id {highest}: outside the model's vocabulary of {model.config.vocab_size}; "
-            "use the tokenizer that belongs to the model"
-        )
 
 
 def sequence_node(tokens: Sequence[int], slot: int, first: int = 1) -> Node:

@@ -123,7 +123,7 @@ def test_bad_texts_are_named(
 def test_too_short_a_text(tmp_path: Path, model: Model, characters: Any) -> None:
     path = tmp_path / "one.txt"
     path.write_text("x")
-    characters.bos_id = None  # with BOS one character can be predicted
+    characters.bos_ids = ()  # with BOS one character can be predicted
     with pytest.raises(DataError, match="fewer than 2 tokens"):
         evaluate(model, characters, task="perplexity", data=path)
 

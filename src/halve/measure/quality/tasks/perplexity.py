@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from halve.decode.text_stream import TokenizerLike
 from halve.errors import DataError, HalveError
 from halve.measure.quality.resume import Progress, fingerprint
-from halve.measure.quality.scoring import BATCH_TOKENS, check_ids, score, sequence_node
+from halve.measure.quality.scoring import BATCH_TOKENS, score, sequence_node
 from halve.measure.quality.task import Evaluation, Figures, Task
 from halve.model.decoder import Model
+from halve.model.vocabulary import check_ids
 from halve.progress import track
 from halve.texts import SEPARATOR, json_rows, read_file
 
@@ -89,7 +90,8 @@ def _jsonl_texts(path: Path, text: str) -> list[str]:
 def split(tokenizer: TokenizerLike, text: Text, window: int) -> tuple[list[list[int]], int]:
     """Token sequences to be predicted from their second token on, and how many documents were cut to the window.
 
-    windows: BOS (where there is one) and the text, in stretches of `window` tokens; documents: BOS + document, cut.
+    windows: what the tokenizer puts before a text and the text, in stretches of `window` tokens; documents: the same
+    of each, cut.
     """
     if text.protocol == "windows":
         tokens = tokenizer.encode(text.pieces[0], bos=True)
@@ -120,11 +122,12 @@ def run(
     sequences = sequences[: options.limit]
     if not sequences:
         raise DataError(f"{text.name}: fewer than 2 tokens, nothing can be predicted; give a longer text")
-    check_ids(model, sequences)
+    check_ids(model.config.vocab_size, sequences, tokenizer)
     identity: dict[str, Any] = {}
     if progress_file is not None:
         identity = {"task": "perplexity", "protocol": text.protocol, "window": window, "limit": options.limit}
         identity |= {"batch_tokens": batch_tokens, "data": text.sha256, "model": fingerprint(model)}
+        identity["bos_ids"] = tokenizer.bos_ids
     with Progress(progress_file, identity) as progress:
         batches = _batches(sequences, batch_tokens)
         for batch in track(batches, len(batches), f"perplexity {text.protocol}"):
