@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from halve.errors import DataError
+from halve.errors import DataError, reading
 
 logger = logging.getLogger(__name__)
 
@@ -24,15 +25,28 @@ HUB_DOCUMENTS = 20_000  # documents of a set of the hub that are read
 
 def read_file(file: Path) -> tuple[str, bytes]:
     """The text of a UTF-8 file, a byte-order mark left out and lines ended by \\n, and its bytes as they are."""
-    try:
+    with reading(file, DataError):
         content = file.read_bytes()
+    try:
         text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}; check the path and its permissions") from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{file}, line {line}: not UTF-8 text; convert the file to UTF-8") from None
     return text.replace("\r\n", "\n"), content
+
+
+def files_below(folder: Path, suffix: str) -> list[Path]:
+    """All files in a folder and its folders whose names end in `suffix`, in the order of their paths.
+
+    Raises DataError for a folder that cannot be listed, where `Path.rglob` would find nothing.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    with reading(folder, DataError):
+        files = (Path(place, name) for place, _, names in os.walk(folder, onerror=fail) for name in names)
+        return sorted(file for file in files if file.name.endswith(suffix) and file.is_file())
 
 
 def json_rows(text: str, source: Path | str, want: str) -> Iterator[tuple[str, Any]]:
@@ -125,13 +139,15 @@ def read_documents(source: str | Path) -> list[str]:
     """Documents of a .txt or .raw (split at <|endoftext|>), a .jsonl (`text`, or a RACE article), a RACE folder, c4 or
     wikitext2. Raises DataError naming the file and line.
     """
-    path = Path(source).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(source))
+    with reading(path, DataError):
+        there = path.exists()
+    if not there:
         if str(source) in HUB_DATASETS:
             return _hub_documents(str(source))
         named = ", ".join(HUB_DATASETS)
         raise DataError(f"calibration {str(source)!r}: no such file, and not a named set ({named})")
-    files = sorted(p for p in path.rglob("*.txt") if p.is_file()) if path.is_dir() else [path]
+    files = files_below(path, ".txt") if path.is_dir() else [path]
     documents: list[str] = []
     for file in files:
         text, _ = read_file(file)

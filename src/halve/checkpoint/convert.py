@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint.reader import find_model, open_checkpoint, read_json
-from halve.checkpoint.writer import COPIED, save_shard
-from halve.errors import CheckpointError
+from halve.checkpoint.writer import companions, save_shard
+from halve.errors import CheckpointError, reading
 from halve.files import write_json
 from halve.files.work import WorkFolder
 from halve.progress import track
@@ -28,6 +27,7 @@ def convert(model: str | Path, out: str | Path, *, overwrite: bool = False) -> P
     folder = find_model(model)
     files = _listing(folder)
     config = read_json(folder / "config.json")
+    companions(folder)
     needed = sum(file.stat().st_size for file in files)
     work = WorkFolder(out, keep={"the model's own folder": folder}, overwrite=overwrite, needs_bytes=needed)
     with work.claim({"convert": str(folder.resolve())}, resume=False) as scratch:
@@ -54,9 +54,8 @@ def _write(folder: Path, files: list[Path], config: dict[str, Any], made: Path) 
         save_shard({k: v.clone().contiguous() for k, v in tensors.items()}, made / shard)
         weight_map |= dict.fromkeys(tensors, shard)
         total += sum(t.nbytes for t in tensors.values())
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name.startswith(("config.json", *COPIED)):
-            shutil.copyfile(path, made / path.name)
+    for path in (folder / "config.json", *companions(folder)):
+        shutil.copyfile(path, made / path.name)
     write_json(
         made / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
@@ -67,8 +66,8 @@ def _listing(folder: Path) -> list[Path]:
     index = folder / "pytorch_model.bin.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index}: not a readable index ({error})") from error
         files = [folder / name for name in names]
     else:
@@ -80,6 +79,8 @@ def _listing(folder: Path) -> list[Path]:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
+    with reading(path, CheckpointError):
+        path.open("rb").close()  # what is raised below does not tell a file that may not be opened
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from halve.checkpoint.gptq_format import GptqTensors
 from halve.checkpoint.hub import fetch
+from halve.checkpoint.naming import check_parts, refuse_adapter, under_own_names
 from halve.checkpoint.schemes import read_schemes
 from halve.checkpoint.stored import PACKED, WEIGHT, StoredLinear, tensor_names
-from halve.checkpoint.tensors import PrefixedTensors, RandomTensors, SafetensorsFolder, TensorSource, expect
+from halve.checkpoint.tensors import RandomTensors, SafetensorsFolder, TensorSource, expect
 from halve.errors import CheckpointError, HalveError, UnsupportedModelError, reading
 from halve.model import families
 from halve.model.config import ModelConfig
@@ -31,12 +33,13 @@ _HARMLESS_TENSORS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 def find_model(model: str | Path, *, weights: bool = True) -> Path:
     """The local folder of `model`: a folder, a config.json, or a hub id (downloaded once into the hub's cache)."""
-    path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix != ".json":
+    path = Path(os.path.expanduser(model))
+    with reading(path, CheckpointError):
+        if path.is_file() and path.suffix != ".json":
             raise CheckpointError(f"{path}: is a file: give the model's folder, or its config.json with random weights")
-        return path.parent
-    return path if path.is_dir() else fetch(str(model), weights=weights)
+        found = path.parent if path.is_file() else path if path.is_dir() else fetch(str(model), weights=weights)
+        refuse_adapter(found)
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -138,6 +141,7 @@ class Checkpoint:
 
     def check(self) -> None:
         """Every tensor present, none unexpected, all of the right shape; from the headers alone."""
+        check_parts(self.tensors, self.family, self.config, self.raw, str(self.folder))
         vectors = families.vector_shapes(self.family, self.config)
         for name, shape in vectors.items():
             expect(self.tensors, name, shape, str(self.folder))
@@ -179,9 +183,7 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
         return _random_checkpoint(
             Checkpoint(folder, raw, family, config, RandomTensors({}), {}), dtype or torch.bfloat16
         )
-    tensors: TensorSource = SafetensorsFolder(folder)
-    if not any(name.startswith("model.") for name in tensors.shapes):
-        tensors = PrefixedTensors(tensors, "model.", family.names["head"])
+    tensors: TensorSource = under_own_names(SafetensorsFolder(folder), family, str(folder))
     checkpoint = Checkpoint(folder, raw, family, config, tensors, {})
     quantization = raw.get("quantization_config")
     if quantization:
@@ -256,11 +258,18 @@ def load_model(
     return loaded
 
 
-def check_device(device: torch.device | str) -> None:
-    """HalveError when `device` is not there."""
+def check_device(device: torch.device | str) -> str:
+    """The device as records name it. Raises HalveError unless it is the CPU or a CUDA GPU that is there."""
     try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
+        asked = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
         raise HalveError(f"device {device!r} is not known: use cpu or cuda") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise HalveError("device 'cuda' was asked for and this machine has none that PyTorch can use: use --device cpu")
+    if asked.type == "cpu":
+        return "cpu"
+    if asked.type != "cuda":
+        raise HalveError(f"device '{asked}' is none that halve computes on: use cpu or cuda")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (asked.index or 0) >= there:
+        names = ", ".join(["cpu", *(f"cuda:{index}" for index in range(there))])
+        raise HalveError(f"device '{asked}' was asked for and PyTorch finds none such on this machine: use {names}")
+    return str(asked)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from halve.errors import CheckpointError
+from halve.errors import CheckpointError, reading
 
 SAFETENSORS_DTYPES = {
     "F32": torch.float32,
@@ -37,7 +38,10 @@ class TensorSource(Protocol):
 def expect(tensors: TensorSource, name: str, shape: tuple[int, ...], origin: str) -> None:
     """CheckpointError, which names `origin`, unless the tensor is there in this shape."""
     if name not in tensors.shapes:
-        raise CheckpointError(f"{origin}: tensor {name!r} is missing: download the model again")
+        raise CheckpointError(
+            f"{origin}: tensor {name!r} is missing; there are {len(tensors.shapes)}, such as "
+            f"{min(tensors.shapes, default='none')!r}: download the model again, or correct config.json"
+        )
     if tensors.shapes[name] != shape:
         raise CheckpointError(
             f"{origin}: {name!r} has shape {list(tensors.shapes[name])}, the config asks for {list(shape)}: "
@@ -74,16 +78,21 @@ class SafetensorsFolder:
                 )
 
     def _listing(self) -> dict[Path, set[str] | None]:
+        with reading(self.folder, CheckpointError):
+            return self._listed()
+
+    def _listed(self) -> dict[Path, set[str] | None]:
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
+            content = index.read_bytes()
             try:
-                weight_map = json.loads(index.read_text())["weight_map"]
+                weight_map = json.loads(content)["weight_map"]
                 files: dict[Path, set[str] | None] = {}
                 for name, file in weight_map.items():
                     names = files.setdefault(self.folder / file, set())
                     assert names is not None
                     names.add(name)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise CheckpointError(f"{index}: not a readable index ({error}): download it again") from error
             return files
         single = self.folder / "model.safetensors"
@@ -97,28 +106,36 @@ class SafetensorsFolder:
         raise CheckpointError(f"{self.folder}: no model.safetensors and no index of shards: is it a model folder?")
 
     def _open(self, path: Path) -> set[str]:
-        if not path.is_file():
-            raise CheckpointError(f"{path}: the shard is missing: download it again")
-        try:
-            with safe_open(path, framework="pt") as handle:
-                names = set(handle.keys())
-                for name in names:
-                    part = handle.get_slice(name)
-                    dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
-                    if dtype is None:
-                        raise CheckpointError(f"{path}: {name} has dtype {part.get_dtype()}, which is not handled")
-                    self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), dtype
-                    self._paths[name] = path
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: truncated or corrupt safetensors file ({error}): download it again"
-            ) from error
+        with reading(path, CheckpointError):
+            if not path.exists():
+                raise CheckpointError(f"{path}: the shard is missing: download it again")
+            path.open("rb").close()  # the library calls a file that it may not open corrupt
+        with self._opened(path) as handle:
+            names = set(handle.keys())
+            for name in names:
+                part = handle.get_slice(name)
+                dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise CheckpointError(f"{path}: {name} has dtype {part.get_dtype()}, which is not handled")
+                self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), dtype
+                self._paths[name] = path
         return names
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[Any]:
+        with reading(path, CheckpointError):
+            try:
+                with safe_open(path, framework="pt") as handle:
+                    yield handle
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{path}: truncated or corrupt safetensors file ({error}): download it again"
+                ) from error
 
     def get(self, name: str) -> Tensor:
         """The tensor, as stored. Raises CheckpointError when it holds NaN or infinity."""
         # a mapping of its own for each tensor: what was read leaves memory with it
-        with safe_open(self._paths[name], framework="pt") as handle:
+        with self._opened(self._paths[name]) as handle:
             tensor = handle.get_tensor(name)
         if name not in self._finite and not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
@@ -130,12 +147,12 @@ class SafetensorsFolder:
         return tensor
 
 
-class PrefixedTensors:
-    """The tensors of a folder saved without the language-model head, whose names lack `prefix`, under their full names."""
+class RenamedTensors:
+    """Tensors under other names than they are `stored` by (other name -> stored name)."""
 
-    def __init__(self, tensors: TensorSource, prefix: str, head: str) -> None:
+    def __init__(self, tensors: TensorSource, stored: dict[str, str]) -> None:
         self._tensors = tensors
-        self._stored = {name if name.startswith(head) else prefix + name: name for name in tensors.shapes}
+        self._stored = stored
         self.shapes = {name: tensors.shapes[stored] for name, stored in self._stored.items()}
         self.dtypes = {name: tensors.dtypes[stored] for name, stored in self._stored.items()}
 

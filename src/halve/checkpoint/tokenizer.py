@@ -12,7 +12,13 @@ from typing import Any
 from halve.checkpoint.reader import find_model, read_json
 from halve.errors import CheckpointError, reading
 
-_JSON_OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+_JSON_OBJECTS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
 # what the two kinds of tokenizer.model are read with, by the extra of this package that brings it
 _READERS = {"sentencepiece": ("sentencepiece", "google.protobuf"), "tiktoken": ("tiktoken",)}
 _TIKTOKEN_RANK = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
@@ -28,12 +34,12 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         _check_files(folder)
-        self.eos_ids = _eos_ids(folder)
+        ends = _eos_ids(folder)
         with self._told("no usable tokenizer"):
             self.inner = _load(folder)
             self.bos_ids = self._added_before()
-            if self.eos_ids is None:
-                self.eos_ids = () if self.inner.eos_token_id is None else (self.inner.eos_token_id,)
+            own = self.inner.eos_token_id
+        self.eos_ids: tuple[int, ...] = ends if ends is not None else () if own is None else (own,)
 
     def encode(self, text: str, bos: bool) -> list[int]:
         """Token ids; with `bos` what the tokenizer puts before a text first. Nothing is added after it."""
@@ -125,7 +131,9 @@ def _eos_ids(folder: Path) -> tuple[int, ...] | None:
             if ids is not None:
                 listed = ids if isinstance(ids, list) else [ids]
                 if not all(type(token) is int for token in listed):
-                    raise CheckpointError(f"{path}: eos_token_id={ids!r} must be a token id or a list of them: correct it")
+                    raise CheckpointError(
+                        f"{path}: eos_token_id={ids!r} must be a token id or a list of them: correct it"
+                    )
                 return tuple(listed)
     return None
 

@@ -13,10 +13,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from halve.errors import OutputError
+from halve.errors import CheckpointError, OutputError, reading
 from halve.files import write_json, write_text
 
-COPIED = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "generation_config", "chat_template")
+_COMPANIONS = (
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "generation_config",
+    "chat_template",
+)
 _ROWS = "rows"  # report rows of finished parts, kept beside the shards until the folder is complete
 
 
@@ -62,9 +70,8 @@ class CheckpointWriter:
         """Complete the folder: tokenizer files, config, manifest, and the index last."""
         from safetensors import safe_open
 
-        for path in sorted(source.iterdir()):
-            if path.is_file() and path.name.startswith(COPIED) and not path.name.endswith(".safetensors"):
-                shutil.copyfile(path, self.folder / path.name)
+        for path in companions(source):
+            shutil.copyfile(path, self.folder / path.name)
         weight_map, total = {}, 0
         for part in range(self.parts):
             with safe_open(self.shard(part), framework="pt") as handle:
@@ -76,6 +83,19 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         shutil.rmtree(self.folder / _ROWS)
         write_json(self.folder / "model.safetensors.index.json", index)
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files of a model folder that go with its weights into another: tokenizer, settings of generation.
+
+    Raises CheckpointError for one that cannot be read.
+    """
+    with reading(folder, CheckpointError):
+        named = (path for path in sorted(folder.iterdir()) if path.name.startswith(_COMPANIONS))
+        files = [path for path in named if path.is_file() and path.suffix != ".safetensors"]
+        for path in files:
+            path.open("rb").close()
+    return files
 
 
 def save_shard(tensors: dict[str, Tensor], path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from typing import Annotated, NoReturn
 
+import torch
 import typer
 
 from halve._version import __version__
@@ -52,7 +55,10 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 2 the input or the request is wrong, 1 anything else."""
+    """Run the command line. Exit codes: 0 done, 2 the input, the request or the machine cannot do, 1 anything else.
+
+    What is raised otherwise is a fault of halve: it is shown whole, with a word on what to do about it.
+    """
     ask_for_huge_pages()
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="halve", standalone_mode=False)
@@ -64,6 +70,18 @@ def main() -> None:
         _fail(message + (f" (see `{context.command_path} --help`)" if context else ""))
     except (typer.Abort, KeyboardInterrupt):
         print("halve: interrupted", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}; check the path, its permissions and the space left")
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _fail(f"out of memory ({error}): use a smaller model, batch or window, or a machine with more")
+    except Exception:
+        traceback.print_exc()
+        print("halve: this is a fault of halve itself: please report it with the text above", file=sys.stderr)
         sys.exit(1)
     else:
         sys.exit(code if isinstance(code, int) else 0)

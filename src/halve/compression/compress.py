@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from halve.checkpoint.config import config_json
 from halve.checkpoint.reader import Checkpoint, check_device, compute_dtype, find_model, open_checkpoint
 from halve.checkpoint.schemes import write_schemes
 from halve.checkpoint.tokenizer import load_tokenizer
-from halve.checkpoint.writer import CheckpointWriter
+from halve.checkpoint.writer import CheckpointWriter, companions
 from halve.compression.estimate import Estimate, estimate
 from halve.compression.methods import Method, Resolvable
 from halve.compression.plan import StepPlan, state_of
@@ -113,7 +114,7 @@ def compress(
     continued by the same call. Raises HalveError before any work when the request cannot succeed.
     """
     options = CalibrationOptions(str(calibration), samples, window, seed)
-    request = Request(str(model), Path(out), as_steps(steps), options, device, dtype)
+    request = Request(str(model), Path(out), as_steps(steps), options, check_device(device), dtype)
     plan = plan_recipe(request)
     work = WorkFolder(
         out,
@@ -121,6 +122,7 @@ def compress(
         overwrite=overwrite,
         needs_bytes=plan.disk_bytes,
     )
+    companions(plan.checkpoint.folder)
     windows = _calibration(request, plan)
     if on_plan is not None:
         on_plan(plan)
@@ -196,7 +198,7 @@ def _identity(request: Request, plan: RecipePlan) -> dict[str, Any]:
 
 
 def _fingerprint(source: str) -> str:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else source
 
 
@@ -266,7 +268,11 @@ def _manifest(
 ) -> dict[str, Any]:
     """halve.json: what was done, with what. The same request gives the same bytes, so no times and no machine."""
     earlier = checkpoint.manifest
-    name = request.model if not Path(request.model).expanduser().exists() else find_model(request.model).resolve().name
+    name = (
+        request.model
+        if not Path(os.path.expanduser(request.model)).exists()
+        else find_model(request.model).resolve().name
+    )
     return {
         "halve_version": __version__,
         "torch_version": torch.__version__,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halve.compression.methods import METHODS, Method
-from halve.errors import RecipeError
+from halve.errors import RecipeError, reading
 
 
 def parse_step(text: str) -> Method:
@@ -82,10 +82,12 @@ def read_recipe(path: Path) -> list[Method]:
     """Steps of a YAML file: a list (or a `steps:` list) of `NAME:key=value` strings or `NAME: {key: value}` mappings."""
     import yaml
 
+    with reading(f"recipe {path}", RecipeError):
+        content = path.read_bytes()
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path}: not readable ({error})") from error
+        data = yaml.safe_load(content.decode())
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path}: not UTF-8 text ({error}): convert the file to UTF-8") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from error
     steps = data.get("steps") if isinstance(data, dict) else data

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from halve.checkpoint.reader import check_device
 from halve.checkpoint.stored import PARTS, SCALE, StoredLinear, to_parts
 from halve.compression.edits import (
     check_fraction,
@@ -105,6 +106,7 @@ def quantize_linear(
     group size that does not divide I or inputs of another width, DataError for inputs that are not finite.
     """
     spec = QuantSpec(bits, group_size, symmetric)
+    check_device(layer.weight.device)
     weight = layer.weight.detach()
     if inputs is None:
         quantized = quantize(weight, spec)
@@ -135,6 +137,7 @@ def prune_linear(
     """
     check_fraction("prune_linear input_fraction", input_fraction)
     check_fraction("prune_linear output_fraction", output_fraction)
+    check_device(next(layer.buffers() if isinstance(layer, DropIn) else layer.parameters()).device)
     if isinstance(layer, DropIn):
         linear = layer.unprepared(layer.weight.dtype if isinstance(layer.weight, Tensor) else torch.float32)
     else:
@@ -180,6 +183,7 @@ def _second_moment(inputs: Tensor | Iterable[Tensor], in_features: int, device: 
                     f"inputs of width {x.shape[-1]} do not fit a layer of {in_features} inputs: give [..., "
                     f"{in_features}]"
                 )
+            check_device(x.device)
             yield x.detach()
 
     return second_moment(fitting(), in_features, device)

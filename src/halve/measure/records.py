@@ -21,10 +21,11 @@ from typing import Any, NotRequired, TypedDict
 import torch
 
 from halve._version import __version__
-from halve.errors import DataError
+from halve.errors import DataError, reading
 from halve.files import check_output_path, write_text
 from halve.files.contents import is_record
 from halve.measure.machine import describe_machine
+from halve.texts import files_below
 
 Record = dict[str, Any]  # of any kind, while it is made
 AnyRecord = Mapping[str, Any]  # of any kind, to read
@@ -263,7 +264,7 @@ def read_records(paths: Iterable[str | os.PathLike[str]]) -> list[Record]:
         if not place.is_dir():
             records.append(read_record(place))
             continue
-        for path in sorted(place.rglob("*.json")):
+        for path in files_below(place, ".json"):
             parsed = _parse(path)
             if isinstance(parsed, dict) and "halve_version" in parsed and "kind" in parsed:
                 check_record(parsed, str(path))
@@ -287,11 +288,13 @@ def check_record(record: Mapping[str, Any], source: str) -> None:
 
 
 def _parse(path: Path) -> Any:
+    with reading(path, DataError):
+        if not path.exists():
+            raise DataError(f"{path} does not exist: name a record file or a folder with records")
+        content = path.read_bytes()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: name a record file or a folder with records") from None
-    except (OSError, UnicodeDecodeError) as error:
+        return json.loads(content.decode())
+    except (UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}): name a record file") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}): write it again") from error

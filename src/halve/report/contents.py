@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halve.errors import DataError
+from halve.errors import DataError, reading
 from halve.files.work import is_scratch_name
 from halve.measure.records import Record, check_record
+from halve.texts import files_below
 
 # files of a model folder that are large and hold nothing of interest
 _PASSED_OVER = ("tokenizer", "config.json", "generation_config", "model.safetensors.index", "vocab", "special_tokens")
@@ -49,7 +50,7 @@ def read_contents(folder: Path) -> Contents:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder: name one with records, models, or a study")
     contents = Contents()
-    for path in sorted(folder.rglob("*.json")):
+    for path in files_below(folder, ".json"):
         place = path.relative_to(folder)
         unfinished = any(is_scratch_name(part) or part.startswith(".") for part in place.parts[:-1])
         if unfinished or path.name.startswith(_PASSED_OVER):
@@ -63,9 +64,11 @@ def read_contents(folder: Path) -> Contents:
 
 
 def _read(path: Path) -> Any:
+    with reading(path, DataError):
+        content = path.read_bytes()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        return json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON ({error}): write it again or move it elsewhere") from error
 
 

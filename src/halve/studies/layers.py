@@ -96,7 +96,7 @@ def analyse_layers(
     The whole model is in memory, in `dtype`. `mark`: a count of layers whose best run the plot points out. Raises
     HalveError subclasses for a model, data or folder that cannot be used, before any weight is read.
     """
-    check_device(device)
+    device = check_device(device)
     checkpoint = open_checkpoint(model)
     folder = _claim(resolve_out(out), checkpoint.folder.resolve())
     layers = len(checkpoint.config.layers)

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from halve.checkpoint.reader import find_model, load_model
+from halve.checkpoint.reader import check_device, find_model, load_model
 from halve.checkpoint.tokenizer import load_tokenizer
 from halve.decode.text_stream import TokenizerLike
 from halve.measure.machine import dtype_name
@@ -47,6 +47,7 @@ def evaluate(
     are kept there and taken up again by a later run of the same model, data and options; removed at the end. Raises
     HalveError (request) or DataError (data) before any weight is read.
     """
+    device = check_device(device)
     options = EvaluationOptions(task, data, protocol, template, limit, window, batch_tokens, seed)
     evaluation = prepare(options)
     loaded = LoadedModel.load(model, device=device, dtype=dtype)

@@ -95,9 +95,7 @@ def run(
     return record | {"data": data.name, "data_sha256": data.sha256}
 
 
-def _identity(
-    model: Model, tokenizer: TokenizerLike, data: QuestionSet, options: ChoiceOptions
-) -> dict[str, Any]:
+def _identity(model: Model, tokenizer: TokenizerLike, data: QuestionSet, options: ChoiceOptions) -> dict[str, Any]:
     return options.json() | {"model": fingerprint(model), "bos_ids": tokenizer.bos_ids, "data": data.sha256}
 
 

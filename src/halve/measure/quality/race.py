@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halve.errors import DataError
+from halve.errors import DataError, reading
 from halve.texts import hub_rows, json_file, json_rows, read_file
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -47,13 +47,13 @@ def read_questions(path: Path) -> QuestionSet:
 
     Raises DataError with file, line, what is wrong and the remedy.
     """
+    with reading(path, DataError):
+        files = sorted(p for p in path.iterdir() if p.suffix == ".txt") if path.is_dir() else [path]
+        there = path.exists()
     if path.is_dir():
-        files = sorted(path.glob("*.txt"))
         if not files:
             raise DataError(f"{path}: holds no .txt files; name the folder that does (in RACE: RACE/test/high)")
-    elif path.is_file():
-        files = [path]
-    else:
+    elif not there:
         raise DataError(f"{path}: no such file or folder; give a .jsonl file or a folder of RACE .txt files")
     digest, questions = hashlib.sha256(), []
     for file in files:

@@ -10,7 +10,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,7 +76,7 @@ def benchmark_side_by_side(
     placement = placement or Placement()
     if profile_plot is not None and len(models) != 1:
         raise HalveError(f"profiling takes a single model, {len(models)} were given: profile them one by one")
-    check_device(placement.device)
+    placement = replace(placement, device=check_device(placement.device))
     timed_models = [TimedModel.open(model, options, placement, extra) for model in models]
     command = command or _command([timed.name for timed in timed_models], options, placement)
     return measure_in_turns(timed_models, options, placement, command, profile_plot)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 
 from halve._version import __version__
 from halve.checkpoint.reader import check_device, find_model, open_checkpoint
+from halve.checkpoint.tokenizer import load_tokenizer
 from halve.compression.methods import Method
 from halve.compression.recipe import as_steps, step_json
 from halve.compression.windows import CalibrationOptions
@@ -75,10 +77,11 @@ def search(
     if options.trials is not None and len(varied) == 1:
         why = "one option is searched by bisection, which decides; leave it out"
         raise HalveError(f"trials {options.trials}: {why}")
-    check_device(device)
+    device = check_device(device)
     task = QUESTION_TASKS[evaluation.task]
     questions, final = search_and_final(task, evaluation, options)
     checkpoint = open_checkpoint(str(model))
+    load_tokenizer(str(model))
     reads = {
         "the model's own folder": checkpoint.folder,
         "the calibration text": calibration.source,
@@ -86,7 +89,7 @@ def search(
         "the held-out questions": options.held_out_data,
     }
     place = StudyFolder(out, FILES, keep=reads, overwrite=overwrite, alone=False)
-    name = find_model(str(model)).resolve().name if Path(model).expanduser().exists() else str(model)
+    name = find_model(str(model)).resolve().name if Path(os.path.expanduser(model)).exists() else str(model)
     timing = _timing(options.minimise, checkpoint.config.max_positions)
     exam = task.choice_options(evaluation)
     runner = TrialRunner(str(model), name, place.out, recipe, varied, exam, calibration, options, device, dtype, timing)
@@ -179,7 +182,7 @@ def _identity(
     """What makes a search this one; nothing of the machine, so that workers elsewhere agree."""
     files = sorted(find_model(runner.model).glob("*.safetensors"))
     calibration = runner.calibration
-    source = Path(calibration.source).expanduser()
+    source = Path(os.path.expanduser(calibration.source))
     text = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else calibration.source
     identity = {
         "halve": __version__,

@@ -71,7 +71,7 @@ class Study:
     @property
     def name(self) -> str:
         """What the model is called, without where it lies on this machine."""
-        path = Path(self.model).expanduser()
+        path = Path(os.path.expanduser(self.model))
         if not path.exists():
             return self.model
         return (path.parent if path.is_file() else path).resolve().name
@@ -111,7 +111,7 @@ def reproduce_system1(
     reproduce.json, whose record it returns. An interrupted call is continued by the same call. Raises HalveError
     before any weight is read when memory, disk, data or model cannot do.
     """
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    options = {key: str(value) if isinstance(value, Path | torch.device) else value for key, value in options.items()}
     study = Study(os.fspath(model), resolve_out(out), **options)
     checkpoint, needs = check(study)
     if on_needs is not None:
