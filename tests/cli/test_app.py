@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -176,3 +177,67 @@ def test_steps_lists_every_method(run) -> None:
     printed = run("steps")[1]
     for name in METHODS:
         assert name in printed
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (PermissionError(13, "Permission denied", "there/it"), 2, "halve: there/it: Permission denied; check the path"),
+        (OSError("odd"), 2, "halve: odd; check the path"),
+        (MemoryError("16 TB"), 2, "halve: out of memory (16 TB): use a smaller model"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"), 2, "halve: out of memory ([enforce"),
+        (KeyError("x"), 1, "halve: this is a fault of halve itself: please report it with the text above"),
+    ],
+)
+def test_what_a_command_raises(run, monkeypatch: pytest.MonkeyPatch, raised: Exception, code: int, said: str) -> None:
+    def fail(*arguments: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("halve.checkpoint.hub.fetch", fail)
+    ended, _, error = run("fetch", "owner/name")
+    assert ended == code and error.splitlines()[-1].startswith(said)
+    assert ("Traceback" in error) == (code == 1) and (code == 1 or len(error.splitlines()) == 1)
+
+
+def test_whoever_reads_the_output_may_stop(model: Path) -> None:
+    command = [sys.executable, "-c", "from halve.cli.app import main; main()", "steps"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait() == 1 and not process.stderr.read()
+    process.stderr.close()
+
+
+def test_a_token_without_an_embedding_is_named(run, model: Path, tmp_path: Path) -> None:
+    words = [f"w{index}" for index in range(93)]
+    write_word_tokenizer(model, [*words, "<extra>", "new"])  # ids 96 and 97 of 97 entries
+    text, fine = tmp_path / "text.txt", tmp_path / "fine.txt"
+    text.write_text("w1 new w2 " * 200)
+    fine.write_text("w1 w92 w2 " * 200)
+    data = tmp_path / "q.jsonl"
+    asked = {"article": "w1 w2", "questions": ["new"], "options": [["w1", "w2"]], "answers": ["A"]}
+    data.write_text(json.dumps(asked) + "\n")
+    gptq = ("--step", "gptq:bits=8,group_size=-1", "--samples", 2, "--window", 16)
+    for words in (
+        ("compress", model, tmp_path / "out", *gptq, "--calibration", text),
+        ("evaluate", model, "--task", "perplexity", "--data", text),
+        ("evaluate", model, "--task", "multiple-choice", "--data", data),
+        ("generate", model, "--prompt", "w1 new"),
+        ("layers", model, "--data", text, "--out", tmp_path / "layers", "--samples", 2, "--window", 16),
+    ):
+        code, _, error = run(*words)
+        assert code == 2 and "token 'new' (id 97) is outside of the model's vocabulary of 97" in error.splitlines()[-1]
+    assert not (tmp_path / "out").exists() and not (tmp_path / "layers").exists()
+    assert run("compress", model, tmp_path / "out", *gptq, "--calibration", fine)[0] == 0
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_records_say_what_a_text_begins_with(run, model: Path, tmp_path: Path, begins: bool) -> None:
+    if not begins:
+        path = model / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat . " * 4)
+    assert run("evaluate", model, "--task", "perplexity", "--data", text, "--json", tmp_path / "r.json")[0] == 0
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["bos_ids"] == ([1] if begins else []) and record["tokens"] == 4 * 7 - (not begins)

@@ -220,6 +220,8 @@ def test_bad_prompts_are_refused(model: Model, prompts: list[list[int]], says: s
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
+        ({"seed": 10**26}, "seed=1000"),
+        ({"seed": -(10**26)}, "seed=-1000"),
     ],
 )
 def test_bad_sampling_is_refused(options: dict[str, float], says: str) -> None:

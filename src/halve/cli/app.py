@@ -77,9 +77,9 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}; check the path, its permissions and the space left")
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        _fail(f"out of memory ({error}): use a smaller model, batch or window, or a machine with more")
-    except Exception:
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error):  # torch's, on a CPU
+            _fail(f"out of memory ({error}): use a smaller model, batch or window, or a machine with more")
         traceback.print_exc()
         print("halve: this is a fault of halve itself: please report it with the text above", file=sys.stderr)
         sys.exit(1)

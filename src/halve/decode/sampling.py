@@ -14,6 +14,15 @@ from torch import Tensor
 from halve.errors import HalveError
 
 
+SEEDS = 1 << 62  # PyTorch takes 64 bits; what is added for rows and batches has to fit as well
+
+
+def check_seed(seed: int) -> None:
+    """Raise HalveError for a seed too large for PyTorch's generators."""
+    if not -SEEDS <= seed <= SEEDS:
+        raise HalveError(f"seed={seed} must lie between -{SEEDS} and {SEEDS}")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing.
@@ -33,6 +42,7 @@ class Sampling:
             raise HalveError(f"top_k={self.top_k} must be 0 (off) or a positive number of tokens")
         if not 0 < self.top_p <= 1:
             raise HalveError(f"top_p={self.top_p} must be above 0 and at most 1 (off)")
+        check_seed(self.seed)
 
     @property
     def greedy(self) -> bool:

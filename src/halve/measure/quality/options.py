@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halve.decode.sampling import check_seed
 from halve.errors import HalveError
 from halve.measure.quality.protocols import ChoiceProtocol
 from halve.measure.quality.tasks import TASKS
@@ -40,6 +41,7 @@ class EvaluationOptions:
                 f"protocol '{self.protocol_name}': unknown for task {self.task}; choose one of "
                 f"{', '.join(task.protocols)}"
             )
+        check_seed(self.seed)
         for name in ("limit", "batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from halve.checkpoint.reader import Checkpoint, load_model, open_checkpoint
+from halve.decode.sampling import check_seed
 from halve.errors import HalveError
 from halve.measure.machine import dtype_name
 from halve.measure.speed.peak_memory import peak_memory
@@ -34,6 +35,7 @@ class BenchmarkOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         smallest = {"prompt_tokens": 1, "new_tokens": 2, "runs": 1, "long_prompt_tokens": 0}
         for name, least in smallest.items():
             value = getattr(self, name)
