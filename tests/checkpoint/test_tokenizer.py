@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -130,6 +132,9 @@ def test_a_file_that_is_no_json_object_is_named(folder: Path, name: str, content
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}),
         ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}),
+        ("tokenizer_config.json", {"chat_template": "{% for"}),
+        ("tokenizer_config.json", {"chat_template": 3}),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}),
         ("special_tokens_map.json", {"bos_token": {"content": 3}}),
         ("special_tokens_map.json", {"bos_token": [1]}),
     ],
@@ -142,6 +147,20 @@ def test_a_form_that_is_not_known_is_one_line(folder: Path, name: str, entries: 
         assert str(folder) in str(error) and "upgrade transformers" in str(error) and "\n" not in str(error)
     else:  # what the library lets pass has to work
         assert tokenizer.decode(tokenizer.encode("cat", bos=True))
+
+
+@pytest.mark.parametrize("merges", ["#version: 0.2\na b\n", "a b c\n", "a\n", "", "x y\n", "\xff"])
+def test_merges_in_a_file_of_their_own(tmp_path: Path, merges: str) -> None:
+    vocabulary = {"a": 0, "b": 1, "ab": 2, "<s>": 3}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_bytes(merges.encode("latin-1"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    try:
+        tokenizer = load_tokenizer(tmp_path)
+    except CheckpointError as error:
+        assert str(tmp_path) in str(error) and "\n" not in str(error)
+    else:
+        assert tokenizer.decode(tokenizer.encode("ab", bos=False)) == "ab"
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
@@ -190,4 +209,15 @@ def test_a_file_that_cannot_be_opened_says_why(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").mkdir()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read: Is a directory"):
+        load_tokenizer(folder)
+
+
+def test_a_reason_of_the_system_is_kept_where_the_library_meets_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder / "chat_template.jinja"))
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: cannot be read: Input/output error; check"):
         load_tokenizer(folder)

@@ -38,5 +38,5 @@ def test_malformed_yaml(tmp_path: Path, text: str, words: str) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="not readable"):
+    with pytest.raises(RecipeError, match="cannot be read: No such file"):
         read_recipe(tmp_path / "none.yaml")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halve.checkpoint.reader import find_model, read_json
-from halve.errors import CheckpointError, reading
+from halve.errors import CheckpointError, reading, unreadable
 
 _JSON_OBJECTS = (
     "tokenizer.json",
@@ -78,6 +78,8 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:
+            if isinstance(error, OSError) and error.errno:
+                raise CheckpointError(unreadable(error, self.folder)) from error
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
             raise CheckpointError(
                 f"{self.folder}: {what} ({reason}): copy the model's own tokenizer files there, or upgrade transformers and "
