@@ -22,7 +22,10 @@ from tests.common import write_word_tokenizer
 
 
 def test_an_error_of_the_system_keeps_its_path_and_reason() -> None:
-    with pytest.raises(DataError, match=r"there/it: cannot be read: Input/output error; check"), reading("x", DataError):
+    with (
+        pytest.raises(DataError, match=r"there/it: cannot be read: Input/output error; check"),
+        reading("x", DataError),
+    ):
         raise OSError(errno.EIO, os.strerror(errno.EIO), "there/it")
     with pytest.raises(CheckpointError, match="x: cannot be read: odd; check"), reading("x", CheckpointError):
         raise OSError("odd")

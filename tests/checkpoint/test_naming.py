@@ -113,5 +113,7 @@ def test_an_adapter_is_not_passed_over(make_hf, tmp_path: Path, content: str) ->
     beside = Path(shutil.copytree(make_hf("llama"), tmp_path / "beside"))
     (beside / "adapter_config.json").write_text(content)
     for use in (open_checkpoint, find_model, lambda folder: convert(folder, tmp_path / "out")):
-        with pytest.raises(CheckpointError, match="beside the weights, .*merge it first.*or move adapter_config.json"):
+        with pytest.raises(
+            CheckpointError, match=r"beside the weights, .*merge it first.*or move adapter_config\.json"
+        ):
             use(beside)

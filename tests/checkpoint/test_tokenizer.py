@@ -164,7 +164,9 @@ def test_merges_in_a_file_of_their_own(tmp_path: Path, merges: str) -> None:
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: no usable tokenizer .*copy the model's own tokenizer files"):
+    with pytest.raises(
+        CheckpointError, match=f"{tmp_path}: no usable tokenizer .*copy the model's own tokenizer files"
+    ):
         load_tokenizer(tmp_path)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from halve import prune_linear, quantize_linear
-from halve.errors import DataError, RecipeError
+from halve.errors import DataError, HalveError, RecipeError
 from halve.quantization import QuantSpec, quantize
 from tests.common import full_weight, relative
 
@@ -174,3 +174,15 @@ def test_pruning_that_cannot_work_says_why() -> None:
         prune_linear(small_layer(), output_fraction=-0.5)
     with pytest.raises(RecipeError, match="width 23"):
         prune_linear(small_layer(), X[:, :23], input_fraction=0.5)
+
+
+def test_weights_and_inputs_of_a_device_without_numbers_are_refused() -> None:
+    there, nowhere = nn.Linear(8, 4), nn.Linear(8, 4, device="meta")
+    for use in (
+        lambda: quantize_linear(nowhere, bits=8, group_size=-1),
+        lambda: prune_linear(nowhere, input_fraction=0.5),
+        lambda: prune_linear(quantize_linear(there, bits=8, group_size=-1).to("meta"), input_fraction=0.5),
+        lambda: quantize_linear(there, torch.ones(3, 8, device="meta"), bits=8, group_size=-1),
+    ):
+        with pytest.raises(HalveError, match="device 'meta' .*: use cpu or cuda"):
+            use()

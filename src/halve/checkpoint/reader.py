@@ -37,7 +37,8 @@ def find_model(model: str | Path, *, weights: bool = True) -> Path:
     with reading(path, CheckpointError):
         if path.is_file() and path.suffix != ".json":
             raise CheckpointError(f"{path}: is a file: give the model's folder, or its config.json with random weights")
-        found = path.parent if path.is_file() else path if path.is_dir() else fetch(str(model), weights=weights)
+        local = path.parent if path.is_file() else path if path.is_dir() else None
+        found = local or fetch(str(model), weights=weights)
         refuse_adapter(found)
     return found
 

@@ -78,7 +78,10 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}; check the path, its permissions and the space left")
     except Exception as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error):  # torch's, on a CPU
+        cpu = isinstance(error, RuntimeError) and "not enough memory" in str(
+            error
+        )  # torch's allocator has no class of it
+        if cpu or isinstance(error, MemoryError | torch.OutOfMemoryError):
             _fail(f"out of memory ({error}): use a smaller model, batch or window, or a machine with more")
         traceback.print_exc()
         print("halve: this is a fault of halve itself: please report it with the text above", file=sys.stderr)

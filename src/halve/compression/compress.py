@@ -268,11 +268,8 @@ def _manifest(
 ) -> dict[str, Any]:
     """halve.json: what was done, with what. The same request gives the same bytes, so no times and no machine."""
     earlier = checkpoint.manifest
-    name = (
-        request.model
-        if not Path(os.path.expanduser(request.model)).exists()
-        else find_model(request.model).resolve().name
-    )
+    local = Path(os.path.expanduser(request.model)).exists()
+    name = find_model(request.model).resolve().name if local else request.model
     return {
         "halve_version": __version__,
         "torch_version": torch.__version__,

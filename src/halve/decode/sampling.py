@@ -13,7 +13,6 @@ from torch import Tensor
 
 from halve.errors import HalveError
 
-
 SEEDS = 1 << 62  # PyTorch takes 64 bits; what is added for rows and batches has to fit as well
 
 
