@@ -57,7 +57,7 @@ def _byte_fallback(pieces: list[tuple[str, float, int]], folder: Path) -> Path:
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     special = [piece for piece, _, kind in pieces if kind in (UNKNOWN, CONTROL)]
-    return _save(tokenizer, special, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return save_tokenizer(tokenizer, folder, special, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def tiktoken_folder(ranks: Path, folder: Path) -> Path:
@@ -87,12 +87,12 @@ def tiktoken_folder(ranks: Path, folder: Path) -> Path:
     )
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     special = ["<|begin_of_text|>", "<|end_of_text|>"]
-    return _save(tokenizer, special, folder, bos_token=special[0], eos_token=special[1])
+    return save_tokenizer(tokenizer, folder, special, bos_token=special[0], eos_token=special[1])
 
 
-def _save(tokenizer: Tokenizer, special: Iterable[str], folder: Path, **names: Any) -> Path:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, special: Iterable[str] = (), **names: str) -> Path:
+    """Files in `folder` that transformers loads; `names`: which of the special tokens are BOS, EOS and unknown."""
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -19,6 +19,11 @@ class TokenizerLike(Protocol):
 
     def decode(self, ids: list[int]) -> str: ...
 
+    @property
+    def end_of_text_id(self) -> int | None: ...
+
+    def byte_counts(self, text: str) -> list[int] | None: ...
+
 
 class TextStream:
     """Turns tokens into text as they come: what is given out once is what `decode` makes of all tokens together.

@@ -163,9 +163,10 @@ def _start_token(tokenizer: TokenizerLike) -> int:
     """What stands for "no context": the BOS, or the end-of-text token of a model that has no BOS."""
     if tokenizer.bos_id is not None:
         return tokenizer.bos_id
-    if not tokenizer.eos_ids:
+    end_of_text = tokenizer.end_of_text_id
+    if end_of_text is None:
         raise HalveError("protocol pmi: this tokenizer has neither a BOS nor an EOS token; use protocol continuation")
-    return tokenizer.eos_ids[0]
+    return end_of_text
 
 
 def _generate_batch(
