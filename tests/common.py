@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,14 @@ def write_word_tokenizer(folder: Path, words: Iterable[str]) -> None:
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def random_text(rng: random.Random, longest: int = 25) -> str:
+    """Characters of one to four bytes: letters, spaces and controls, Chinese, Japanese, Hindi, Arabic, emoji, U+FFFD."""
+    ranges = [(0x20, 0x7F), (0xA0, 0x250), (0x4E00, 0xA000), (0x3040, 0x3100), (0x900, 0x980), (0x600, 0x700)]
+    ranges += [(0x1F300, 0x1FB00), (9, 14), (0xFFFD, 0xFFFE)]
+    letters = (chr(rng.randrange(*rng.choice(ranges))) if rng.random() < 0.8 else " " for _ in range(longest))
+    return "".join(letters)[: rng.randint(0, longest)]
 
 
 def write_lines(path: Path, *records: Any) -> Path:

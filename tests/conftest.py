@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from halve.checkpoint.tokenizer import Tokenizer
+from tests.vocabularies import sentencepiece_folder, small_folder, tiktoken_folder
+
 # read by Triton when it is imported: without a GPU its kernels run in its interpreter, on tensors of the CPU
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -36,6 +39,21 @@ def assets() -> Path:
     # a set but wrong path must not turn into a silent skip
     assert (path / "models" / "stories260K" / "config.json").is_file(), f"HALVE_TEST_ASSETS={path} holds no assets"
     return path
+
+
+VOCABULARIES = {"llama2": sentencepiece_folder, "mistral-v3": sentencepiece_folder, "llama3-tiktoken": tiktoken_folder}
+
+
+@pytest.fixture(scope="session", params=["small", "stories260K", "babyllama-tok361", *VOCABULARIES])
+def any_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Tokenizers that spell what they have no token for in bytes: a small one and those of real vocabularies."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    if request.param == "small":
+        return Tokenizer(small_folder(folder))
+    real: Path = request.getfixturevalue("assets")
+    if request.param not in VOCABULARIES:
+        return Tokenizer(real / "models" / request.param)
+    return Tokenizer(VOCABULARIES[request.param](real / "tokenizers" / request.param / "tokenizer.model", folder))
 
 
 @pytest.fixture(scope="session")

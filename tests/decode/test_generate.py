@@ -12,7 +12,7 @@ import torch
 from halve.checkpoint.reader import load_model
 from halve.checkpoint.tokenizer import load_tokenizer
 from halve.decode.generate import generate, generate_text
-from halve.decode.sampling import Sampling, kept_logits, sample
+from halve.decode.sampling import Sampling, TokenChooser, kept_logits, sample
 from halve.decode.text_stream import TextStream
 from halve.errors import DataError, HalveError
 from halve.model.decoder import Model
@@ -170,6 +170,36 @@ def test_draws_follow_the_distribution(temperature: float, expected: list[float]
     assert torch.allclose(shares, torch.tensor(expected), atol=4 * (0.25 / draws) ** 0.5)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-40, 1.2e-38, 1e-30, 1e-6])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.9}])
+def test_a_temperature_near_0_is_greedy(temperature: float, cut: dict[str, float]) -> None:
+    logits = torch.tensor([[-2.0, 5.0, 4.0, 60.0, 59.0], [-500.0, -7.0, -7.5, -80.0, -9.0]])
+    choose = TokenChooser(Sampling(temperature, seed=4, **cut), 2, logits.device)  # type: ignore[arg-type]
+    assert choose(logits).flatten().tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("top_p", [5e-324, 1e-46, 1e-30, 1e-3])
+@pytest.mark.parametrize("temperature", [1e-3, 1.0])
+def test_a_top_p_near_0_keeps_the_likeliest(top_p: float, temperature: float) -> None:
+    assert torch.isfinite(kept_logits(PROBABILITIES.log(), Sampling(1.0, top_p=top_p)))[0].tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    chosen = sample(PROBABILITIES.log(), Sampling(temperature, top_p=top_p), [torch.Generator().manual_seed(1)])
+    assert chosen.tolist() == [1]
+
+
+def test_a_temperature_beyond_all_logits_makes_tokens_alike() -> None:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(400)]
+    chosen = sample(PROBABILITIES.log().expand(400, -1), Sampling(1e300), generators)
+    # 4 standard errors of a share of a quarter over 400 draws
+    assert torch.allclose(
+        torch.bincount(chosen, minlength=4) / 400, torch.tensor(0.25), atol=4 * (0.25 * 0.75 / 400) ** 0.5
+    )
+
+
 class ByteTokenizer:
     """One token a byte; like SentencePiece it drops a leading space of what it decodes."""
 
@@ -217,6 +247,8 @@ def test_bad_prompts_are_refused(model: Model, prompts: list[list[int]], says: s
     [
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"top_p": float("nan")}, "top_p=nan"),
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),

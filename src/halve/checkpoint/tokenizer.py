@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halve.checkpoint.reader import find_model, read_json
+from halve.checkpoint.token_bytes import spelled_bytes, token_bytes
 from halve.errors import CheckpointError, reading, unreadable
 
 _JSON_OBJECTS = (
@@ -22,6 +23,7 @@ _JSON_OBJECTS = (
 # what the two kinds of tokenizer.model are read with, by the extra of this package that brings it
 _READERS = {"sentencepiece": ("sentencepiece", "google.protobuf"), "tiktoken": ("tiktoken",)}
 _TIKTOKEN_RANK = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
 
 class Tokenizer:
@@ -55,6 +57,26 @@ class Tokenizer:
     def token(self, token_id: int) -> str:
         """How the tokenizer writes one token."""
         return str(self.inner.convert_ids_to_tokens(token_id))
+
+    def byte_counts(self, text: str) -> list[int] | None:
+        """Bytes of `text` that each token of `encode(text, bos=False)` stands for; None if the tokenizer does not tell."""
+        if not self.inner.is_fast:
+            return None
+        made = self.inner(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        byte_level = "ByteLevel" in repr(self.inner.backend_tokenizer.decoder)
+        names = self.inner.convert_ids_to_tokens(made["input_ids"])
+        return token_bytes(text, made["offset_mapping"], [spelled_bytes(name, byte_level) for name in names])
+
+    @property
+    def end_of_text_id(self) -> int | None:
+        """The token between two texts of the training, which the EOS of a chat model is not: that ends a turn.
+
+        The first of EOS and special tokens that bears such a name, or the EOS of the tokenizer where none does.
+        """
+        own = [] if self.inner.eos_token_id is None else [self.inner.eos_token_id]
+        candidates = [*own, *self.eos_ids, *self.inner.added_tokens_decoder]
+        named = (token for token in candidates if self.inner.convert_ids_to_tokens(token) in END_OF_TEXT)
+        return next(named, next(iter([*own, *self.eos_ids]), None))
 
     def _ids(self, text: str, special: bool) -> list[int]:
         return list(self.inner(text, add_special_tokens=special, verbose=False)["input_ids"])

@@ -24,7 +24,8 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing.
+    """How the next token is chosen. Temperature 0 is greedy, as is one below float32's smallest normal number, which no
+    logit can be divided by; top_k 0 and top_p 1 cut nothing.
 
     Row i of a batch draws from its own stream, seeded `seed + i`, so it gets the tokens it would get alone.
     """
@@ -45,7 +46,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < torch.finfo(torch.float32).tiny
 
 
 class TokenChooser:
@@ -71,7 +72,9 @@ def sample(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Gen
 
     The draw is argmax(p / e) with e from Exp(1), which has the distribution of p and one stream per row.
     """
-    probabilities = torch.softmax(kept_logits(logits_BV / sampling.temperature, sampling), dim=-1)
+    # the largest logit becomes 0: at a low temperature the others may reach -inf, none inf
+    scaled = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature
+    probabilities = torch.softmax(kept_logits(scaled, sampling), dim=-1)
     noise = torch.empty_like(probabilities)
     for row, generator in zip(noise, generators, strict=True):
         row.exponential_(generator=generator)
@@ -87,5 +90,6 @@ def kept_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
         ordered, order = logits_BV.sort(dim=-1, descending=True)
         before = torch.softmax(ordered, dim=-1).cumsum(-1) - torch.softmax(ordered, dim=-1)
         dropped = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before >= sampling.top_p)
+        dropped.scatter_(-1, order[:, :1], False)  # the likeliest stays, however small top_p
         logits_BV = logits_BV.masked_fill(dropped, float("-inf"))
     return logits_BV

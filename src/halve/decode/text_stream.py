@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -20,35 +21,62 @@ class TokenizerLike(Protocol):
 
     def token(self, token_id: int) -> str: ...
 
+    @property
+    def end_of_text_id(self) -> int | None: ...
+
+    def byte_counts(self, text: str) -> list[int] | None: ...
+
 
 class TextStream:
-    """Turns tokens into text as they come, never cutting inside a character or dropping a word's leading space."""
+    """Turns tokens into text as they come: what is given out once is what `decode` makes of all tokens together.
 
-    WINDOW = 4  # tokens of context decoded along with the new ones; SentencePiece strips the space of a first token
+    Text is given out when no token to come can change it. Whole characters are not enough for that: a vocabulary with
+    byte fallback spells all bytes of a run as U+FFFD when one of them is wrong, so a run is held back until it ends.
+    """
 
     def __init__(self, tokenizer: TokenizerLike, prompt: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._context = list(prompt[-self.WINDOW :])
+        self._probe = _end_of_character(tokenizer)
+        # begins where text was certain, and holds some: the first space of what is decoded may be dropped
+        self._context = list(prompt)
+        self._before = tokenizer.decode(self._context)
         self._pending: list[int] = []
         self.text = ""
 
     def push(self, token: int) -> str:
         """The text that became certain with this token, possibly ""."""
         self._pending.append(token)
-        piece = self._decoded()
-        # a trailing replacement character is half of a multi-byte character whose rest may still come
-        return "" if piece.endswith("\ufffd") else self._accept(piece)
+        whole = self._decoded()
+        # a trailing replacement character may be part of a character whose rest is still to come
+        if whole.endswith("\ufffd") or not self._decoded(self._probe).startswith(whole):
+            return ""
+        return self._accept(whole)
 
     def close(self) -> str:
         """What was held back, once no more tokens come."""
         return self._accept(self._decoded()) if self._pending else ""
 
-    def _decoded(self) -> str:
-        before = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._pending)[len(before) :]
+    def _decoded(self, more: Sequence[int] = ()) -> str:
+        return self._tokenizer.decode([*self._context, *self._pending, *more])
 
-    def _accept(self, piece: str) -> str:
-        self._context = (self._context + self._pending)[-self.WINDOW :]
+    def _accept(self, whole: str) -> str:
+        kept = len(self._before)
+        while not whole.startswith(self._before[:kept]):  # a prompt that ends inside a character: it is made whole here
+            kept -= 1
+        piece = whole[kept:]
+        self._before = self._tokenizer.decode(self._pending)
+        if self._before:
+            self._context = self._pending
+        else:
+            self._context, self._before = self._context + self._pending, whole
         self._pending = []
         self.text += piece
         return piece
+
+
+def _end_of_character(tokenizer: TokenizerLike) -> list[int]:
+    """A token that spells a byte no character begins with, where there are such: after an open run it spoils the run."""
+    try:
+        return tokenizer.encode("\U0010fffd", bos=False)[-1:]
+    except Exception:  # a vocabulary of words alone may refuse a character, each library in its own way
+        return []

@@ -18,6 +18,13 @@ class CharTokenizer:
     def decode(self, ids: list[int]) -> str:
         return "".join("\n" if i == 2 else chr(i + 29) for i in ids if i > 1)
 
+    @property
+    def end_of_text_id(self) -> int | None:
+        return next(iter(self.eos_ids), None)
+
+    def byte_counts(self, text: str) -> list[int]:
+        return [1] * len(text)
+
 
 @pytest.fixture
 def characters() -> CharTokenizer:

@@ -55,8 +55,36 @@ def test_every_field_is_kept_as_it_is(tmp_path: Path) -> None:
 
 def test_articles_without_id_are_named_by_their_line(tmp_path: Path) -> None:
     bare = {key: RECORD[key] for key in ("article", "questions", "options", "answers")}
-    ids = [q.article_id for q in read_questions(write_lines(tmp_path / "q.jsonl", bare, bare)).questions]
-    assert ids == ["q.jsonl:1", "q.jsonl:1", "q.jsonl:2", "q.jsonl:2"]
+    lines = write_lines(tmp_path / "q.jsonl", bare, bare | {"article": "Ann has a dog."})
+    assert [q.article_id for q in read_questions(lines).questions] == [
+        "q.jsonl:1",
+        "q.jsonl:1",
+        "q.jsonl:2",
+        "q.jsonl:2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ((None, None, None, None), ["q.jsonl:1", "q.jsonl:2", "q.jsonl:1", "q.jsonl:1"]),
+        (("q1", "q2", "q3", "q4"), ["q1", "q2", "q1", "q1"]),
+        (("a", "a", "a", "a"), ["a", "a (2)", "a", "a"]),
+        (("a", None, None, "b"), ["a", "q.jsonl:2", "a", "a"]),
+    ],
+)
+def test_an_article_is_its_text_whatever_its_lines_are_called(
+    tmp_path: Path, ids: tuple[str | None, ...], expected: list[str]
+) -> None:
+    texts = [RECORD["article"], "Ann has a dog.", RECORD["article"], RECORD["article"].replace("\n", " ") + "\n"]
+    rows = [
+        {"article": text, "question": f"{number}?", "options": ["a", "b"], "answer": "A"}
+        | ({"id": name} if name else {})
+        for number, (text, name) in enumerate(zip(texts, ids, strict=True))
+    ]
+    questions = read_questions(write_lines(tmp_path / "q.jsonl", *rows)).questions
+    assert [q.article_id for q in questions] == expected
+    assert [q.article for q in questions] == texts, "what is asked stays as it is"
 
 
 @pytest.mark.parametrize(

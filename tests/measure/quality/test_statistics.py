@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -66,11 +67,24 @@ def test_articles_of_unequal_size_by_hand() -> None:
     assert error == pytest.approx(math.sqrt(2 * 2 * 0.8**2 / 25))
 
 
-def test_interval_is_the_mean_and_t_errors_within_the_range() -> None:
+def test_interval_by_hand() -> None:
     low, high = accuracy_interval([1, 0] * 50, range(100))
-    half = 1.984217 * math.sqrt(0.25 / 99)  # t for 99 degrees of freedom
+    # the mean's variance is 1/4 / 99: as good as 99 answers; the ends solve (x - 1/2)^2 = t^2 x (1 - x) / 99
+    share = 1.984217**2 / 99
+    half = 0.5 * math.sqrt(share / (1 + share))
     assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-6)
-    assert accuracy_interval([1, 0, 1], ["a", "b", "c"])[1] == 1.0
+    for end in accuracy_interval([1, 1, 1, 0] * 25, range(100)):
+        assert (end - 0.75) ** 2 == pytest.approx(share * end * (1 - end), rel=1e-5)
+
+
+def test_many_answers_have_the_interval_of_the_mean_and_t_errors() -> None:
+    clusters = [i // 4 for i in range(4000)]
+    mean, error, groups = clustered_error([int(i % 10 < 7) for i in range(4000)], clusters)
+    half = t_quantile(groups - 1) * error
+    shift = t_quantile(groups - 1) ** 2 * error**2 / (mean * (1 - mean)) * (0.5 - mean)  # t^2 / k (1/2 - m)
+    ends = accuracy_interval([int(i % 10 < 7) for i in range(4000)], clusters)
+    assert ends == pytest.approx((mean - half + shift, mean + half + shift), abs=2e-5)
+    assert abs(shift) < 5e-4
 
 
 def test_all_right_or_all_wrong_is_not_a_certainty() -> None:
@@ -80,33 +94,64 @@ def test_all_right_or_all_wrong_is_not_a_certainty() -> None:
     assert accuracy_interval([0] * 30, [i // 3 for i in range(30)]) == pytest.approx((0.0, 1 - low))
 
 
+@pytest.mark.parametrize("groups", [2, 3, 10, 40, 300])
+@pytest.mark.parametrize(("right", "of"), [(1, 2), (2, 3), (1, 4), (19, 20), (1, 1), (0, 3)])
+def test_articles_that_agree_are_not_a_certainty(groups: int, right: int, of: int) -> None:
+    answers, clusters = ([1] * right + [0] * (of - right)) * groups, [i // of for i in range(groups * of)]
+    low, high = accuracy_interval(answers, clusters)
+    # no narrower than as many answers that have nothing to do with each other would allow, of t = 1.96 at least
+    independent = 1.96 * math.sqrt(right / of * (1 - right / of) / (of * groups))
+    assert high - low > max(independent, 1 / (groups * of)) and 0 <= low <= right / of <= high <= 1
+
+
+@pytest.mark.parametrize("groups", [2, 10, 30])
+def test_a_right_answer_more_lowers_neither_end(groups: int) -> None:
+    clusters = [i % groups for i in range(4 * groups)]  # one more of each article before the next of the first
+    ends = [accuracy_interval([1] * right + [0] * (4 * groups - right), clusters) for right in range(4 * groups + 1)]
+    assert all(one[0] <= more[0] + 1e-9 and one[1] <= more[1] + 1e-9 for one, more in pairwise(ends))
+    assert [low for low, _ in ends] == pytest.approx([1 - high for _, high in reversed(ends)])
+
+
 def test_one_article_says_nothing_about_others() -> None:
     assert accuracy_interval([1, 0, 1, 1], ["a"] * 4) == (0.0, 1.0)
 
 
-def _simulated(rng: random.Random, articles: int, size: int) -> tuple[list[int], list[int]]:
-    """Answers whose accuracy differs from article to article, around 0.6."""
+def _simulated(rng: random.Random, articles: int, accuracy: float, alike: float) -> tuple[list[int], list[int]]:
+    """Four answers an article, whose accuracy is a beta variate; `alike`: the correlation of two answers of an article."""
     answers, clusters = [], []
+    shape = (1 - alike) / alike
     for article in range(articles):
-        p = min(1.0, max(0.0, rng.gauss(0.6, 0.3)))
-        answers += [int(rng.random() < p) for _ in range(size)]
-        clusters += [article] * size
+        p = rng.betavariate(accuracy * shape, (1 - accuracy) * shape)
+        answers += [int(rng.random() < p) for _ in range(4)]
+        clusters += [article] * 4
     return answers, clusters
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
-    rng = random.Random(1)
-    truth = sum(min(1.0, max(0.0, rng.gauss(0.6, 0.3))) for _ in range(200_000)) / 200_000
-    inside = blind = 0
-    for _ in range(800):
-        answers, clusters = _simulated(rng, 40, 4)
-        low, high = accuracy_interval(answers, clusters)
-        inside += low <= truth <= high
+@pytest.mark.parametrize(
+    ("articles", "accuracy", "alike"),
+    [(5, 0.6, 0.001), (10, 0.9, 0.1), (20, 0.9, 0.5), (20, 0.97, 0.3), (40, 0.6, 0.4), (120, 0.97, 0.5)],
+)
+def test_intervals_cover_the_truth_as_often_as_they_say(articles: int, accuracy: float, alike: float) -> None:
+    rng, draws = random.Random(1), 600
+    inside = above = 0
+    for _ in range(draws):
+        low, high = accuracy_interval(*_simulated(rng, articles, accuracy, alike))
+        inside += low <= accuracy <= high
+        above += low > accuracy
+    # standard deviations of 0.009 and 0.006; the intervals of few articles are wider than they need be
+    assert inside / draws >= 0.925
+    assert above / draws <= 0.045, "what a floor under the lower end relies on"
+    assert articles < 40 or inside / draws <= 0.985
+
+
+def test_clustering_matters() -> None:
+    rng = random.Random(2)
+    blind = 0
+    for _ in range(400):
+        answers, _ = _simulated(rng, 40, 0.6, 0.4)
         low, high = accuracy_interval(answers, range(len(answers)))
-        blind += low <= truth <= high
-    # 800 draws at 0.95: standard deviation 0.008
-    assert 0.925 <= inside / 800 <= 0.975
-    assert blind / 800 < 0.925, "the data must be clustered enough for the clustering to matter"
+        blind += low <= 0.6 <= high
+    assert blind / 400 < 0.925
 
 
 def test_paired_difference_by_hand() -> None:
@@ -123,14 +168,17 @@ def test_paired_difference_by_hand() -> None:
 def test_paired_test_of_equal_answers() -> None:
     answers = [1, 0, 1, 1]
     result = paired_test(answers, answers, ["a", "a", "b", "b"])
-    assert (result.difference, result.p_value, result.ci95) == (0.0, 1.0, (0.0, 0.0))
+    assert (result.difference, result.p_value) == (0.0, 1.0)
+    # another model may do better in each of two articles with a probability up to 1 - sqrt(0.025), and not have shown it
+    assert result.ci95 == pytest.approx((math.sqrt(0.025) - 1, 1 - math.sqrt(0.025)))
 
 
 def test_paired_test_where_every_article_gains_alike() -> None:
     # ten articles, each one better by one of three: all signs the same way has probability 2 / 2^10
     result = paired_test([1, 1, 0] * 10, [1, 0, 0] * 10, [i // 3 for i in range(30)])
     assert result.p_value == 2.0**-9
-    assert result.ci95 == pytest.approx((1 / 3, 1 / 3))
+    reach = 1 - 0.025**0.1
+    assert result.ci95 == pytest.approx((1 / 3 - reach, 1 / 3 + reach))
 
 
 def test_pairing_is_sharper_than_two_intervals() -> None:

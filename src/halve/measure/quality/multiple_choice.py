@@ -163,10 +163,12 @@ def _score_batch(
 
 def _start_tokens(tokenizer: TokenizerLike) -> tuple[int, ...]:
     """What stands for "no context": what the tokenizer puts before a text, or the end-of-text token where that is nothing."""
-    start = tokenizer.bos_ids or tokenizer.eos_ids[:1]
-    if not start:
+    if tokenizer.bos_ids:
+        return tokenizer.bos_ids
+    end_of_text = tokenizer.end_of_text_id
+    if end_of_text is None:
         raise HalveError("protocol pmi: this tokenizer has neither a BOS nor an EOS token; use protocol continuation")
-    return start
+    return (end_of_text,)
 
 
 def _generate_batch(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ _LAYOUT_FIELDS = {"id", "example_id", "article", "question", "questions", "optio
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one article; `answer` is the index of the right option."""
+    """One question about one article, whose id stands for its text; `answer` is the index of the right option."""
 
     article_id: str
     article: str
@@ -66,7 +67,7 @@ def read_questions(path: Path) -> QuestionSet:
         questions += _parse_file(file, text)
     if not questions:
         raise DataError(f"{path}: holds no questions; {LAYOUT}")
-    return QuestionSet(questions, path.name, digest.hexdigest())
+    return QuestionSet(_by_article(questions), path.name, digest.hexdigest())
 
 
 def read_hub_questions(name: str, config: str | None, split: str) -> QuestionSet:
@@ -82,7 +83,24 @@ def read_hub_questions(name: str, config: str | None, split: str) -> QuestionSet
         questions += _parse_record(row, f"{name}, row {number}", f"{name}:{number}")
     if not questions:
         raise DataError(f"{name} ({config}, {split}): holds no questions; {LAYOUT}")
-    return QuestionSet(questions, ":".join(part for part in (name, config, split) if part), digest.hexdigest())
+    named = ":".join(part for part in (name, config, split) if part)
+    return QuestionSet(_by_article(questions), named, digest.hexdigest())
+
+
+def _by_article(questions: list[Question]) -> list[Question]:
+    """The questions with one id for each article's text, the first that it has, apart from white space.
+
+    Errors are clustered by it: a line of its own, or an id of its own, makes no question independent of the others.
+    """
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for question in questions:
+        text, name = " ".join(question.article.split()), question.article_id
+        if text not in names:
+            numbered = (f"{name} ({number})" for number in count(2))  # an id that stands over another article already
+            names[text] = next(n for n in chain([name], numbered) if n not in taken)
+            taken.add(names[text])
+    return [replace(q, article_id=names[" ".join(q.article.split())]) for q in questions]
 
 
 def load_question_set(data: Path | str | None, default: tuple[str, str, str] | None) -> QuestionSet:

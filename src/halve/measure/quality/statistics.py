@@ -14,6 +14,7 @@ from typing import Any
 from halve.errors import DataError
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-12  # a standard error below this is nothing but rounding
 
 
 @dataclass(frozen=True)
@@ -49,19 +50,30 @@ def clustered_error(values: Sequence[float], clusters: Sequence[Hashable]) -> tu
 
 
 def accuracy_interval(correct: Sequence[float], clusters: Sequence[Hashable]) -> tuple[float, float]:
-    """95 % interval of the accuracy within [0, 1], clustered; Student's t with G - 1 degrees of freedom.
+    """95 % interval of the accuracy, clustered: Wilson's (1927), (m + t^2/2k +- t sqrt(m(1-m)/k + t^2/4k^2)) / (1 + t^2/k)
+    with the mean m, Student's t with G - 1 degrees of freedom, and k for the number of answers.
 
-    When every answer is right (or wrong) the estimated error is 0 and says nothing: the exact binomial limit
-    0.025^(1/G) (Clopper and Pearson 1934) with each cluster counted as one observation takes its place.
+    k is the effective sample size m(1-m) / Var(m) of Korn and Graubard 1998 (Survey Methodology 24), n at most: so many
+    independent answers have this error. Articles that happen to agree do not make it infinite, as they make Var(m) 0. Near
+    0 and 1 the answers say little of how articles differ: the interval is never less than that of G articles which are all
+    right or all wrong, whose end is the exact binomial limit 0.025^(1/G) (Clopper and Pearson 1934).
     """
     mean, error, groups = clustered_error(correct, clusters)
     if groups == 1:
         return 0.0, 1.0
-    if mean in (0.0, 1.0):
-        limit = ((1 - CONFIDENCE) / 2) ** (1 / groups)
+    spread, limit = mean * (1 - mean), _unanimous(groups)
+    if spread == 0:
         return (limit, 1.0) if mean == 1.0 else (0.0, 1.0 - limit)
-    half = t_quantile(groups - 1) * error
-    return max(0.0, mean - half), min(1.0, mean + half)
+    effective = min(len(correct), spread / max(error, ROUNDING) ** 2)
+    share = t_quantile(groups - 1) ** 2 / effective
+    middle = (mean + share / 2) / (1 + share)
+    half = math.sqrt(share * spread + share**2 / 4) / (1 + share)
+    return max(0.0, min(middle - half, limit)), min(1.0, max(middle + half, 1 - limit))
+
+
+def _unanimous(groups: int) -> float:
+    """The least accuracy at which all of G articles are right in 2.5 % of cases."""
+    return ((1 - CONFIDENCE) / 2) ** (1 / groups)
 
 
 def paired_test(first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable]) -> PairedTest:
@@ -69,7 +81,7 @@ def paired_test(first: Sequence[float], second: Sequence[float], clusters: Seque
 
     A t test of the mean difference per question with the clustered standard error and G - 1 degrees of freedom. Where
     all clusters differ by the same amount that error is 0; the p-value is then that of the exact sign-flip test over
-    clusters, 2^(1-G).
+    clusters, 2^(1-G). The interval reaches at least as far to both sides as that of G articles which all agree.
     """
     assert len(first) == len(second)
     differences = [a - b for a, b in zip(first, second, strict=True)]
@@ -77,11 +89,10 @@ def paired_test(first: Sequence[float], second: Sequence[float], clusters: Seque
     if groups == 1:
         interval, p_value = (-1.0, 1.0), 1.0
     else:
-        half = t_quantile(groups - 1) * error
+        half = max(t_quantile(groups - 1) * error, 1 - _unanimous(groups))
         interval = max(-1.0, mean - half), min(1.0, mean + half)
         certain = 1.0 if mean == 0 else 2.0 ** (1 - groups)
-        # an error below this is nothing but rounding
-        p_value = two_sided_p(abs(mean) / error, groups - 1) if error > 1e-12 else certain
+        p_value = two_sided_p(abs(mean) / error, groups - 1) if error > ROUNDING else certain
     gained = sum(d > 0 for d in differences)
     lost = sum(d < 0 for d in differences)
     return PairedTest(mean, interval, p_value, len(differences), groups, gained, lost)

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from halve.checkpoint.reader import load_model
-from halve.checkpoint.tokenizer import load_tokenizer
+from halve.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from halve.errors import DataError, HalveError
 from halve.measure.quality.evaluate import prepare
 from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.tasks import perplexity
 from halve.model.decoder import Model
+from tests.common import write_lines
+from tests.vocabularies import small_folder
 
 TEXT = "Tom has a cat.\nThe cat is black and it sleeps all day. " * 4
 
@@ -89,6 +91,39 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     assert evaluate(blank, characters, task="perplexity", data=path)["perplexity"] == pytest.approx(98)
+
+
+def test_bits_count_the_bytes_of_the_text(tmp_path: Path, make_hf: Callable[..., Path]) -> None:
+    """Of bytes spelled one by one, of the space at the start of a window, of a character that a window begins within."""
+    model = load_model(make_hf("llama", vocab_size=310), dtype=torch.float32)
+    tokenizer = Tokenizer(small_folder(tmp_path))
+    text = "the 鷗外 🙂 the नमस्ते the  日本" * 5
+    path = tmp_path / "text.jsonl"
+    write_lines(path, {"text": text})
+    ids, counts = tokenizer.encode(text, bos=True), tokenizer.byte_counts(text)
+    assert counts is not None
+    of_token = [0, *counts]
+    for window in (2, 7, 10, 64):
+        record = evaluate(model, tokenizer, task="perplexity", data=path, window=window)
+        firsts = sum(of_token[i] for i in range(0, len(ids), window))
+        assert record["tokens"] == len(ids) - math.ceil(len(ids) / window)
+        bits = record["nll_nats_per_token"] * record["tokens"] / math.log(2)
+        assert bits / record["bits_per_byte"] == pytest.approx(len(text.encode()) - firsts)
+    short = tmp_path / "short.jsonl"
+    write_lines(short, {"text": "the 鷗"}, {"text": "🙂"})
+    record = evaluate(model, tokenizer, task="perplexity", data=short, protocol="documents")
+    bits = record["nll_nats_per_token"] * record["tokens"] / math.log(2)
+    assert bits / record["bits_per_byte"] == pytest.approx(len("the 鷗🙂".encode())), "all of it follows a BOS"
+
+
+def test_bytes_a_tokenizer_does_not_tell_are_not_guessed(
+    tmp_path: Path, model: Model, characters: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    monkeypatch.setattr(characters, "byte_counts", lambda text: None)
+    record = evaluate(model, characters, task="perplexity", data=path)
+    assert record["bits_per_byte"] is None and "does not tell" in record["not_measured"]["bits_per_byte"]
 
 
 def test_limit_takes_the_first_parts(tmp_path: Path, folder: Path, model: Model, characters: Any) -> None:

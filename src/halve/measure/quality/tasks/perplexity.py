@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,18 +88,33 @@ def _jsonl_texts(path: Path, text: str) -> list[str]:
     return texts
 
 
-def split(tokenizer: TokenizerLike, text: Text, window: int) -> tuple[list[list[int]], int]:
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens of which all but the first are predicted, and the bytes of the text that the predicted ones stand for."""
+
+    tokens: list[int]
+    predicted_bytes: int | None  # None: the tokenizer does not tell
+
+
+def split(tokenizer: TokenizerLike, text: Text, window: int) -> tuple[list[Stretch], int]:
     """Token sequences to be predicted from their second token on, and how many documents were cut to the window.
 
     windows: what the tokenizer puts before a text and the text, in stretches of `window` tokens; documents: the same
     of each, cut.
     """
-    if text.protocol == "windows":
-        tokens = tokenizer.encode(text.pieces[0], bos=True)
-        sequences = [tokens[i : i + window] for i in range(0, len(tokens), window)]
-        return [s for s in sequences if len(s) >= 2], 0
-    sequences = [tokenizer.encode(piece, bos=True) for piece in text.pieces]
-    return [s[:window] for s in sequences if len(s) >= 2], sum(len(s) > window for s in sequences)
+    stretches, cut = [], 0
+    for piece in text.pieces:
+        tokens, counts = tokenizer.encode(piece, bos=True), tokenizer.byte_counts(piece)
+        # what stands before the text is none of its bytes
+        place = None if counts is None else [0] * (len(tokens) - len(counts) + 1) + list(accumulate(counts))
+        last = len(tokens) if text.protocol == "windows" else 1
+        cut += text.protocol == "documents" and len(tokens) > window
+        for begin in range(0, last, window):
+            end = min(begin + window, len(tokens))
+            if end - begin >= 2:
+                covered = None if place is None else place[end] - place[begin + 1]
+                stretches.append(Stretch(tokens[begin:end], covered))
+    return stretches, cut
 
 
 def run(
@@ -118,8 +134,9 @@ def run(
         window = min(DEFAULT_WINDOW, context) if text.protocol == "windows" else context
     if not 2 <= window <= context:
         raise HalveError(f"window {window}: must be 2 to {context}, the context of this model")
-    sequences, cut = split(tokenizer, text, window)
-    sequences = sequences[: options.limit]
+    stretches, cut = split(tokenizer, text, window)
+    stretches = stretches[: options.limit]
+    sequences = [stretch.tokens for stretch in stretches]
     if not sequences:
         raise DataError(f"{text.name}: fewer than 2 tokens, nothing can be predicted; give a longer text")
     check_ids(model.config.vocab_size, sequences, tokenizer)
@@ -138,7 +155,7 @@ def run(
             progress.add({str(index): -value for index, value in zip(batch, sums, strict=True)})
         nll = math.fsum(progress.results[str(index)] for index in range(len(sequences)))
         progress.finish()
-    record = _record(tokenizer, sequences, nll, text.protocol, window)
+    record = _record(stretches, nll, text.protocol, window)
     record |= {"limit": options.limit, "data": text.name, "data_sha256": text.sha256}
     if text.protocol == "documents":
         record["cut"] = cut
@@ -155,15 +172,15 @@ def _batches(sequences: Sequence[Sequence[int]], batch_tokens: int) -> list[list
     return batches
 
 
-def _record(
-    tokenizer: TokenizerLike, sequences: Sequence[Sequence[int]], nll_nats: float, protocol: str, window: int
-) -> dict[str, Any]:
-    tokens = sum(len(s) - 1 for s in sequences)
-    # bytes of the text that the predicted tokens spell: what was cut off or only conditioned on does not count
-    spelled = sum(len(tokenizer.decode(list(s[1:])).encode()) for s in sequences)
+def _record(stretches: Sequence[Stretch], nll_nats: float, protocol: str, window: int) -> dict[str, Any]:
+    tokens = sum(len(stretch.tokens) - 1 for stretch in stretches)
+    counted = [stretch.predicted_bytes for stretch in stretches if stretch.predicted_bytes is not None]
+    predicted_bytes = sum(counted) if len(counted) == len(stretches) else 0
     mean = nll_nats / tokens
     absent = ("accuracy", "accuracy_ci95", "questions", "answered")
     not_measured = {name: "the task is perplexity" for name in absent}
+    if not predicted_bytes:
+        not_measured["bits_per_byte"] = "the tokenizer does not tell which bytes of the text its tokens stand for"
     try:
         perplexity = math.exp(mean)
     except OverflowError:  # a model broken beyond measure
@@ -172,11 +189,11 @@ def _record(
         "task": "perplexity",
         "protocol": protocol,
         "window": window,
-        protocol: len(sequences),
+        protocol: len(stretches),
         "tokens": tokens,
         "nll_nats_per_token": mean,
         "perplexity": perplexity,
-        "bits_per_byte": nll_nats / math.log(2) / spelled if spelled else None,
+        "bits_per_byte": nll_nats / math.log(2) / predicted_bytes if predicted_bytes else None,
         "accuracy": None,
         "accuracy_ci95": None,
         "questions": None,
