@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,6 +115,11 @@ class SafetensorsFolder:
                 f"{path}: truncated or corrupt safetensors file ({error}): download it again"
             ) from error
         return names
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the files, from their headers."""
+        return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
 
     def get(self, name: str) -> Tensor:
         """The tensor, as stored. Raises CheckpointError when it holds NaN or infinity."""

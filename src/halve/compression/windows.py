@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from halve.checkpoint.tokenizer import Tokenizer
 from halve.errors import DataError
+from halve.files.identity import hash_files, hash_text
+from halve.texts import text_files
 
 HELD_OUT_SHARE = 32  # calibration windows to one that is held out
 
@@ -39,6 +42,15 @@ class Calibration:
     windows: Tensor
     held_out: Tensor
     origin: dict[str, object]
+
+
+def text_identity(source: str, documents: Sequence[str]) -> dict[str, str]:
+    """What tells a calibration text from another: the SHA-256 of each of its files, or of the documents of a named set."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        return {source: hash_text(*documents)}
+    root = path if path.is_dir() else path.parent
+    return hash_files({file.relative_to(root).as_posix(): file for file in text_files(path)})
 
 
 def make_windows(documents: list[str], tokenizer: Tokenizer, options: CalibrationOptions) -> Calibration:

@@ -25,6 +25,7 @@ from halve.files.contents import (
     real_places,
     why_not_a_model,
 )
+from halve.files.identity import differences
 
 _REQUEST, _GUARD = "request.json", ".request.lock"
 _STUDY = "request.json report.html .*.lock .worker-*.json owner.lock .????????????????????????????????.tmp".split()
@@ -91,7 +92,7 @@ class StudyFolder:
         reason = holds_one_of(self._keep, self.out)
         what = "exists and is not empty"
         if reason is None and earlier is not None and earlier.keys() == identity.keys():
-            what = what if earlier == identity else "was begun by another request"
+            what = what if earlier == identity else f"was begun by another request ({differences(earlier, identity)})"
             foreign = first_foreign(self.out, [*self._own, *_STUDY], [*_STUDY, *MODEL_FILES])
             reason = None if foreign is None else f"{what}, and {holding(self.out, foreign)}"
         elif reason is None:

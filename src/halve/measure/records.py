@@ -51,6 +51,7 @@ class EvaluationRecord(Circumstances):
     device: str
     dtype: str
     weight_bytes: NotRequired[int]
+    disk_bytes: NotRequired[int]
     task: str
     protocol: str
     data: str

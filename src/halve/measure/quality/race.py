@@ -35,11 +35,12 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """All questions of one source, with its name and the SHA-256 of what was read."""
+    """All questions of one source, with its name and the SHA-256 of what was read, whole and by file."""
 
     questions: list[Question]
     name: str
     sha256: str
+    files: dict[str, str]
 
 
 def read_questions(path: Path) -> QuestionSet:
@@ -55,7 +56,7 @@ def read_questions(path: Path) -> QuestionSet:
         files = [path]
     else:
         raise DataError(f"{path}: no such file or folder; give a .jsonl file or a folder of RACE .txt files")
-    digest, questions = hashlib.sha256(), []
+    digest, questions, hashes = hashlib.sha256(), [], {}
     for file in files:
         text, content = read_file(file)
         if not text.strip():
@@ -63,10 +64,11 @@ def read_questions(path: Path) -> QuestionSet:
         if path.is_dir():
             digest.update(file.name.encode() + b"\0")
         digest.update(content)
+        hashes[file.name] = hashlib.sha256(content).hexdigest()
         questions += _parse_file(file, text)
     if not questions:
         raise DataError(f"{path}: holds no questions; {LAYOUT}")
-    return QuestionSet(questions, path.name, digest.hexdigest())
+    return QuestionSet(questions, path.name, digest.hexdigest(), hashes)
 
 
 def read_hub_questions(name: str, config: str | None, split: str) -> QuestionSet:
@@ -82,7 +84,8 @@ def read_hub_questions(name: str, config: str | None, split: str) -> QuestionSet
         questions += _parse_record(row, f"{name}, row {number}", f"{name}:{number}")
     if not questions:
         raise DataError(f"{name} ({config}, {split}): holds no questions; {LAYOUT}")
-    return QuestionSet(questions, ":".join(part for part in (name, config, split) if part), digest.hexdigest())
+    source = ":".join(part for part in (name, config, split) if part)
+    return QuestionSet(questions, source, digest.hexdigest(), {source: digest.hexdigest()})
 
 
 def load_question_set(data: Path | str | None, default: tuple[str, str, str] | None) -> QuestionSet:
