@@ -107,7 +107,8 @@ class TrialRunner:
         """What a trial is judged by, from its records (by file name below `out`)."""
         evaluation, *speed = records.values()
         measured = {"bytes": evaluation["disk_bytes"], "memory": evaluation["weight_bytes"]}
-        measured |= {"ms": record["decode_ms_median"] for record in speed}
+        if speed:
+            measured["ms"] = speed[0]["decode_ms_median"]
         return {
             "accuracy": evaluation["accuracy"] or 0.0,
             "accuracy_ci95": evaluation["accuracy_ci95"] or [0.0, 1.0],
