@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from halve.errors import RecipeError
 def parse_step(text: str) -> Method:
     """`rtn:bits=4,group_size=32` -> the method. Several patterns in one option are separated by `|`.
 
-    Raises RecipeError for an unknown step, an unknown option or a value of the wrong type.
+    What stands in quotes, or in brackets of a pattern (`re:.*\\.(1|2)\\..*`), is not divided. Raises RecipeError for an unknown
+    step, an unknown option or a value of the wrong type.
     """
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
-    for item in rest.split(",") if rest else []:
+    for item in _split(rest, ",") if rest else []:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise RecipeError(f"step {text!r}: {item!r} is not of the form key=value")
@@ -67,15 +68,78 @@ def _convert(step: str, key: str, value: Any, hint: Any) -> Any:
         except (TypeError, ValueError):
             raise fail from None
     if hint is str:
-        return str(value)
+        return _unquoted(str(value))
     if isinstance(value, str):
-        return tuple(part for part in value.split("|") if part)
+        return tuple(_unquoted(part) for part in _split(value, "|") if part)
     if isinstance(value, list):
         return tuple(str(part) for part in value)
     raise fail
 
 
 _HUMAN = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
+
+
+def _places(text: str) -> Iterator[tuple[str, str]]:
+    """Each character with where it stands: a "quote" itself, "inside" of quotes or brackets, or "outside"."""
+    quote, escaped, closing = "", False, []
+    for character in text:
+        place = "inside"
+        if escaped:
+            escaped = False
+        elif quote:
+            place = "quote" if character == quote else place
+            quote = "" if character == quote else quote
+        elif character == "\\":
+            escaped = True
+        elif closing and character == closing[-1]:
+            closing.pop()
+        elif closing[-1:] == ["]"]:
+            pass  # a class of characters ends with ] alone
+        elif character in _CLOSING:
+            closing.append(_CLOSING[character])
+        elif not closing:
+            place = "outside"
+            if character in "\"'":
+                place, quote = "quote", character
+        yield character, place
+    if quote or closing:
+        raise RecipeError(
+            f"{text!r}: its {quote or closing[-1]} is missing: put a pattern that is to have none in quotes"
+        )
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts of a text between separators outside of quotes and brackets, quotes and all."""
+    parts = [""]
+    for character, place in _places(text):
+        if character == separator and place == "outside":
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _unquoted(text: str) -> str:
+    return "".join(character for character, place in _places(text) if place != "quote")
+
+
+def _quoted(pattern: str) -> str:
+    """A pattern so that it is read as it is."""
+    try:
+        plain = "outside" not in {place for c, place in _places(pattern) if c in ",|"} and _unquoted(pattern) == pattern
+    except RecipeError:
+        plain = False
+    if plain and pattern and pattern == pattern.strip() and not pattern.endswith("\\"):
+        return pattern
+    return '"' + pattern.replace('"', '"\'"\'"') + '"'
+
+
+def option_text(value: Any) -> str:
+    """The value of an option as one would write it."""
+    return "|".join(map(_quoted, value)) if isinstance(value, tuple) else str(value).lower()
 
 
 def read_recipe(path: Path) -> list[Method]:
@@ -120,8 +184,7 @@ def step_text(method: Method, **instead: str) -> str:
         if field.name in instead:
             parts.append(f"{field.name}={instead[field.name]}")
         elif value != field.default:
-            text = "|".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
-            parts.append(f"{field.name}={text}")
+            parts.append(f"{field.name}={option_text(value)}")
     return method.name + (":" if parts else "") + ",".join(parts)
 
 
