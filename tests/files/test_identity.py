@@ -56,6 +56,16 @@ def test_a_large_file_is_read_once(kept: Path, tmp_path: Path, monkeypatch: pyte
     assert hash_files({"": tmp_path / "link"}) == first
 
 
+def test_files_that_are_gone_are_forgotten(kept: Path, tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in "abc"}
+    for file in files.values():
+        file.write_text("0123456789")
+    hash_files({"a": files["a"], "b": files["b"]})
+    files["a"].unlink()
+    hash_files({"c": files["c"]})
+    assert sorted(json.loads(mark.read_text())["path"][-1] for mark in kept.iterdir()) == ["b", "c"]
+
+
 @pytest.mark.parametrize("large", [True, False])
 def test_size_and_time_set_back_hide_no_other_content(kept: Path, tmp_path: Path, large: bool) -> None:
     file = tmp_path / "weights"

@@ -45,10 +45,11 @@ class Calibration:
 
 
 def text_identity(source: str, documents: Sequence[str]) -> dict[str, str]:
-    """What tells a calibration text from another: the SHA-256 of each of its files, or of the documents of a named set."""
+    """What tells a calibration text from another: the SHA-256 of each of its files, or of the documents of a named set or of
+    what can be read only once."""
     path = Path(source).expanduser()
-    if not path.exists():
-        return {source: hash_text(*documents)}
+    if not (path.is_file() or path.is_dir()):
+        return {path.name: hash_text(*documents)}
     root = path if path.is_dir() else path.parent
     return hash_files({file.relative_to(root).as_posix(): file for file in text_files(path)})
 

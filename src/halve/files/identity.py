@@ -73,8 +73,15 @@ def _hash(path: Path, advance: Advance) -> str:
         if settled and _stamp(file) == stamp:
             with suppress(OSError, OutputError):  # without a place to keep it, it is computed again
                 place.parent.mkdir(parents=True, exist_ok=True)
+                _forget_files_that_are_gone(place.parent)
                 write_json(place, {"path": os.path.realpath(path), "file": stamp, "sha256": digest})
     return digest
+
+
+def _forget_files_that_are_gone(cache: Path) -> None:
+    for mark in cache.glob("*.json"):
+        if not os.path.exists((read_object(mark) or {}).get("path", "")):
+            mark.unlink(missing_ok=True)
 
 
 def _stamp(file: BinaryIO) -> dict[str, int]:

@@ -186,6 +186,7 @@ def _identity(
     """What makes a search this one; nothing of the machine, so that workers elsewhere agree."""
     calibration = runner.calibration
     return {
+        "study": "search",
         "model": {"name": runner.name} | model_identity(checkpoint.folder),
         "questions": questions.files,
         "held-out questions": final.files,

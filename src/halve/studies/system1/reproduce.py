@@ -158,7 +158,7 @@ def _identity(study: Study, checkpoint: Checkpoint, texts: dict[str, Any]) -> di
     # a folder may move, the next two decide only how far the work goes, and what is read counts wherever it lies
     left_out = ("out", "floor", "fractions", "model", "data", "calibration")
     options = {key: value for key, value in asdict(study).items() if key not in left_out}
-    read = {"model": model, "questions": {}, "calibration": {}} | texts
+    read = {"study": "system1", "model": model, "questions": {}, "calibration": {}} | texts
     return read | options | {"dtype": str(study.dtype), "versions": versions()}
 
 
