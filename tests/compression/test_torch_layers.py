@@ -272,7 +272,7 @@ def test_options_are_refused_as_in_a_recipe_with_inputs_and_without(function: An
             function(layer(), x, **options)
 
 
-@pytest.mark.parametrize("x", [torch.ones(3, 64, dtype=torch.int64), torch.tensor(1.0), [[1.0] * 64], ["text"]])
+@pytest.mark.parametrize("x", [torch.ones(3, 64, dtype=torch.int64), torch.tensor(1.0), [[1.0] * 64], ["text"], 5])
 def test_inputs_are_floating_tensors(x: Any) -> None:
     with pytest.raises(RecipeError, match=r"inputs are floating tensors \[..., 64\]"):
         prune_linear(layer(), x, input_fraction=0.5)

@@ -97,14 +97,20 @@ def test_what_is_kept_may_be_spoilt(kept: Path, tmp_path: Path, content: str | b
     assert json.loads(mark.read_text())["sha256"] == sha256(file)
 
 
-@pytest.mark.parametrize("spoilt", ["a file", "read-only"])
-def test_without_a_place_to_keep_them_hashes_are_made_anew(kept: Path, tmp_path: Path, spoilt: str) -> None:
+@pytest.mark.parametrize("spoilt", ["a file", "read-only", "no home"])
+def test_without_a_place_to_keep_them_hashes_are_made_anew(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
+) -> None:
     file = tmp_path / "weights"
     file.write_text("0123456789")
     if spoilt == "a file":
         (tmp_path / "cache").write_text("")
-    else:
+    elif spoilt == "read-only":
         (tmp_path / "cache").mkdir(mode=0o500)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+        monkeypatch.setattr(Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home")))
+        monkeypatch.chdir(tmp_path)
     assert hash_files({"": file}) == {"": sha256(file)}
 
 

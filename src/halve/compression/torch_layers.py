@@ -213,7 +213,7 @@ def _second_moment(inputs: Tensor | Iterable[Tensor], in_features: int, device: 
     """That of the inputs given, float32 [I, I]. Raises RecipeError when they are of another width."""
 
     def fitting() -> Iterator[Tensor]:
-        for x in [inputs] if isinstance(inputs, Tensor) else inputs:
+        for x in [inputs] if isinstance(inputs, Tensor) or not isinstance(inputs, Iterable) else inputs:
             if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
                 raise RecipeError(
                     f"inputs are floating tensors [..., {in_features}] or an iterable of such, not {_kind(x)}"

@@ -99,7 +99,13 @@ def _digest(file: BinaryIO, advance: Advance) -> str:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "halve" / "sha256"
+    """Where hashes are kept; for a user without a home a place that is not there and cannot be made."""
+    asked = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = Path(asked) if os.path.isabs(asked) else Path("~/.cache").expanduser()
+    except RuntimeError:
+        folder = Path(os.devnull)
+    return folder / "halve" / "sha256"
 
 
 def differences(earlier: Any, now: Any) -> str:

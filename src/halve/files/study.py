@@ -34,9 +34,9 @@ _STUDY = "request.json report.html .*.lock .worker-*.json owner.lock .??????????
 class StudyFolder:
     """OUT filled in place: its request.json says by what request, and the same request again goes on.
 
-    A request is an identity (`identity.py`) that names the "study" it is for. own: names of all that the study writes there, beside records ("trials/" for a folder). alone: one process at a time. keep,
-    overwrite: as for a `WorkFolder`; what is replaced is a model, or an earlier study of the same kind. Raises OutputError
-    when OUT cannot be used.
+    A request is an identity (`identity.py`) that names the "study" it is for. own: names of all that the study writes there,
+    beside records ("trials/" for a folder). alone: one process at a time. keep, overwrite: as for a `WorkFolder`; what is
+    replaced is a model, or an earlier study of the same kind. Raises OutputError when OUT cannot be used.
     """
 
     def __init__(
