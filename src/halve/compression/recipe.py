@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,33 +82,43 @@ _HUMAN = {bool: "true or false", int: "a whole number", float: "a number", str: 
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
-def _places(text: str) -> Iterator[tuple[str, str]]:
-    """Each character with where it stands: a "quote" itself, "inside" of quotes or brackets, or "outside"."""
-    quote, escaped, closing = "", False, []
-    for character in text:
-        place = "inside"
+def _scan(text: str, plain: set[int]) -> tuple[list[str], int | None]:
+    """Where each character stands: a "quote" itself, "inside" of quotes or brackets, or "outside"; and which bracket is not
+    closed. Those at `plain` are no brackets."""
+    places, quote, escaped, brackets = [], "", False, []
+    for index, character in enumerate(text):
+        place = "inside" if brackets or quote or escaped else "outside"
         if escaped:
             escaped = False
         elif quote:
-            place = "quote" if character == quote else place
-            quote = "" if character == quote else quote
+            if character == quote:
+                place, quote = "quote", ""
         elif character == "\\":
             escaped = True
-        elif closing and character == closing[-1]:
-            closing.pop()
-        elif closing[-1:] == ["]"]:
+        elif brackets and character == brackets[-1][0]:
+            brackets.pop()
+        elif brackets and brackets[-1][0] == "]":
             pass  # a class of characters ends with ] alone
-        elif character in _CLOSING:
-            closing.append(_CLOSING[character])
-        elif not closing:
-            place = "outside"
-            if character in "\"'":
-                place, quote = "quote", character
-        yield character, place
-    if quote or closing:
+        elif character in _CLOSING and index not in plain:
+            brackets.append((_CLOSING[character], index))
+        elif character in "\"'" and not brackets:
+            place, quote = "quote", character
+        places.append(place)
+    if quote:
         raise RecipeError(
-            f"{text!r}: its {quote or closing[-1]} is missing: put a pattern that is to have none in quotes"
+            f"{text!r}: its {quote} is not closed: close it, or put a pattern that holds one in the other quotes"
         )
+    return places, brackets[0][1] if brackets else None
+
+
+def _places(text: str) -> list[tuple[str, str]]:
+    """Each character with where it stands; a bracket that is not closed is a character like others."""
+    plain: set[int] = set()
+    while True:
+        places, unclosed = _scan(text, plain)
+        if unclosed is None:
+            return list(zip(text, places, strict=True))
+        plain.add(unclosed)
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -129,10 +139,12 @@ def _unquoted(text: str) -> str:
 def _quoted(pattern: str) -> str:
     """A pattern so that it is read as it is."""
     try:
-        plain = "outside" not in {place for c, place in _places(pattern) if c in ",|"} and _unquoted(pattern) == pattern
+        places, unclosed = _scan(pattern, set())
     except RecipeError:
-        plain = False
-    if plain and pattern and pattern == pattern.strip() and not pattern.endswith("\\"):
+        places, unclosed = ["quote"], None
+    divided = any(c in ",|" and place == "outside" for c, place in zip(pattern, places, strict=False))
+    odd = "quote" in places or unclosed is not None or pattern.endswith("\\") or pattern != pattern.strip()
+    if pattern and not divided and not odd:
         return pattern
     return '"' + pattern.replace('"', '"\'"\'"') + '"'
 
