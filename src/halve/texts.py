@@ -147,15 +147,19 @@ def read_documents(source: str | Path) -> list[str]:
             return _hub_documents(str(source))
         named = ", ".join(HUB_DATASETS)
         raise DataError(f"calibration {str(source)!r}: no such file, and not a named set ({named})")
-    files = files_below(path, ".txt") if path.is_dir() else [path]
     documents: list[str] = []
-    for file in files:
+    for file in text_files(path):
         text, _ = read_file(file)
         documents += _documents(file, text, in_folder=path.is_dir())
     documents = [d.strip() for d in documents if d.strip()]
     if not documents:
         raise DataError(f"{path}: holds no text: give a .txt, a .jsonl with a `text` field, or a RACE folder")
     return documents
+
+
+def text_files(path: Path) -> list[Path]:
+    """The files that `read_documents` reads of a file or folder."""
+    return files_below(path, ".txt") if path.is_dir() else [path]
 
 
 def _documents(file: Path, text: str, in_folder: bool) -> list[str]:

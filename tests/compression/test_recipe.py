@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from halve.compression.methods.rtn import Rtn
-from halve.compression.recipe import parse_step, read_recipe, step_json
+from halve.compression.recipe import make_step, parse_step, read_recipe, step_json, step_text
 from halve.errors import RecipeError
 
 
@@ -40,3 +43,46 @@ def test_malformed_yaml(tmp_path: Path, text: str, words: str) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read: No such file"):
         read_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "patterns"),
+    [
+        ("q_proj|k_proj", ["q_proj", "k_proj"]),
+        (r"re:.*\.(1|2)\..*", [r"re:.*\.(1|2)\..*"]),
+        (r"re:.*\.\d{1,2}\.mlp\..*|o_proj", [r"re:.*\.\d{1,2}\.mlp\..*", "o_proj"]),
+        ("*.[0,|1].*", ["*.[0,|1].*"]),
+        ("re:a[(|]b", ["re:a[(|]b"]),
+        (r"re:a\(b|c", [r"re:a\(b", "c"]),
+        (r"re:((a|b),c)+|d", ["re:((a|b),c)+", "d"]),
+        ('"re:a,b|c"|d', ["re:a,b|c", "d"]),
+        ("'re:a,b'", ["re:a,b"]),
+        ('"re:a(b"', ["re:a(b"]),
+        ('"re:a\'b"', ["re:a'b"]),
+        ("re:a)b", ["re:a)b"]),
+        ("re:(|*[0", ["re:(", "*[0"]),
+        ("re:((a|b)|c", ["re:((a|b)", "c"]),
+        ("a{(|b", ["a{(", "b"]),
+        ("re:a=b", ["re:a=b"]),
+        ("", []),
+    ],
+)
+def test_patterns_keep_their_commas_and_bars(tmp_path: Path, text: str, patterns: list[str]) -> None:
+    step = parse_step(f"rtn:ignore={text},bits=4")
+    assert step == Rtn(bits=4, ignore=tuple(patterns))
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps([{"rtn": {"ignore": patterns, "bits": 4}}]))
+    assert read_recipe(path) == [step]
+
+
+@pytest.mark.parametrize("text", ['"a', "'a,b", "\"a|b'"])
+def test_a_quote_that_is_not_closed_is_named(text: str) -> None:
+    with pytest.raises(RecipeError, match=rf"its {text[0]} is not closed"):
+        parse_step(f"rtn:targets={text}")
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(st.lists(st.text("ab.*,|=:()[]{}\\'\" ", max_size=6), max_size=3))
+def test_every_step_can_be_written_as_text(patterns: list[str]) -> None:
+    step = make_step("rtn", {"targets": patterns, "bits": 4})
+    assert parse_step(step_text(step)) == step

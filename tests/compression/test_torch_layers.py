@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from halve import prune_linear, quantize_linear
 from halve.errors import DataError, HalveError, RecipeError
@@ -165,6 +167,115 @@ def test_quantize_then_prune() -> None:
     with pytest.raises(RecipeError, match="refit=False"):
         prune_linear(quantized, X.float(), input_fraction=0.25)
     assert prune_linear(quantized, X.float(), input_fraction=0.25, refit=False)(X.float()).shape == (200, 16)
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter beside it, as adapters are: it has the weight, and computes something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer, self.in_features, self.out_features, self.bias = layer(), 64, 48, None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+
+class Own(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 2
+
+
+class Transposed(nn.Linear):
+    """The class of an nn.Linear, its weight [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 48)
+        self.weight = nn.Parameter(self.weight.detach().t().contiguous())
+
+
+def spoilt() -> nn.Linear:
+    made = layer()
+    with torch.no_grad():
+        made.weight[3, 4] = torch.nan
+    return made
+
+
+@pytest.mark.parametrize("function", [quantize_linear, prune_linear])
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda: Conv1D(48, 64), r"Conv1D, which does not compute x W\^T"),
+        (lambda: Conv1D(64, 64), r"Conv1D, which does not compute x W\^T"),  # as wide as high
+        (lambda: nn.Embedding(48, 64), "Embedding, which does not compute"),
+        (lambda: nn.Conv2d(8, 8, 3), "Conv2d, which does not compute"),
+        (lambda: nn.Bilinear(8, 8, 8), "Bilinear, which does not compute"),
+        (Adapted, "Adapted, which does not compute"),
+        (Own, "which does not compute"),
+        (lambda: nn.LazyLinear(48), "has no weights yet"),
+        (lambda: nn.Linear(64, 48, device="meta"), "has no weights yet"),
+        (Transposed, r"holds its weight as torch.float32 \[64, 48\], not floating \[48, 64\]"),
+        (spoilt, "holds NaN or infinite weights"),
+        (lambda: torch.ones(48, 64), "torch.Tensor, which does not compute"),
+    ],
+)
+def test_what_is_no_linear_is_refused(function: Any, made: Any, words: str) -> None:
+    given = Own(64, 48) if made is Own else made()
+    for x in (None, inputs()):
+        with pytest.raises(RecipeError, match=words):
+            function(given, x)
+
+
+def test_a_linear_of_another_name_is_one() -> None:
+    class Named(nn.Linear):
+        pass
+
+    named = Named(64, 48)
+    assert quantize_linear(named, bits=8, group_size=32)(inputs()).shape == (400, 48)
+    parametrized = torch.nn.utils.parametrizations.weight_norm(layer())
+    assert relative(prune_linear(parametrized)(inputs()), parametrized(inputs())) < 1e-6
+
+
+def test_a_layer_is_quantized_once() -> None:
+    with pytest.raises(RecipeError, match="is compressed already: quantize first, then prune"):
+        quantize_linear(prune_linear(layer()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (quantize_linear, {"bits": 4.5}),
+        (quantize_linear, {"bits": True}),
+        (quantize_linear, {"bits": "four"}),
+        (quantize_linear, {"group_size": 0}),
+        (quantize_linear, {"group_size": -2}),
+        (quantize_linear, {"group_size": 32.0}),
+        (quantize_linear, {"symmetric": "perhaps"}),
+        (quantize_linear, {"act_order": None}),
+        (quantize_linear, {"damping": 2}),
+        (quantize_linear, {"damping": -0.1}),
+        (quantize_linear, {"damping": float("nan")}),
+        (quantize_linear, {"scale": "best"}),
+        (prune_linear, {"input_fraction": float("nan")}),
+        (prune_linear, {"input_fraction": "half"}),
+        (prune_linear, {"output_fraction": None}),
+        (prune_linear, {"output_fraction": True}),
+        (prune_linear, {"damping": 0}),
+        (prune_linear, {"damping": 1.5}),
+        (prune_linear, {"refit": 3}),
+    ],
+)
+def test_options_are_refused_as_in_a_recipe_with_inputs_and_without(function: Any, options: dict[str, Any]) -> None:
+    (name,) = options
+    for x in (None, inputs()):
+        with pytest.raises(RecipeError, match=rf"^{function.__name__}.*{name.split('_')[-1]}="):
+            function(layer(), x, **options)
+
+
+@pytest.mark.parametrize("x", [torch.ones(3, 64, dtype=torch.int64), torch.tensor(1.0), [[1.0] * 64], ["text"], 5])
+def test_inputs_are_floating_tensors(x: Any) -> None:
+    with pytest.raises(RecipeError, match=r"inputs are floating tensors \[..., 64\]"):
+        prune_linear(layer(), x, input_fraction=0.5)
 
 
 def test_pruning_that_cannot_work_says_why() -> None:

@@ -50,6 +50,17 @@ def test_a_worker_that_died_holds_nothing_up(tmp_path: Path) -> None:
     assert not list(out.glob(".worker-*"))
 
 
+def test_another_request_is_told_by_what_differs(tmp_path: Path) -> None:
+    with study(tmp_path / "out").claim(FIRST):
+        pass
+    with pytest.raises(
+        OutputError, match=r"another request \(seed was 1 and is 2\): choose another folder, or .*--overwrite"
+    ):
+        study(tmp_path / "out").claim(SECOND).__enter__()
+    with pytest.raises(OutputError, match="holds no model"):
+        study(tmp_path / "out").claim({"study": "another", "seed": 1}).__enter__()
+
+
 def test_a_request_of_another_program_is_not_ours(tmp_path: Path) -> None:
     (tmp_path / "request.json").write_text(json.dumps({"url": "x"}))
     with pytest.raises(OutputError, match=r"holds no model but request\.json"):

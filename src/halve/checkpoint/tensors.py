@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -120,6 +121,11 @@ class SafetensorsFolder:
                 self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), dtype
                 self._paths[name] = path
         return names
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the files, from their headers."""
+        return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
 
     @contextmanager
     def _opened(self, path: Path) -> Iterator[Any]:

@@ -31,7 +31,11 @@ def compress(
     out: Out,
     step: Annotated[
         list[str] | None,
-        typer.Option(help="NAME:key=value,... One step; repeat for several, they run in order.", show_default=False),
+        typer.Option(
+            help="NAME:key=value,... One step; repeat for several, they run in order. Patterns are separated by |; a comma "
+            "or | in brackets or quotes is the pattern's own.",
+            show_default=False,
+        ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="The same steps as a YAML list.", show_default=False)] = None,
     calibration: Calibration = "c4",

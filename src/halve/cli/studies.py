@@ -24,7 +24,7 @@ from halve.cli.options import (
 from halve.errors import HalveError
 from halve.measure.quality.protocols import PROTOCOLS
 from halve.measure.quality.tasks import QUESTION_TASKS
-from halve.studies.search.options import OBJECTIVES, Floor, SearchOptions
+from halve.studies.search.options import Floor, SearchOptions
 from halve.studies.system1.protocol import SYSTEM1, protocol_named
 
 
@@ -82,7 +82,12 @@ def search(
         ),
     ],
     floor: Annotated[str, typer.Option(help="Accuracy to keep: 0.5, or 95% of the dense model's.")],
-    minimise: Annotated[str, typer.Option(help=f"{listed(OBJECTIVES)}.")] = "bytes",
+    minimise: Annotated[
+        str,
+        typer.Option(
+            help="bytes of the weights on disk, memory they take while decoding on this machine, or ms of a decode step."
+        ),
+    ] = "bytes",
     floor_lower_bound: Annotated[
         bool, typer.Option("--floor-lower-bound", help="The lower end of the 95 % interval has to clear the floor.")
     ] = False,

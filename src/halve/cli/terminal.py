@@ -13,6 +13,7 @@ from rich.table import Table
 from halve.measure.quality.tasks import figure_of
 from halve.measure.records import AnyRecord
 from halve.measure.units import show_bytes, show_duration
+from halve.studies.search.options import OBJECTIVES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,28 +140,25 @@ def benchmark(record: AnyRecord) -> None:
 def trial(row: dict[str, Any]) -> None:
     """One line as a trial of a search is measured."""
     verdict = "clears the floor" if row["feasible"] else "below the floor"
-    print(f"{_point(row)}: accuracy {row['accuracy']:.1%}, {_size(row['bytes'])}, {verdict}", flush=True)
+    measured = f"{_size(row['bytes'])} on disk, {_size(row['memory'])} in memory"
+    measured += f", {row['ms']:.2f} ms a token" if "ms" in row else ""
+    print(f"{_point(row)}: accuracy {row['accuracy']:.1%}, {measured}, {verdict}", flush=True)
 
 
 def search(record: dict[str, Any], out: Path) -> None:
     """The Pareto front of a search, its winner, and what there is to know about it."""
     console, objective = Console(), record["objective"]
     table = Table(title=f"{len(record['trials'])} trials; none is better in both", title_justify="left")
-    for title in (
-        "recipe",
-        "accuracy",
-        objective if objective == "decode_ms" else objective.replace("_", " "),
-        "floor",
-    ):
+    for title in ("recipe", "accuracy", OBJECTIVES[objective], "floor"):
         table.add_column(title, justify="left" if title == "recipe" else "right")
     for row in record["pareto"]:
-        shown = f"{row['objective']:.2f}" if objective == "decode_ms" else _size(row["objective"])
+        shown = f"{row['objective']:.2f}" if objective == "ms" else _size(row["objective"])
         table.add_row(_point(row), f"{row['accuracy']:.1%}", shown, "yes" if row["feasible"] else "no")
     console.print(table)
     winner, dense = record["winner"], record["dense"]
     low, high = winner["held_out_accuracy_ci95"]
     print(
-        f"winner: {_point(winner)}: {_size(winner['bytes'])}, {winner['bytes_share']:.0%} of the dense model; "
+        f"winner: {_point(winner)}: {_size(winner['bytes'])} on disk, {winner['bytes_share']:.0%} of the dense model; "
         f"accuracy {winner['held_out_accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
         f"{record['held_out_data']['questions']} questions no trial has seen, dense {dense['held_out_accuracy']:.1%}: "
         f"{'confirmed' if winner['confirmed'] else 'NOT confirmed'} above {record['floor']['held_out_accuracy']:.1%}"

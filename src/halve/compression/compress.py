@@ -6,7 +6,6 @@ calibration states, a crash loses one block, and each step calibrates on the mod
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -21,6 +20,7 @@ import torch
 
 from halve._version import __version__
 from halve.checkpoint.config import config_json
+from halve.checkpoint.identity import model_identity, versions
 from halve.checkpoint.reader import Checkpoint, check_device, compute_dtype, find_model, open_checkpoint
 from halve.checkpoint.schemes import write_schemes
 from halve.checkpoint.tokenizer import load_tokenizer
@@ -31,7 +31,7 @@ from halve.compression.plan import StepPlan, state_of
 from halve.compression.recipe import as_steps, make_step, step_json
 from halve.compression.step_run import Request, run_step, working_dtype
 from halve.compression.walk import Walk
-from halve.compression.windows import HELD_OUT_SHARE, Calibration, CalibrationOptions, make_windows
+from halve.compression.windows import HELD_OUT_SHARE, Calibration, CalibrationOptions, make_windows, text_identity
 from halve.errors import CheckpointError
 from halve.files import write_json, write_text
 from halve.files.work import WorkFolder
@@ -123,10 +123,11 @@ def compress(
         needs_bytes=plan.disk_bytes,
     )
     companions(plan.checkpoint.folder)
-    windows = _calibration(request, plan)
+    documents = read_documents(calibration) if any(method.calibrates for method in request.steps) else None
+    windows = None if documents is None else _windows(request, plan, documents)
     if on_plan is not None:
         on_plan(plan)
-    with work.claim(_identity(request, plan)) as scratch:
+    with work.claim(_identity(request, plan, documents)) as scratch:
         return _run(request, plan, windows, work, scratch)
 
 
@@ -157,14 +158,10 @@ def _run(request: Request, plan: RecipePlan, windows: Calibration | None, work: 
     return Result(work.out, manifest, plan, _notes(windows, reports))
 
 
-def _calibration(request: Request, plan: RecipePlan) -> Calibration | None:
-    """The windows, when a step needs them; missing or empty text is found here, before any weight is read."""
-    if not any(method.calibrates for method in request.steps):
-        return None
-    documents = read_documents(request.calibration.source)
-    tokenizer = load_tokenizer(request.model)
+def _windows(request: Request, plan: RecipePlan, documents: list[str]) -> Calibration:
+    """What is calibrated on; too little text is found here, before any weight is read."""
     asked = replace(request.calibration, window=plan.window)
-    return make_windows(documents, tokenizer, asked, plan.checkpoint.config.vocab_size)
+    return make_windows(documents, load_tokenizer(request.model), asked, plan.checkpoint.config.vocab_size)
 
 
 def _notes(windows: Calibration | None, reports: list[dict[str, Any]]) -> list[str]:
@@ -183,23 +180,27 @@ def _notes(windows: Calibration | None, reports: list[dict[str, Any]]) -> list[s
     return notes
 
 
-def _identity(request: Request, plan: RecipePlan) -> dict[str, Any]:
+def _identity(request: Request, plan: RecipePlan, documents: list[str] | None) -> dict[str, Any]:
     """What makes a request the very same, so that what an interrupted run of it left is gone on with."""
-    files = sorted(plan.checkpoint.folder.glob("*.safetensors"))
     asked = request.calibration
     return {
-        "halve": __version__,
+        "model": {"name": _model_name(request)} | model_identity(plan.checkpoint.folder),
+        "calibration": {} if documents is None else text_identity(asked.source, documents),
         "steps": [step_json(m) for m in request.steps],
-        "settings": [asked.samples, plan.window, asked.seed, request.device, str(request.dtype)],
-        "calibration": _fingerprint(asked.source) if any(m.calibrates for m in request.steps) else None,
-        "source": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-        "config": plan.checkpoint.raw,
+        "samples": asked.samples,
+        "window": plan.window,
+        "seed": asked.seed,
+        "device": request.device,
+        "dtype": str(request.dtype),
+        "versions": versions(),
     }
 
 
-def _fingerprint(source: str) -> str:
-    path = Path(os.path.expanduser(source))
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else source
+def _model_name(request: Request) -> str:
+    """A hub id, or what a folder is called."""
+    if Path(os.path.expanduser(request.model)).exists():
+        return find_model(request.model).resolve().name
+    return request.model
 
 
 def _resolve(
@@ -268,12 +269,10 @@ def _manifest(
 ) -> dict[str, Any]:
     """halve.json: what was done, with what. The same request gives the same bytes, so no times and no machine."""
     earlier = checkpoint.manifest
-    local = Path(os.path.expanduser(request.model)).exists()
-    name = find_model(request.model).resolve().name if local else request.model
     return {
         "halve_version": __version__,
         "torch_version": torch.__version__,
-        "base_model": earlier.get("base_model", name),
+        "base_model": earlier.get("base_model", _model_name(request)),
         "recipe": earlier.get("recipe", []) + [step_json(m) for m in request.steps[: len(reports)]],
         "calibration": None if windows is None else windows.origin,
         "steps": earlier.get("steps", []) + reports,

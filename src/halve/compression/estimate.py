@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -58,6 +59,7 @@ def _memory(state: ModelState, tokens: int, itemsize: int) -> int:
     return total
 
 
+@cache  # a search plans every value of its range
 def _flops_per_s(device: torch.device | str) -> float:
     """Floating-point operations a second of a float32 product of the size calibration uses."""
     a = torch.randn(1024, 1024, device=device)

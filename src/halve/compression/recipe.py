@@ -16,11 +16,12 @@ from halve.errors import RecipeError, reading
 def parse_step(text: str) -> Method:
     """`rtn:bits=4,group_size=32` -> the method. Several patterns in one option are separated by `|`.
 
-    Raises RecipeError for an unknown step, an unknown option or a value of the wrong type.
+    What stands in quotes, or in brackets of a pattern (`re:.*\\.(1|2)\\..*`), is not divided. Raises RecipeError for an unknown
+    step, an unknown option or a value of the wrong type.
     """
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
-    for item in rest.split(",") if rest else []:
+    for item in _split(rest, ",") if rest else []:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise RecipeError(f"step {text!r}: {item!r} is not of the form key=value")
@@ -67,15 +68,90 @@ def _convert(step: str, key: str, value: Any, hint: Any) -> Any:
         except (TypeError, ValueError):
             raise fail from None
     if hint is str:
-        return str(value)
+        return _unquoted(str(value))
     if isinstance(value, str):
-        return tuple(part for part in value.split("|") if part)
+        return tuple(_unquoted(part) for part in _split(value, "|") if part)
     if isinstance(value, list):
         return tuple(str(part) for part in value)
     raise fail
 
 
 _HUMAN = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
+
+
+def _scan(text: str, plain: set[int]) -> tuple[list[str], int | None]:
+    """Where each character stands: a "quote" itself, "inside" of quotes or brackets, or "outside"; and which bracket is not
+    closed. Those at `plain` are no brackets."""
+    places, quote, escaped, brackets = [], "", False, []
+    for index, character in enumerate(text):
+        place = "inside" if brackets or quote or escaped else "outside"
+        if escaped:
+            escaped = False
+        elif quote:
+            if character == quote:
+                place, quote = "quote", ""
+        elif character == "\\":
+            escaped = True
+        elif brackets and character == brackets[-1][0]:
+            brackets.pop()
+        elif brackets and brackets[-1][0] == "]":
+            pass  # a class of characters ends with ] alone
+        elif character in _CLOSING and index not in plain:
+            brackets.append((_CLOSING[character], index))
+        elif character in "\"'" and not brackets:
+            place, quote = "quote", character
+        places.append(place)
+    if quote:
+        raise RecipeError(
+            f"{text!r}: its {quote} is not closed: close it, or put a pattern that holds one in the other quotes"
+        )
+    return places, brackets[0][1] if brackets else None
+
+
+def _places(text: str) -> list[tuple[str, str]]:
+    """Each character with where it stands; a bracket that is not closed is a character like others."""
+    plain: set[int] = set()
+    while True:
+        places, unclosed = _scan(text, plain)
+        if unclosed is None:
+            return list(zip(text, places, strict=True))
+        plain.add(unclosed)
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts of a text between separators outside of quotes and brackets, quotes and all."""
+    parts = [""]
+    for character, place in _places(text):
+        if character == separator and place == "outside":
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _unquoted(text: str) -> str:
+    return "".join(character for character, place in _places(text) if place != "quote")
+
+
+def _quoted(pattern: str) -> str:
+    """A pattern so that it is read as it is."""
+    try:
+        places, unclosed = _scan(pattern, set())
+    except RecipeError:
+        places, unclosed = ["quote"], None
+    divided = any(c in ",|" and place == "outside" for c, place in zip(pattern, places, strict=False))
+    odd = "quote" in places or unclosed is not None or pattern.endswith("\\") or pattern != pattern.strip()
+    if pattern and not divided and not odd:
+        return pattern
+    return '"' + pattern.replace('"', '"\'"\'"') + '"'
+
+
+def option_text(value: Any) -> str:
+    """The value of an option as one would write it."""
+    return "|".join(map(_quoted, value)) if isinstance(value, tuple) else str(value).lower()
 
 
 def read_recipe(path: Path) -> list[Method]:
@@ -122,8 +198,7 @@ def step_text(method: Method, **instead: str) -> str:
         if field.name in instead:
             parts.append(f"{field.name}={instead[field.name]}")
         elif value != field.default:
-            text = "|".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
-            parts.append(f"{field.name}={text}")
+            parts.append(f"{field.name}={option_text(value)}")
     return method.name + (":" if parts else "") + ",".join(parts)
 
 

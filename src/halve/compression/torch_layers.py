@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from halve.checkpoint.reader import check_device
 from halve.checkpoint.stored import PARTS, SCALE, StoredLinear, to_parts
+from halve.checkpoint.tensors import all_finite
 from halve.compression.edits import (
-    check_fraction,
     column_norms,
     keep_inputs,
     keep_outputs,
@@ -20,11 +21,12 @@ from halve.compression.edits import (
 )
 from halve.compression.methods import obs
 from halve.compression.methods.gptq import gptq
+from halve.compression.recipe import make_step
 from halve.compression.second_moment import second_moment
 from halve.errors import RecipeError
 from halve.model.families import LinearShape
 from halve.model.linear import Linear
-from halve.quantization import QuantSpec, quantize
+from halve.quantization import quantize
 
 
 class DropIn(nn.Module):
@@ -102,17 +104,20 @@ def quantize_linear(
     """A quantized drop-in for `layer`, which is left as it is.
 
     inputs: what the layer reads in use, floating [..., I], or an iterable of such; the layer is then quantized by GPTQ
-    (`halve.methods.gptq`). None: round to nearest. group_size -1 is one scale per output. Raises RecipeError for a
-    group size that does not divide I or inputs of another width, DataError for inputs that are not finite.
+    (`halve.methods.gptq`). None: round to nearest. group_size -1 is one scale per output. Raises RecipeError for a layer that
+    is no nn.Linear, options that a recipe would refuse, a group size that does not divide I or inputs of another width,
+    DataError for inputs that are not finite.
     """
-    spec = QuantSpec(bits, group_size, symmetric)
-    check_device(layer.weight.device)
-    weight = layer.weight.detach()
+    options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    asked = _checked("quantize_linear", "gptq", **options, act_order=act_order, damping=damping, scale=scale)
+    spec, weight = asked.spec(), _weight("quantize_linear", layer)
+    check_device(weight.device)
     if inputs is None:
         quantized = quantize(weight, spec)
     else:
         hessian = _second_moment(inputs, layer.in_features, weight.device)
-        quantized, _ = gptq(weight, hessian, spec, damping=damping, act_order=act_order, scale=scale, name="the layer")
+        how = {"damping": asked.damping, "act_order": asked.act_order, "scale": asked.scale}
+        quantized, _ = gptq(weight, hessian, spec, **how, name="the layer")
     bias = None if layer.bias is None else layer.bias.detach().clone()
     return DropIn(Linear(quantized, bias))
 
@@ -133,22 +138,55 @@ def prune_linear(
     inputs: what the layer reads in use, floating [..., I], or an iterable of such; the input channels that matter least
     to the output then go (`halve.methods.obs`) and the others are refitted unless refit=False. None: the columns of
     least L1 norm go. Of the outputs the rows of least L1 norm go; they become 0, or their bias. A quantized drop-in
-    loses codes and cannot be refitted. Fractions lie in [0, 1) and are rounded down to channels. Raises RecipeError.
+    loses codes and cannot be refitted. Fractions lie in [0, 1) and are rounded down to channels. Raises RecipeError
+    for what is no nn.Linear, options that a recipe would refuse or inputs of another width.
     """
-    check_fraction("prune_linear input_fraction", input_fraction)
-    check_fraction("prune_linear output_fraction", output_fraction)
-    check_device(next(layer.buffers() if isinstance(layer, DropIn) else layer.parameters()).device)
+    input_fraction = _checked("prune_linear input_fraction", "l1-inputs", fraction=input_fraction).fraction
+    output_fraction = _checked("prune_linear output_fraction", "l1-outputs", fraction=output_fraction).fraction
+    asked = _checked("prune_linear", "prune-mlp", refit=refit, damping=damping)
     if isinstance(layer, DropIn):
         linear = layer.unprepared(layer.weight.dtype if isinstance(layer.weight, Tensor) else torch.float32)
     else:
-        linear = Linear(layer.weight.detach(), None if layer.bias is None else layer.bias.detach().clone())
+        linear = Linear(_weight("prune_linear", layer), None if layer.bias is None else layer.bias.detach().clone())
     columns = kept_count(linear.weight.shape[1], input_fraction)
     if inputs is None:
         linear = keep_inputs(linear, largest(column_norms(linear), columns))
     else:
-        linear = _keep_fitted(linear, inputs, columns, refit, damping)
+        linear = _keep_fitted(linear, inputs, columns, asked.refit, asked.damping)
     rows = kept_count(linear.weight.shape[0], output_fraction)
     return DropIn(keep_outputs(linear, largest(row_norms(linear), rows)))
+
+
+def _checked(what: str, step: str, **options: Any) -> Any:
+    """The options as a step of a recipe takes them."""
+    try:
+        return make_step(step, options)
+    except RecipeError as error:
+        raise RecipeError(f"{what}: {error}") from error
+
+
+def _weight(function: str, layer: Any) -> Tensor:
+    """The weight [O, I] of a layer that computes x W^T + b and nothing else. Raises RecipeError."""
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    if isinstance(layer, DropIn):
+        reason = "is compressed already: quantize first, then prune"
+    elif not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        reason = (
+            "does not compute x W^T + b with a weight [out, in] as an nn.Linear does: give it as one (a Conv1D with its "
+            "weight transposed, an adapter merged)"
+        )
+    elif isinstance(layer.weight, nn.parameter.UninitializedParameter) or layer.weight.is_meta:
+        reason = "has no weights yet: load or run the model first"
+    elif not layer.weight.is_floating_point() or layer.weight.shape != (layer.out_features, layer.in_features):
+        held = f"{layer.weight.dtype} {list(layer.weight.shape)}"
+        reason = (
+            f"holds its weight as {held}, not floating [{layer.out_features}, {layer.in_features}]: unpack it first"
+        )
+    elif not all_finite(layer.weight.detach()):
+        reason = "holds NaN or infinite weights: nothing can be computed with it, get an intact copy"
+    else:
+        return layer.weight.detach()
+    raise RecipeError(f"{function}: the layer is a {kind}, which {reason}")
 
 
 def _keep_fitted(
@@ -177,7 +215,11 @@ def _second_moment(inputs: Tensor | Iterable[Tensor], in_features: int, device: 
     """That of the inputs given, float32 [I, I]. Raises RecipeError when they are of another width."""
 
     def fitting() -> Iterator[Tensor]:
-        for x in [inputs] if isinstance(inputs, Tensor) else inputs:
+        for x in [inputs] if isinstance(inputs, Tensor) or not isinstance(inputs, Iterable) else inputs:
+            if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim == 0:
+                raise RecipeError(
+                    f"inputs are floating tensors [..., {in_features}] or an iterable of such, not {_kind(x)}"
+                )
             if x.shape[-1] != in_features:
                 raise RecipeError(
                     f"inputs of width {x.shape[-1]} do not fit a layer of {in_features} inputs: give [..., "
@@ -187,3 +229,7 @@ def _second_moment(inputs: Tensor | Iterable[Tensor], in_features: int, device: 
             yield x.detach()
 
     return second_moment(fitting(), in_features, device)
+
+
+def _kind(value: Any) -> str:
+    return f"a {value.dtype} tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

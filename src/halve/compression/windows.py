@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from torch import Tensor
 
 from halve.checkpoint.tokenizer import Tokenizer
 from halve.errors import DataError
+from halve.files.identity import hash_files, hash_text
 from halve.model.vocabulary import check_ids
+from halve.texts import text_files
 
 HELD_OUT_SHARE = 32  # calibration windows to one that is held out
 
@@ -40,6 +44,16 @@ class Calibration:
     windows: Tensor
     held_out: Tensor
     origin: dict[str, object]
+
+
+def text_identity(source: str, documents: Sequence[str]) -> dict[str, str]:
+    """What tells a calibration text from another: the SHA-256 of each of its files, or of the documents of a named set or of
+    what can be read only once."""
+    path = Path(os.path.expanduser(source))
+    if not (path.is_file() or path.is_dir()):
+        return {path.name: hash_text(*documents)}
+    root = path if path.is_dir() else path.parent
+    return hash_files({file.relative_to(root).as_posix(): file for file in text_files(path)})
 
 
 def make_windows(

@@ -75,7 +75,7 @@ def demo(out: str | Path = "halve-demo", *, overwrite: bool = False) -> Comparis
     place = StudyFolder(
         out, ("models/", "records/", "accuracy-size.png"), keep={"the bundled model": READER}, overwrite=overwrite
     )
-    with place.claim({"demo": [asdict(variant) for variant in VARIANTS]}, resume=False) as folder:
+    with place.claim({"study": "demo", "variants": [asdict(variant) for variant in VARIANTS]}, resume=False) as folder:
         return _fill(folder)
 
 

@@ -25,6 +25,7 @@ from halve.files.contents import (
     real_places,
     why_not_a_model,
 )
+from halve.files.identity import differences
 
 _REQUEST, _GUARD = "request.json", ".request.lock"
 _STUDY = "request.json report.html .*.lock .worker-*.json owner.lock .????????????????????????????????.tmp".split()
@@ -33,9 +34,9 @@ _STUDY = "request.json report.html .*.lock .worker-*.json owner.lock .??????????
 class StudyFolder:
     """OUT filled in place: its request.json says by what request, and the same request again goes on.
 
-    own: names of all that the study writes there, beside records ("trials/" for a folder). alone: one process at a time. keep,
-    overwrite: as for a `WorkFolder`; what is replaced is a model, or an earlier study of the same kind. Raises OutputError
-    when OUT cannot be used.
+    A request is an identity (`identity.py`) that names the "study" it is for. own: names of all that the study writes there,
+    beside records ("trials/" for a folder). alone: one process at a time. keep, overwrite: as for a `WorkFolder`; what is
+    replaced is a model, or an earlier study of the same kind. Raises OutputError when OUT cannot be used.
     """
 
     def __init__(
@@ -90,8 +91,8 @@ class StudyFolder:
             return False
         reason = holds_one_of(self._keep, self.out)
         what = "exists and is not empty"
-        if reason is None and earlier is not None and earlier.keys() == identity.keys():
-            what = what if earlier == identity else "was begun by another request"
+        if reason is None and earlier is not None and earlier.get("study") == identity["study"]:
+            what = what if earlier == identity else f"was begun by another request ({differences(earlier, identity)})"
             foreign = first_foreign(self.out, [*self._own, *_STUDY], [*_STUDY, *MODEL_FILES])
             reason = None if foreign is None else f"{what}, and {holding(self.out, foreign)}"
         elif reason is None:

@@ -25,6 +25,7 @@ from halve.files.contents import (
     real_places,
     why_not_a_model,
 )
+from halve.files.identity import differences
 
 _REPLACED = "replaced"
 _LEASE = {f"{OWNER}.json", f"{OWNER}.lock"}
@@ -207,9 +208,10 @@ class WorkFolder:
         if mark.get("identity") != self._identity or not resume:
             if resume and not self._overwrite:
                 self._lease.release()
+                changed = differences(mark.get("identity"), self._identity)
                 raise OutputError(
-                    f"{self.scratch}: holds an unfinished run of another request: delete it, repeat that request to "
-                    "finish it, or give --overwrite"
+                    f"{self.scratch}: holds an unfinished run of another request ({changed}): begin anew with "
+                    f"--overwrite, finish it by that request, or {OTHERWISE}"
                 )
             self.empty()
         self._lease.sign(identity=self._identity)

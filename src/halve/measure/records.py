@@ -53,6 +53,7 @@ class EvaluationRecord(Circumstances):
     dtype: str
     bos_ids: NotRequired[list[int]]
     weight_bytes: NotRequired[int]
+    disk_bytes: NotRequired[int]
     task: str
     protocol: str
     data: str

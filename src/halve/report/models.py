@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halve.compression.methods import METHODS
+from halve.compression.recipe import option_text
 from halve.measure.records import Record
 from halve.measure.table import Comparison, Row, compare, evaluation_setup
 from halve.measure.units import byte_unit, show_bytes
@@ -147,7 +148,7 @@ def step_text(step: dict[str, Any]) -> str:
         value = step.get(key, default)
         value = tuple(value) if isinstance(value, list) else value
         if value != default or key in _ALWAYS:
-            options.append(f"{key}={'|'.join(map(str, value)) if isinstance(value, tuple) else str(value).lower()}")
+            options.append(f"{key}={option_text(value)}")
     return name + (":" + ",".join(options) if options else "")
 
 

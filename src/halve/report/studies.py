@@ -11,7 +11,8 @@ from halve.report import plots
 from halve.report.blocks import FactsBlock, Plot, PlotsBlock, Section, TableBlock
 from halve.report.contents import Contents
 from halve.report.models import step_text
-from halve.studies.search.plot import OBJECTIVES, by_objective, by_option
+from halve.studies.search.options import OBJECTIVES
+from halve.studies.search.plot import by_objective, by_option
 from halve.studies.system1.tables import tables
 
 _MOST_VARIED = 3  # options with a plot of their own
@@ -62,7 +63,10 @@ def _winner(winner: dict[str, Any] | None) -> list[tuple[str, str]]:
     share, interval = winner.get("bytes_share"), winner.get("accuracy_ci95") or (None, None)
     facts = [
         ("winner", _parameters(winner)),
-        ("weights", show_bytes(winner["bytes"]) + ("" if share is None else f", {show_percent(share, 0)} of dense")),
+        (
+            OBJECTIVES["bytes"],
+            show_bytes(winner["bytes"]) + ("" if share is None else f", {show_percent(share, 0)} of dense"),
+        ),
         ("accuracy, search", show_accuracy(winner["accuracy"], *interval)),
     ]
     if winner.get("held_out_accuracy") is not None:
@@ -93,12 +97,13 @@ def _trial_table(record: Record, trials: Sequence[dict[str, Any]], title: str, n
         accuracy = show_accuracy(trial["accuracy"], *(trial.get("accuracy_ci95") or (None, None)))
         measured = [show_objective(objective, trial["objective"])] if extra else []
         rows.append([*values, accuracy, "yes" if trial["feasible"] else "no", show_bytes(trial["bytes"]), *measured])
-    return TableBlock([*names, "accuracy", "clears the floor", "weights", *extra], rows, title, notes, text_columns=0)
+    header = [*names, "accuracy", "clears the floor", OBJECTIVES["bytes"], *extra]
+    return TableBlock(header, rows, title, notes, text_columns=0)
 
 
 def show_objective(objective: str, value: float) -> str:
     """An objective's value with its unit."""
-    return f"{value:.2f} ms" if objective == "decode_ms" else show_bytes(value)
+    return f"{value:.2f} ms" if objective == "ms" else show_bytes(value)
 
 
 def _plots(record: Record) -> PlotsBlock:

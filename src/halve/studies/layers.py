@@ -111,6 +111,8 @@ def analyse_layers(
 
     turns, all_tokens = measure_every_run(Walk(checkpoint, calibration, dtype, dtype, device))
     analysis = LayerAnalysis(str(model), turns, turns.pairs, all_tokens, calibration.origin)
+    for name in FILES[1:]:  # those of an earlier model do not outlive its layers.json
+        (folder / name).unlink(missing_ok=True)
     write_json(folder / "layers.json", analysis.as_json())  # first: it says whose the others are
     write_text(folder / "distances.csv", analysis.distances_csv())
     write_text(folder / "sublayers.csv", analysis.sublayers_csv())

@@ -22,6 +22,7 @@ from halve.measure.quality.prompts import EncodedPrompt
 from halve.measure.quality.protocols import PROTOCOLS, ChoiceProtocol
 from halve.measure.quality.protocols.generate import open_prompt, strict_answer
 from halve.measure.quality.race import Question, read_questions
+from halve.measure.quality.resume import ProgressFile
 from halve.model.decoder import Model
 from tests.common import write_lines
 
@@ -31,7 +32,8 @@ ARTICLES = ["Tom has a cat.", "Ann went to town to buy bread. It rained.", "Long
 
 def evaluate(model: Model, tokenizer: Any, progress_file: Path | None = None, **options: Any) -> dict[str, Any]:
     """The figures of a model in memory."""
-    return prepare(EvaluationOptions(**options))(model, tokenizer, progress_file)
+    kept = None if progress_file is None else ProgressFile(progress_file, {})
+    return prepare(EvaluationOptions(**options))(model, tokenizer, kept)
 
 
 @pytest.fixture(scope="module")

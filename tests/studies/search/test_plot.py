@@ -51,7 +51,7 @@ def painted(paint: Painter) -> tuple[dict[str, list[tuple[float, float]]], str]:
 
 def test_everything_is_where_the_record_says(record: dict[str, Any]) -> None:
     points, label = painted(by_objective(record))
-    assert label == "weights (MB)"
+    assert label == "weights on disk (MB)"
     assert points.pop("floor") == [(0.0, 50.0), (1.0, 50.0)]
     assert points.pop("dense") == [(4.0, 80.0)]
     assert points == {
@@ -67,7 +67,7 @@ def test_everything_is_where_the_record_says(record: dict[str, Any]) -> None:
 
 
 def test_milliseconds_keep_their_unit_and_a_search_may_have_no_winner(record: dict[str, Any], tmp_path: Path) -> None:
-    record |= {"objective": "decode_ms", "winner": None}
+    record |= {"objective": "ms", "winner": None}
     points, label = painted(by_objective(record))
     assert label == "decode (ms a token)" and points["does not"] == [(1e6, 25.0)] and "winner" not in points
     write_plot(record, tmp_path / "pareto.png")

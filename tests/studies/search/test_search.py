@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from halve import CalibrationOptions, EvaluationOptions, SearchOptions, search
-from halve.checkpoint.reader import open_checkpoint
+from halve.checkpoint.reader import load_model, open_checkpoint
 from halve.compression.compress import compress
 from halve.errors import DataError, HalveError, OutputError, RecipeError
+from halve.kernels import cpu
 from halve.measure.records import read_record
+from halve.studies.search import outcome
 from halve.studies.search.options import Floor
 from tests.common import write_word_tokenizer
 
@@ -143,7 +146,9 @@ def test_the_winner_is_the_last_that_clears_the_floor(found: Path) -> None:
         (name,) = row["records"]
         kept = read_record(found / name)
         assert kept["kind"] == "evaluation" and kept["accuracy"] == row["accuracy"]
-        assert kept["recipe"][0]["fraction"] == row["values"][0] and kept["weight_bytes"] == row["bytes"]
+        assert (
+            kept["recipe"][0]["fraction"] == row["values"][0] and kept["disk_bytes"] == row["bytes"] == row["objective"]
+        )
 
 
 def test_the_winner_is_confirmed_on_other_questions(found: Path) -> None:
@@ -262,10 +267,45 @@ def test_what_is_timed_has_a_record_of_its_own(
         "halve.measure.speed.benchmark.bandwidth_gb_per_s", lambda device: 1.0
     )  # takes seconds, is of no interest here
     request = {"steps": ["drop-layers:count=1,select=deepest"], "vary": ["drop-layers.count=1|2"], "floor": 0.01}
-    record = subject.search(tmp_path / "out", **request, minimise="decode_ms")
+    record = subject.search(tmp_path / "out", **request, minimise="ms")
     for row in record["trials"]:
         speed = read_record(tmp_path / "out" / row["records"][1])
-        assert speed["kind"] == "benchmark" and speed["decode_ms_median"] == row["objective"]
+        assert speed["kind"] == "benchmark" and speed["decode_ms_median"] == row["objective"] == row["ms"]
+
+
+@pytest.mark.parametrize("library", [True, False], ids=["C kernels", "reference"])
+@pytest.mark.parametrize("minimise", ["bytes", "memory"])
+def test_bytes_are_those_of_the_files_whatever_kernels_run(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: bool, minimise: str
+) -> None:
+    """With a scale every 4 columns the C kernels hold 8 bits in less than 3, while on disk fewer bits are fewer bytes."""
+    if not library:
+        monkeypatch.setattr(cpu, "load_library", lambda: "left out")
+    request = {"steps": ["rtn:group_size=4"], "vary": ["rtn.bits=3|4|8"], "floor": 0.01, "minimise": minimise}
+    record = subject.search(tmp_path / "out", **request, keep_checkpoints=True)
+    assert record["objective"] == minimise
+    for row in record["trials"]:
+        folder = tmp_path / "out" / "trials" / f"rtn.bits={row['values'][0]}"
+        stored = sum(t.nbytes for file in folder.glob("*.safetensors") for t in load_file(file).values())
+        assert (row["bytes"], row["memory"]) == (stored, load_model(folder).weight_bytes())
+        assert row["objective"] == row[minimise]
+    assert record["winner"]["objective"] == min(row["objective"] for row in record["trials"])
+    if minimise == "bytes":
+        assert record["winner"]["values"] == [3]
+
+
+def test_of_equal_ones_the_smaller_in_files_wins_then_the_more_accurate() -> None:
+    rows = [
+        {"objective": objective, "bytes": nbytes, "accuracy": accuracy, "values": [value]}
+        for value, (objective, nbytes, accuracy) in enumerate(
+            [(2, 1, 0.9), (1, 6, 0.9), (1, 5, 0.6), (1, 5, 0.7), (1, 5, 0.7)]
+        )
+    ]
+    assert min(rows, key=outcome.rank)["values"] == [3]
+    assert [row["values"] for row in outcome.pareto_front([*rows, rows[3] | {"bytes": 4, "values": [9]}])] == [[1]]
+    assert [
+        row["values"] for row in outcome.pareto_front([rows[2], rows[3], rows[3] | {"bytes": 4, "values": [9]}])
+    ] == [[9]]
 
 
 def test_nothing_clears_the_floor(subject: Subject, tmp_path: Path) -> None:
@@ -281,7 +321,10 @@ def test_nothing_clears_the_floor(subject: Subject, tmp_path: Path) -> None:
     [
         ({"floor": "50 points"}, HalveError, "give an accuracy above 0"),
         ({"floor": 1.5}, HalveError, "give an accuracy above 0"),
-        ({"minimise": "watts"}, HalveError, "minimise 'watts'"),
+        ({"minimise": "watts"}, HalveError, "minimise 'watts': unknown, use bytes, memory, ms"),
+        ({"minimise": "peak_memory"}, HalveError, "minimise 'peak_memory': is now called memory"),
+        ({"minimise": "weight_bytes"}, HalveError, "minimise 'weight_bytes': is now called bytes"),
+        ({"minimise": "decode_ms"}, HalveError, "minimise 'decode_ms': is now called ms"),
         ({"task": "perplexity"}, HalveError, "the floor is an accuracy"),
         ({"trials": 5}, HalveError, "bisection"),
         ({"search_share": 1.0}, HalveError, "search_share"),

@@ -13,12 +13,14 @@ from typing import Any, cast
 
 import torch
 
+from halve.checkpoint.identity import model_identity, versions
 from halve.checkpoint.reader import check_device, find_model, load_model
 from halve.checkpoint.tokenizer import load_tokenizer
 from halve.decode.text_stream import TokenizerLike
 from halve.measure.machine import dtype_name
 from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.protocols import ChoiceProtocol
+from halve.measure.quality.resume import ProgressFile
 from halve.measure.quality.task import Evaluation
 from halve.measure.quality.tasks import TASKS
 from halve.measure.records import EvaluationRecord, checkpoint_recipe, new_record
@@ -64,6 +66,7 @@ class LoadedModel:
     """A model under evaluation, as it lies on disk, with what its records say of it."""
 
     name: str
+    folder: Path
     recipe: list[Any]
     device: str
     model: Model
@@ -82,15 +85,23 @@ class LoadedModel:
         """Load a folder or hub id. `name`: for records, where it is not `model`; `tokenizer`: where it is there already."""
         model = os.fspath(model)
         tokenizer = tokenizer or load_tokenizer(model)
-        recipe = checkpoint_recipe(find_model(model))
-        return cls(name or model, recipe, device, load_model(model, dtype=dtype, device=device), tokenizer)
+        folder = find_model(model)
+        loaded = load_model(model, dtype=dtype, device=device)
+        return cls(name or model, folder, checkpoint_recipe(folder), device, loaded, tokenizer)
 
 
 def evaluate_loaded(
     loaded: LoadedModel, evaluation: Evaluation, *, command: str | None = None, progress_file: Path | None = None
 ) -> EvaluationRecord:
-    """The record of one evaluation, for several of one model, or one of several models that are in memory already."""
-    figures = evaluation(loaded.model, loaded.tokenizer, progress_file)
+    """The record of one evaluation, for several of one model, or one of several models that are in memory already.
+
+    progress_file: as for `evaluate`; the model's folder must hold what was loaded from it.
+    """
+    kept = None
+    if progress_file is not None:
+        made_from = {"model": model_identity(loaded.folder), "device": loaded.device, "versions": versions()}
+        kept = ProgressFile(progress_file, made_from)
+    figures = evaluation(loaded.model, loaded.tokenizer, kept)
     record = new_record(
         "evaluation",
         loaded.name,

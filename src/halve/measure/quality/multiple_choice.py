@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from halve.decode.generate import generate
@@ -19,7 +18,7 @@ from halve.measure.quality.prompts import EncodedPrompt, encode_prompt
 from halve.measure.quality.protocols import ChoiceProtocol
 from halve.measure.quality.protocols.continuation import TEMPLATES
 from halve.measure.quality.race import Question, QuestionSet
-from halve.measure.quality.resume import Progress, fingerprint
+from halve.measure.quality.resume import Progress, ProgressFile
 from halve.measure.quality.scoring import Node, question_nodes, score, sequence_node
 from halve.measure.quality.statistics import accuracy_interval
 from halve.measure.quality.task import Evaluation, Figures
@@ -64,7 +63,7 @@ def run(
     tokenizer: TokenizerLike,
     data: QuestionSet,
     options: ChoiceOptions,
-    progress_file: Path | None = None,
+    progress_file: ProgressFile | None = None,
 ) -> Figures:
     """Ask every question and return the figures; an interrupted run goes on from `progress_file`."""
     questions = data.questions[: options.limit]
@@ -77,7 +76,7 @@ def run(
     batches = list(_batches(questions, encoded, options.batch_tokens, shared=protocol.read is None))
     label = f"{options.task} {protocol.name}"
     with (
-        Progress(progress_file, _identity(model, tokenizer, data, options) if progress_file else {}) as progress,
+        Progress(progress_file, model, options.json() | {"data": data.files or data.sha256}) as progress,
         progress_bar(label, sum(len(group) for batch in batches for group in batch)) as advance,
     ):
         for number, batch in enumerate(batches):
@@ -93,10 +92,6 @@ def run(
         record = summarise(questions, encoded, results, options)
         progress.finish()
     return record | {"data": data.name, "data_sha256": data.sha256}
-
-
-def _identity(model: Model, tokenizer: TokenizerLike, data: QuestionSet, options: ChoiceOptions) -> dict[str, Any]:
-    return options.json() | {"model": fingerprint(model), "bos_ids": tokenizer.bos_ids, "data": data.sha256}
 
 
 def _batches(

@@ -36,11 +36,12 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """All questions of one source, with its name and the SHA-256 of what was read."""
+    """All questions of one source, with its name and the SHA-256 of what was read, whole and by file."""
 
     questions: list[Question]
     name: str
     sha256: str
+    files: dict[str, str]
 
 
 def read_questions(path: Path) -> QuestionSet:
@@ -56,7 +57,7 @@ def read_questions(path: Path) -> QuestionSet:
             raise DataError(f"{path}: holds no .txt files; name the folder that does (in RACE: RACE/test/high)")
     elif not there:
         raise DataError(f"{path}: no such file or folder; give a .jsonl file or a folder of RACE .txt files")
-    digest, questions = hashlib.sha256(), []
+    digest, questions, hashes = hashlib.sha256(), [], {}
     for file in files:
         text, content = read_file(file)
         if not text.strip():
@@ -64,10 +65,11 @@ def read_questions(path: Path) -> QuestionSet:
         if path.is_dir():
             digest.update(file.name.encode() + b"\0")
         digest.update(content)
+        hashes[file.name] = hashlib.sha256(content).hexdigest()
         questions += _parse_file(file, text)
     if not questions:
         raise DataError(f"{path}: holds no questions; {LAYOUT}")
-    return QuestionSet(_by_article(questions), path.name, digest.hexdigest())
+    return QuestionSet(_by_article(questions), path.name, digest.hexdigest(), hashes)
 
 
 def read_hub_questions(name: str, config: str | None, split: str) -> QuestionSet:
@@ -83,8 +85,8 @@ def read_hub_questions(name: str, config: str | None, split: str) -> QuestionSet
         questions += _parse_record(row, f"{name}, row {number}", f"{name}:{number}")
     if not questions:
         raise DataError(f"{name} ({config}, {split}): holds no questions; {LAYOUT}")
-    named = ":".join(part for part in (name, config, split) if part)
-    return QuestionSet(_by_article(questions), named, digest.hexdigest())
+    source = ":".join(part for part in (name, config, split) if part)
+    return QuestionSet(_by_article(questions), source, digest.hexdigest(), {source: digest.hexdigest()})
 
 
 def _by_article(questions: list[Question]) -> list[Question]:

@@ -42,15 +42,15 @@ def divide(data: QuestionSet, share: float) -> tuple[QuestionSet, QuestionSet]:
             "give the questions for the final test apart (held_out_data)"
         )
     names = (f"{data.name}, search part", f"{data.name}, held-out part")
-    return named_set(sides[0], names[0]), named_set(sides[1], names[1])
+    return named_set(sides[0], names[0], data.files), named_set(sides[1], names[1], data.files)
 
 
-def named_set(questions: list[Question], name: str) -> QuestionSet:
-    """A set of its own, with the SHA-256 of its questions."""
+def named_set(questions: list[Question], name: str, files: dict[str, str] | None = None) -> QuestionSet:
+    """A set of its own, with the SHA-256 of its questions, and of the files they are from."""
     digest = hashlib.sha256()
     for question in questions:
         digest.update(repr((question.article, question.text, question.options, question.answer)).encode())
-    return QuestionSet(questions, name, digest.hexdigest())
+    return QuestionSet(questions, name, digest.hexdigest(), files or {})
 
 
 def shared_articles(data: QuestionSet, texts: Sequence[str]) -> list[Question]:
@@ -75,7 +75,7 @@ def without_shared(data: QuestionSet, other: QuestionSet) -> QuestionSet:
         raise DataError(
             f"{data.name}: all of its articles are in {other.name} as well: use other questions for one of them"
         )
-    return data if not gone else named_set(left, data.name)
+    return data if not gone else named_set(left, data.name, data.files)
 
 
 def _digest(text: str) -> bytes:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halve.decode.text_stream import TokenizerLike
+from halve.measure.quality.resume import ProgressFile
 from halve.model.decoder import Model
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Figures = dict[str, Any]
 # What a task has prepared: (model, its tokenizer, file that keeps finished parts or None) -> the record's figures
-Evaluation = Callable[[Model, TokenizerLike, Path | None], Figures]
+Evaluation = Callable[[Model, TokenizerLike, ProgressFile | None], Figures]
 
 
 class Task(ABC):

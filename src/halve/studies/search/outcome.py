@@ -44,10 +44,16 @@ def trial_row(runner: TrialRunner, point: Point, figures: dict[str, Any], floor:
     }
 
 
+def rank(row: Row) -> tuple[Any, ...]:
+    """The row that is first wins: least of the objective, of equal ones the smaller in files, then the more accurate."""
+    return row["objective"], row["bytes"], -row["accuracy"], row["values"]
+
+
 def pareto_front(rows: list[Row]) -> list[Row]:
-    """The rows no other row beats in objective or accuracy without losing in the other, least objective first."""
+    """The rows no other row beats in objective or accuracy without losing in the other, least objective first; of equal ones
+    the smaller in files."""
     front: list[Row] = []
-    for row in sorted(rows, key=lambda r: (r["objective"], -r["accuracy"])):
+    for row in sorted(rows, key=lambda r: (r["objective"], -r["accuracy"], r["bytes"])):
         if not front or row["accuracy"] > front[-1]["accuracy"]:
             front.append(row)
     return front
@@ -57,10 +63,9 @@ def finish(result: SearchResult) -> Record:
     """Confirm the winner, write search.json and the plot. Raises HalveError when no trial clears the floor."""
     runner, dense = result.runner, result.dense
     rows = [trial_row(runner, point, figures, result.floor, dense) for point, figures in result.done.items()]
-    feasible = [(row["objective"], -row["accuracy"], point) for point, row in zip(result.done, rows, strict=True)
-                if row["feasible"]]  # fmt: skip
+    feasible = [row for row in rows if row["feasible"]]
     dense_final = runner.confirm(runner.model, runner.out / "dense-held-out.json", runner.name, result.final)
-    winner = None if not feasible else _confirm(result, min(feasible)[2], dense_final)
+    winner = _confirm(result, tuple(min(feasible, key=rank)["values"]), dense_final) if feasible else None
     notes = _notes(result, rows, winner)
     record = new_record(
         "search",
@@ -187,10 +192,8 @@ def _notes(result: SearchResult, rows: list[Row], winner: Row | None) -> list[st
         )
     if winner is None:
         notes.append("no trial clears the floor")
-    if result.runner.options.minimise != "bytes":
-        notes.append(
-            "times and peak memory are measured while other workers may be running: one worker a machine is fair"
-        )
+    if result.runner.options.minimise == "ms":
+        notes.append("times are measured while other workers may be running: one worker a machine is fair")
     return notes
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from halve.measure.pictures import COLOURS, GREY, Painter, new_figure, with_interval, write_png
 from halve.measure.units import byte_unit
+from halve.studies.search.options import OBJECTIVES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OBJECTIVES = {"bytes": "weights", "peak_memory": "peak memory", "decode_ms": "decode (ms a token)"}
 _Place = Callable[[dict[str, Any]], float]  # where a trial stands on the x axis
 
 
@@ -21,7 +21,7 @@ def by_objective(record: dict[str, Any]) -> Painter:
     """Accuracy against what a search minimises, from its record."""
     objective = record["objective"]
     scale, unit = 1.0, ""
-    if objective != "decode_ms":
+    if objective != "ms":
         scale, unit = byte_unit(max(row["objective"] for row in [*record["trials"], record["dense"]]))
 
     def place(trial: dict[str, Any]) -> float:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from halve.compression.methods import Method
 from halve.errors import DataError
 from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.race import QuestionSet, load_question_set
 from halve.measure.quality.splits import divide, shared_articles, without_shared
 from halve.measure.quality.tasks.question_task import QuestionTask
 from halve.studies.search.options import SearchOptions
-from halve.texts import read_documents
 
 
 def search_and_final(
@@ -28,11 +26,13 @@ def search_and_final(
     return without_shared(questions, final) if leave_out else questions, final
 
 
-def check_overlaps(questions: QuestionSet, final: QuestionSet, calibration: str, steps: list[Method]) -> None:
-    """Nothing of the final test may have been searched or calibrated on, nothing of the search calibrated on."""
+def check_overlaps(questions: QuestionSet, final: QuestionSet, calibration: str, documents: list[str] | None) -> None:
+    """Nothing of the final test may have been searched or calibrated on, nothing of the search calibrated on.
+
+    documents: those of the calibration text, None where no step reads it.
+    """
     pairs = [(final, [q.article for q in {q.article: q for q in questions.questions}.values()], questions.name)]
-    if any(method.calibrates for method in steps):
-        documents = read_documents(calibration)
+    if documents is not None:
         pairs += [(s, documents, f"calibration text {Path(calibration).name}") for s in (final, questions)]
     for data, texts, source in pairs:
         shared = shared_articles(data, texts)

@@ -7,7 +7,6 @@ sampler, measure each (trial.py), and confirms the winner on questions that no t
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -18,13 +17,14 @@ from typing import Any
 
 import torch
 
-from halve._version import __version__
-from halve.checkpoint.reader import check_device, find_model, open_checkpoint
+from halve.checkpoint.identity import model_identity, versions
+from halve.checkpoint.reader import Checkpoint, check_device, find_model, open_checkpoint
 from halve.checkpoint.tokenizer import load_tokenizer
 from halve.compression.methods import Method
 from halve.compression.recipe import as_steps, step_json
-from halve.compression.windows import CalibrationOptions
+from halve.compression.windows import CalibrationOptions, text_identity
 from halve.errors import HalveError, RecipeError
+from halve.files.identity import hash_text
 from halve.files.study import StudyFolder
 from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.race import QuestionSet
@@ -36,6 +36,7 @@ from halve.studies.search.questions import check_overlaps, search_and_final
 from halve.studies.search.trial import TrialRunner
 from halve.studies.search.vary import Point, Value, parse_vary
 from halve.studies.search.worker import Worker
+from halve.texts import read_documents
 
 FILES = "trials/ prefix/ winner/ *.partial*/ study.db* winner-built.txt pareto.png".split()  # beside records
 
@@ -95,8 +96,9 @@ def search(
     runner = TrialRunner(str(model), name, place.out, recipe, varied, exam, calibration, options, device, dtype, timing)
     ladder = _ladder(runner) if len(varied) == 1 else None
     corner = None if ladder else _gentlest(runner)
-    check_overlaps(questions, final, calibration.source, recipe)
-    identity = _identity(runner, asked, questions, final, checkpoint.raw)
+    documents = read_documents(calibration.source) if any(method.calibrates for method in recipe) else None
+    check_overlaps(questions, final, calibration.source, documents)
+    identity = _identity(runner, checkpoint, documents, asked, questions, final)
     with place.claim(identity):
         dense = runner.dense(questions)
         _check_dense(dense, asked, len(questions.questions))
@@ -120,14 +122,14 @@ def _shared_study(runner: TrialRunner, identity: dict[str, Any]):
     """The study that all workers of this very search share."""
     from halve.studies.search.study import Trials, sqlite_url  # Optuna takes a second to import
 
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    key = hash_text(json.dumps(identity, sort_keys=True))[:12]
     url = runner.options.storage or sqlite_url(runner.out / "study.db")
     return Trials(url, f"halve-{runner.name}-{key}", runner.varied, runner.options.seed)
 
 
 def _timing(minimise: str, context: int) -> tuple[int, int]:
     """Prompt and new tokens of a benchmark that fit the context."""
-    if minimise != "bytes" and context < 8:
+    if minimise == "ms" and context < 8:
         raise HalveError(f"minimise {minimise}: a context of {context} tokens is too short to time anything")
     return min(128, context // 2), min(64, context // 4)
 
@@ -177,24 +179,31 @@ def _gentlest(runner: TrialRunner) -> Point:
 
 
 def _identity(
-    runner: TrialRunner, floor: Floor, questions: QuestionSet, final: QuestionSet, config: dict[str, Any]
+    runner: TrialRunner,
+    checkpoint: Checkpoint,
+    documents: list[str] | None,
+    floor: Floor,
+    questions: QuestionSet,
+    final: QuestionSet,
 ) -> dict[str, Any]:
     """What makes a search this one; nothing of the machine, so that workers elsewhere agree."""
-    files = sorted(find_model(runner.model).glob("*.safetensors"))
     calibration = runner.calibration
-    source = Path(os.path.expanduser(calibration.source))
-    text = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else calibration.source
-    identity = {
-        "halve": __version__,
-        "model": [runner.name, config, [[f.name, f.stat().st_size] for f in files]],
+    return {
+        "study": "search",
+        "model": {"name": runner.name} | model_identity(checkpoint.folder),
+        "questions": questions.files,
+        "held-out questions": final.files,
+        "calibration": {} if documents is None else text_identity(calibration.source, documents),
         "steps": [step_json(method) for method in runner.steps],
         "varied": [one.json(runner.steps) for one in runner.varied],
         "floor": asdict(floor),
-        "objective": runner.options.minimise,
+        "minimise": runner.options.minimise,
         "evaluation": runner.exam.json(),
-        "data": [questions.sha256, final.sha256],
-        "calibrating": [text, calibration.samples, calibration.window, calibration.seed],
-        "placed": [runner.device, str(runner.dtype)],
-        "seed": runner.options.seed,
+        "division": [runner.options.search_share, runner.options.leave_out_shared],
+        "samples": calibration.samples,
+        "window": calibration.window,
+        "seed": [calibration.seed, runner.options.seed],
+        "device": runner.device,
+        "dtype": str(runner.dtype),
+        "versions": versions(),
     }
-    return json.loads(json.dumps(identity))

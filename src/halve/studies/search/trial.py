@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
 
+from halve.checkpoint.tensors import SafetensorsFolder
 from halve.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from halve.compression.compress import Request, compress, plan_recipe
 from halve.compression.methods import Method
@@ -22,15 +23,10 @@ from halve.measure.quality.multiple_choice import ChoiceOptions, choice_evaluati
 from halve.measure.quality.race import QuestionSet
 from halve.measure.records import AnyRecord, EvaluationRecord, read_record, write_record
 from halve.measure.speed.benchmark import benchmark
-from halve.studies.search.options import OBJECTIVES, SearchOptions
+from halve.studies.search.options import SearchOptions
 from halve.studies.search.vary import Point, Varied, apply, label
 
 TRIALS, PREFIX = "trials", "prefix"
-
-
-@cache
-def _tokenizer(model: str) -> Tokenizer:
-    return load_tokenizer(model)
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,11 @@ class TrialRunner:
     device: str
     dtype: torch.dtype | None
     timing: tuple[int, int]  # prompt and new tokens of a benchmark
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Every folder of the search holds a copy of the same."""
+        return load_tokenizer(self.model)
 
     @property
     def shared_steps(self) -> int:
@@ -90,8 +91,7 @@ class TrialRunner:
     def _evaluate(
         self, model: Path | str, path: Path, name: str, questions: QuestionSet, exam: ChoiceOptions
     ) -> EvaluationRecord:
-        tokenizer = _tokenizer(self.model)  # every folder holds a copy of the same
-        loaded = LoadedModel.load(model, device=self.device, dtype=self.dtype, name=name, tokenizer=tokenizer)
+        loaded = LoadedModel.load(model, device=self.device, dtype=self.dtype, name=name, tokenizer=self.tokenizer)
         record = evaluate_loaded(
             loaded,
             choice_evaluation(questions, exam),
@@ -99,18 +99,21 @@ class TrialRunner:
             progress_file=path.with_suffix(".progress.jsonl"),
         )
         record["weight_bytes"] = loaded.model.weight_bytes()
+        record["disk_bytes"] = SafetensorsFolder(loaded.folder).nbytes
         write_record(path, record)
         return record
 
     def figures(self, records: dict[str, AnyRecord]) -> dict[str, Any]:
         """What a trial is judged by, from its records (by file name below `out`)."""
         evaluation, *speed = records.values()
-        objective = (speed[0] if speed else evaluation)[OBJECTIVES[self.options.minimise]]
+        measured = {"bytes": evaluation["disk_bytes"], "memory": evaluation["weight_bytes"]}
+        if speed:
+            measured["ms"] = speed[0]["decode_ms_median"]
         return {
             "accuracy": evaluation["accuracy"] or 0.0,
             "accuracy_ci95": evaluation["accuracy_ci95"] or [0.0, 1.0],
-            "objective": objective,
-            "bytes": evaluation["weight_bytes"],
+            "objective": measured[self.options.minimise],
+            **measured,
             "records": list(records),
         }
 
@@ -143,7 +146,7 @@ class TrialRunner:
     ) -> dict[str, AnyRecord]:
         """The records of one model, those on disk read back; the model is made only when one is missing."""
         evaluation, speed = place.with_name(f"{place.name}.json"), place.with_name(f"{place.name}-speed.json")
-        timed = self.options.minimise != "bytes"
+        timed = self.options.minimise == "ms"
         complete = evaluation.exists() and (speed.exists() or not timed)
         model = place if complete else made()
         if not evaluation.exists():

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from halve.checkpoint.identity import model_identity, versions
 from halve.checkpoint.random_model import write_random_model
 from halve.checkpoint.reader import Checkpoint, check_device, open_checkpoint
 from halve.checkpoint.tokenizer import load_tokenizer
 from halve.compression.compress import Request, compress
 from halve.compression.plan import state_of
-from halve.compression.windows import CalibrationOptions
+from halve.compression.windows import CalibrationOptions, text_identity
 from halve.errors import HalveError
 from halve.files import resolve_out
 from halve.files.study import StudyFolder
@@ -113,7 +114,7 @@ def reproduce_system1(
     """
     options = {key: str(value) if isinstance(value, Path | torch.device) else value for key, value in options.items()}
     study = Study(os.fspath(model), resolve_out(out), **options)
-    checkpoint, needs = check(study)
+    checkpoint, needs, texts = check(study)
     if on_needs is not None:
         on_needs(needs)
     needs.check(study.out, study.device)
@@ -123,14 +124,14 @@ def reproduce_system1(
         "the questions": study.data,
     }
     place = StudyFolder(study.out, FILES, keep=reads, overwrite=overwrite)
-    with place.claim(_identity(study, checkpoint)):
+    with place.claim(_identity(study, checkpoint, texts)):
         record = _Run(study, checkpoint, needs).run()
         write_record(study.path(RECORD), record)
     return record
 
 
-def check(study: Study) -> tuple[Checkpoint, Needs]:
-    """Open the model and the data, and estimate what the study takes; reads no weight."""
+def check(study: Study) -> tuple[Checkpoint, Needs, dict[str, Any]]:
+    """Open the model and the data, and estimate what the study takes; reads no weight. Last, the identity of the data."""
     check_device(study.device)
     checkpoint = open_checkpoint(study.model, study.random_weights)
     timing = study.timing()
@@ -138,23 +139,27 @@ def check(study: Study) -> tuple[Checkpoint, Needs]:
     needed = timing.prompt_tokens + max(timing.new_tokens, System1Timing.new_tokens)
     if context < needed:
         raise HalveError(f"{study.name}: a context of {context} is too short, the timings take {needed} tokens")
-    questions = []
+    questions, texts = [], {}
     if not study.random_weights:
         for procedure in PROCEDURES:
             prepare(study.exam(procedure))
-        questions = load_question_set(study.data, HUB_RACE).questions[: study.limit]
+        data = load_question_set(study.data, HUB_RACE)
+        questions = data.questions[: study.limit]
         load_tokenizer(study.model)
-        read_documents(study.calibration)
-    return checkpoint, estimate_needs(study.request(), checkpoint, questions, study.fractions, study.random_weights)
+        documents = read_documents(study.calibration)
+        texts = {"questions": data.files, "calibration": text_identity(study.calibration, documents)}
+    needs = estimate_needs(study.request(), checkpoint, questions, study.fractions, study.random_weights)
+    return checkpoint, needs, texts
 
 
-def _identity(study: Study, checkpoint: Checkpoint) -> dict[str, Any]:
+def _identity(study: Study, checkpoint: Checkpoint, texts: dict[str, Any]) -> dict[str, Any]:
     """What makes a study this one."""
-    identity = asdict(study) | {"dtype": str(study.dtype), "config": checkpoint.raw}
-    for free in ("out", "floor", "fractions"):  # a folder may move; these two decide only how far the work goes
-        del identity[free]
-    identity["weights"] = [[f.name, f.stat().st_size] for f in sorted(checkpoint.folder.glob("*.safetensors"))]
-    return identity
+    model = {"name": study.name} | model_identity(checkpoint.folder, weights=not study.random_weights)
+    # a folder may move, the next two decide only how far the work goes, and what is read counts wherever it lies
+    left_out = ("out", "floor", "fractions", "model", "data", "calibration")
+    options = {key: value for key, value in asdict(study).items() if key not in left_out}
+    read = {"study": "system1", "model": model, "questions": {}, "calibration": {}} | texts
+    return read | options | {"dtype": str(study.dtype), "versions": versions()}
 
 
 @dataclass

@@ -16,6 +16,7 @@ from halve.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from halve.errors import DataError, HalveError
 from halve.measure.quality.evaluate import prepare
 from halve.measure.quality.options import EvaluationOptions
+from halve.measure.quality.resume import ProgressFile
 from halve.measure.quality.tasks import perplexity
 from halve.model.decoder import Model
 from tests.common import write_lines
@@ -26,7 +27,8 @@ TEXT = "Tom has a cat.\nThe cat is black and it sleeps all day. " * 4
 
 def evaluate(model: Model, tokenizer: Any, progress_file: Path | None = None, **options: Any) -> dict[str, Any]:
     """The figures of a model in memory."""
-    return prepare(EvaluationOptions(**options))(model, tokenizer, progress_file)
+    kept = None if progress_file is None else ProgressFile(progress_file, {})
+    return prepare(EvaluationOptions(**options))(model, tokenizer, kept)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from halve.decode.text_stream import TokenizerLike
 from halve.errors import DataError, HalveError
-from halve.measure.quality.resume import Progress, fingerprint
+from halve.measure.quality.resume import Progress, ProgressFile
 from halve.measure.quality.scoring import BATCH_TOKENS, score, sequence_node
 from halve.measure.quality.task import Evaluation, Figures, Task
 from halve.model.decoder import Model
@@ -122,7 +122,7 @@ def run(
     tokenizer: TokenizerLike,
     text: Text,
     options: EvaluationOptions,
-    progress_file: Path | None = None,
+    progress_file: ProgressFile | None = None,
 ) -> Figures:
     """Mean negative log-likelihood (nats) over all predicted tokens and its exponential, as a record's figures.
 
@@ -140,12 +140,9 @@ def run(
     if not sequences:
         raise DataError(f"{text.name}: fewer than 2 tokens, nothing can be predicted; give a longer text")
     check_ids(model.config.vocab_size, sequences, tokenizer)
-    identity: dict[str, Any] = {}
-    if progress_file is not None:
-        identity = {"task": "perplexity", "protocol": text.protocol, "window": window, "limit": options.limit}
-        identity |= {"batch_tokens": batch_tokens, "data": text.sha256, "model": fingerprint(model)}
-        identity["bos_ids"] = tokenizer.bos_ids
-    with Progress(progress_file, identity) as progress:
+    asked = {"task": "perplexity", "protocol": text.protocol, "window": window, "limit": options.limit}
+    asked |= {"batch_tokens": batch_tokens, "data": {text.name: text.sha256}}
+    with Progress(progress_file, model, asked) as progress:
         batches = _batches(sequences, batch_tokens)
         for batch in track(batches, len(batches), f"perplexity {text.protocol}"):
             if all(str(index) in progress.results for index in batch):
