@@ -19,6 +19,7 @@
 #define AND(a, b) _mm256_and_si256(a, b)
 #define SHIFT16(a, n) _mm256_srli_epi16(a, n)
 #define SHIFT32(a, n) _mm256_srli_epi32(a, n)
+#define SHIFT_BY(a, n) _mm256_srl_epi32(a, _mm_cvtsi32_si128(n))
 #define SHIFT_LEFT(a, n) _mm256_slli_epi32(a, n)
 #define SHIFT_SIGNED32(a, n) _mm256_srai_epi32(a, n)
 #define ADD(a, b) _mm256_add_epi32(a, b)

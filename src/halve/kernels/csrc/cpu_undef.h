@@ -21,6 +21,7 @@
 #undef AND
 #undef SHIFT16
 #undef SHIFT32
+#undef SHIFT_BY
 #undef SHIFT_LEFT
 #undef SHIFT_SIGNED32
 #undef ADD
