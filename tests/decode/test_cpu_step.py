@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from halve.decode.cpu_step import CpuStep
 from halve.decode.generate import Decoder
 from halve.decode.sampling import Sampling
 from halve.decode.torch_step import TorchStep
+from halve.errors import HalveError
 from halve.kernels import cpu
 from halve.model.decoder import Model
 from tests.common import relative
@@ -175,3 +177,52 @@ def test_what_c_does_not_know_is_left_to_the_model(
     assert kernel_of(hooked) == "torch (hooks on a layer)"
     many = load_model(make_hf("llama"))
     assert kernel_of(many, 65) == "torch (65 prompts at once, the C step takes 64)"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": 24}, "a linear of an attention"),
+        ({"inner": 16}, "the hidden size"),
+        ({"outer": 16}, "a linear of an attention"),
+        ({"columns": 8}, "a linear of an attention"),
+        ({"segments": 0}, "a linear of an attention"),
+        ({"head_size": 7}, "the head size"),
+        ({"kind": 2}, "another kind"),
+        ({"heads": 3}, "do not share keys evenly"),
+        ({"heads": 8}, "a linear of an attention"),
+        ({"width": 47}, "a linear of an MLP"),
+        ({"batch": 65}, "too many rows"),
+        ({"capacity": 0}, "no slots"),
+        ({"input": 32}, "a linear of an MLP"),
+        ({"input": -1}, "a linear of an MLP"),
+        ({"output": 10**6}, "a linear of an MLP"),
+    ],
+)
+def test_a_step_checks_what_it_reads_by(
+    make_hf: Callable[..., Path], tmp_path: Path, change: dict[str, int], message: str
+) -> None:
+    compress(make_hf("llama"), tmp_path / "out", ["rtn:bits=4", "l1-inputs:fraction=0.25", "l1-outputs:fraction=0.25"])
+    model = load_model(tmp_path / "out")
+    _, step_in_c = decoder_in_c(model, PROMPTS, 40)
+    described, cache = step_in_c._c_model, step_in_c._c_cache
+    library = cpu.load_library()
+    assert not isinstance(library, str)
+    addresses = ctypes.addressof(described), ctypes.addressof(cache)
+    assert library.step_check(*addresses) is None
+    for field, value in change.items():
+        up = model.blocks[0].linears["up_proj"]  # type: ignore[union-attr,index]
+        if field in ("input", "output"):
+            getattr(up, f"{field}_index")[-1] = value
+        for structure in (described, cache, step_in_c._layers[0]):
+            if hasattr(structure, field):
+                setattr(structure, field, value)
+    found = library.step_check(*addresses)
+    assert found is not None and message in found.decode()
+
+
+@pytest.mark.parametrize("token", [-1, 97, 2**40])
+def test_a_token_outside_of_the_vocabulary_is_refused(make_hf: Callable[..., Path], token: int) -> None:
+    _, step_in_c = decoder_in_c(load_model(make_hf("llama")), PROMPTS, 40)
+    with pytest.raises(HalveError, match=f"{token}.* is not in the vocabulary of 97"):
+        step_in_c.logits(torch.tensor([[5], [token], [9]]))

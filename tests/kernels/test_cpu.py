@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from collections.abc import Callable
 
@@ -232,6 +233,46 @@ def test_sparse_vectors_stay_codes(matmul: type[CpuMatmul]) -> None:
 def test_an_x_that_does_not_fit_is_refused(matmul: type[CpuMatmul], x: Tensor) -> None:
     with pytest.raises(HalveError, match=r"does not fit: the weight reads \[\.\.\., 128\]"):
         matmul(quantize(torch.randn(OUT, 128), QuantSpec(4, 32)), torch.float32)(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 0}, "no rows"),
+        ({"in_features": 0}, "no rows or no columns"),
+        ({"bits": 3}, "another width"),
+        ({"scale_kind": 7}, "scales of another kind"),
+        ({"columns": 112}, "not the words'"),
+        ({"words": 2**40}, "not the words'"),
+        ({"groups": 3}, "a group that is not there"),
+        ({"segments": 3}, "end before or behind the words"),
+        ({"segments": 0}, "no segments"),
+        ({"order": None}, "padding and no order"),
+        ({"in_features": 90}, "an input that is not there"),
+        ({"segment_end": [3, 3, 9, 13]}, "empty or too long"),
+        ({"segment_end": [3, 2**30, 9, 13]}, "empty or too long"),
+        ({"segment_end": [3, 6, 9, 12]}, "end before or behind the words"),
+        ({"segment_group": [0, -1, 2, 3]}, "a group that is not there"),
+        ({"order": [-2] * 104}, "an input that is not there"),
+        ({"codes": None}, "no codes"),
+    ],
+)
+def test_the_library_checks_what_it_reads_by(change: dict[str, object], message: str) -> None:
+    library = cpu.load_library()
+    if isinstance(library, str):
+        pytest.skip(library)
+    whole = quantize(torch.randn(OUT, 128), QuantSpec(4, 32))
+    blocks = BlockedWeight.of(whole.columns(torch.arange(101)), library)
+    described = blocks.describe(library)
+    assert described.columns == 104 and blocks.segment_end.tolist() == [4, 8, 12, 13]
+    for field, value in change.items():
+        if isinstance(value, list):
+            value = (ctypes.c_int32 * len(value))(*value)
+            change = {"kept": value}
+            value = ctypes.addressof(value)
+        setattr(described, field, value)
+    with pytest.raises(HalveError, match=rf"a weight \[\d+, \d+\] is not one the C kernels can read: .*{message}"):
+        library.check(described)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
