@@ -1,6 +1,6 @@
 """Memory traffic of the CPU kernels beside the read bandwidth of the machine, measured in turn in one run.
 
-    python benchmarks/kernels_cpu.py [--threads 2] [--weights int4-g128,bf16] [--dtype fp32] [--out RECORD.json]
+    python benchmarks/kernels_cpu.py [--threads 2] [--weights int4-g128,bf16] [--out RECORD.json]
 
 Each weight is repeated until the copies exceed the last-level cache several times over, and copies are read in turn, so
 that every product comes from memory. The figure is the bytes of the weight as held (scales and zero points included)
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from halve.checkpoint.reader import DTYPES
 from halve.kernels import select
 from halve.measure.machine import bandwidth_gb_per_s, last_level_cache_bytes
 from halve.measure.records import new_record, write_record
@@ -47,23 +46,20 @@ def make_weight(kind: QuantSpec | torch.dtype, columns: int, rows: int) -> torch
 
 @torch.inference_mode()
 def measure(
-    kind: QuantSpec | torch.dtype, columns: int, rows: int, arguments: argparse.Namespace
+    kind: QuantSpec | torch.dtype, columns: int, rows: int, counts: list[int], repeats: int, backend: str
 ) -> list[dict[str, Any]]:
     """One result per count of rows of x."""
-    backend, dtype = arguments.backend, DTYPES[arguments.dtype]
     weight = make_weight(kind, columns, rows)
     copies = max(1, -(-4 * last_level_cache_bytes() // weight.nbytes))
-    products = [select(backend, weight, dtype)]
+    products = [select(backend, weight, torch.bfloat16)]
     for _ in range(copies - 1):
-        products.append(select(backend, make_weight(kind, columns, rows), dtype))
+        products.append(select(backend, make_weight(kind, columns, rows), torch.bfloat16))
     held = products[0].weight.nbytes
     del weight
     results = []
-    for count in map(int, arguments.counts.split(",")):
-        x, best = torch.randn(count, columns), float("inf")
-        x.view(count, -1, 128)[:, :, : arguments.outliers] *= 1e4
-        x = x.to(dtype)
-        for _ in range(arguments.repeats):
+    for count in counts:
+        x, best = torch.randn(count, columns).bfloat16(), float("inf")
+        for _ in range(repeats):
             start = time.perf_counter()
             for product in products:
                 product(x)
@@ -81,20 +77,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--weights", default=",".join(WEIGHTS), help="comma-separated: " + ", ".join(WEIGHTS))
     parser.add_argument("--counts", default="1", help="rows of x, comma-separated")
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="of x, and what is computed in")
-    parser.add_argument("--outliers", type=int, default=0, help="of 128 numbers of x, so many are 10^4 times as large")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--backend", default="cpu", help="cpu, or reference for torch's own ops")
     parser.add_argument("--max-rows", type=int, default=1 << 30, help="leave out shapes with more output rows")
     parser.add_argument("--out", help="write a record here")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    counts = [int(count) for count in arguments.counts.split(",")]
     results, bandwidth = [], bandwidth_gb_per_s("cpu")
     for name in arguments.weights.split(","):
         for columns, rows in SHAPES:
             if rows > arguments.max_rows:
                 continue
-            found = measure(WEIGHTS[name], columns, rows, arguments)
+            found = measure(WEIGHTS[name], columns, rows, counts, arguments.repeats, arguments.backend)
             results += [{"weight": name, **result} for result in found]
         bandwidth = max(bandwidth, bandwidth_gb_per_s("cpu"))
     for result in results:
@@ -104,13 +99,7 @@ def main() -> None:
             f"  M = {result['count']:3}  {result['time_us']:9.1f} us  {result['gb_per_s']:5.1f} GB/s"
             f"  {100 * result['share']:3.0f} % of {bandwidth:.1f} GB/s"
         )
-    body = {
-        "threads": arguments.threads,
-        "dtype": arguments.dtype,
-        "outliers": arguments.outliers,
-        "bandwidth_gb_per_s": bandwidth,
-        "results": results,
-    }
+    body = {"threads": arguments.threads, "bandwidth_gb_per_s": bandwidth, "results": results}
     if arguments.out:
         write_record(arguments.out, new_record("kernels", "random weights", recipe=[], **body))
     print(json.dumps(body))

@@ -70,8 +70,8 @@ typedef struct {
     int32_t *planes;        /* packed: [count][columns / 2], segment by segment its first plane, then its second */
     float *scale;           /* packed: [count][segments] */
     int32_t *code_sum;      /* packed: [count][segments] */
-    outlier_t *outliers;    /* packed: [count][columns], of which there are */
-    int32_t *outlier_count; /* packed: [count] */
+    outlier_t *outliers;    /* packed: [count][columns], segment by segment */
+    int32_t *outlier_end;   /* packed: [count][segments], where those of each end */
 } rows_t;
 
 /* One instruction set's functions. */
@@ -112,7 +112,7 @@ static inline void take_rows(uintptr_t *at, rows_t *rows, int64_t count, int64_t
     rows->scale = take(at, count * segments * 4);
     rows->code_sum = take(at, count * segments * 4);
     rows->outliers = take(at, count * columns * (int64_t)sizeof(outlier_t));
-    rows->outlier_count = take(at, count * 4);
+    rows->outlier_end = take(at, count * segments * 4);
 }
 
 /* ---- what structures.py compares with its own when it loads the library ---- */

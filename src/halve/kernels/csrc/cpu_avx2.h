@@ -17,6 +17,7 @@
 #define SET1_F(a) _mm256_set1_ps(a)
 #define ZERO_F() _mm256_setzero_ps()
 #define AND(a, b) _mm256_and_si256(a, b)
+#define OR(a, b) _mm256_or_si256(a, b)
 #define SHIFT16(a, n) _mm256_srli_epi16(a, n)
 #define SHIFT32(a, n) _mm256_srli_epi32(a, n)
 #define SHIFT_BY(a, n) _mm256_srl_epi32(a, _mm_cvtsi32_si128(n))

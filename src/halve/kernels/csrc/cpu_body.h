@@ -57,8 +57,31 @@ INLINE TARGET VF FN(load_scale)(const weight_t *w, int64_t index) {
 
 /* ---- packed weights ---- */
 
+/* y [ROWS] += the products of what is no code in segment s of row m of x */
+static NOINLINE TARGET void FN(add_outliers)(const weight_t *w, const rows_t *x, int64_t block, int64_t m, int64_t s,
+                                             float *y) {
+    const int32_t *codes = (const int32_t *)w->codes + block * w->words * ROWS;
+    const int32_t *ends = x->outlier_end + m * w->segments;
+    const outlier_t *outliers = x->outliers + m * w->columns, *outlier = outliers + (s ? ends[s - 1] : 0);
+    const outlier_t *last = outliers + ends[s];
+    const VI mask = SET1((1 << w->bits) - 1);
+    VF sum[VECS];
+    for (int i = 0; i < VECS; ++i) sum[i] = LOAD_F32(y + i * LANES);
+    for (; outlier < last; ++outlier) {
+        const int64_t group = (block * w->groups + outlier->group) * ROWS;
+        for (int i = 0; i < VECS; ++i) {
+            const VI code = AND(SHIFT_BY(LOAD(codes + outlier->word * (int64_t)ROWS + i * LANES), outlier->shift), mask);
+            const VF zero = TO_FLOAT(w->zero ? LOAD_U8(w->zero + group + i * LANES) : SET1(w->offset));
+            const VF number = MUL_F(SUB_F(TO_FLOAT(code), zero), FN(load_scale)(w, group + i * LANES));
+            sum[i] = FMA(number, SET1_F(outlier->value), sum[i]);
+        }
+    }
+    for (int i = 0; i < VECS; ++i) STORE_F32(y + i * LANES, sum[i]);
+}
+
+/* `listed`: x has outliers; vectors without any are spared the look after each segment */
 INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t block, const int bits, int64_t first,
-                                   const int count, float *y) {
+                                   const int count, float *y, const int listed) {
     const int levels = 8 / bits;
     /* one row of x: a shift is saved by summing the upper nibbles of bytes, 16 times too large, apart */
     const int apart = bits == 4 && count == 1;
@@ -68,7 +91,8 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
     const int64_t stride = w->columns / 2;
     const int32_t *plane = x->planes + first * stride;
     VF sum[PASS][4];
-    EACH_ROW(EACH_VEC(sum[m][i] = ZERO_F();))
+    EACH_ROW(EACH_VEC(sum[m][i] = ZERO_F();
+                      if (listed) STORE_F32(y + (first + m) * ROWS + i * LANES, ZERO_F());))
 
     int64_t word = 0;
     for (int64_t s = 0; s < w->segments; ++s) {
@@ -116,27 +140,23 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
         EACH_VEC(const VF scale = FN(load_scale)(w, group + i * LANES);
                  EACH_ROW(const VF factor = MUL_F(scale, SET1_F(x->scale[(first + m) * w->segments + s]));
                           sum[m][i] = FMA(TO_FLOAT(total[m][0][i]), factor, sum[m][i]);))
+        if (listed)
+            EACH_ROW(const int32_t *ends = x->outlier_end + (first + m) * w->segments + s;
+                     if (*ends > (s ? ends[-1] : 0))
+                         FN(add_outliers)(w, x, block, first + m, s, y + (first + m) * ROWS);)
     }
-    EACH_ROW(EACH_VEC(STORE_F32(y + (first + m) * ROWS + i * LANES, sum[m][i]);))
+    EACH_ROW(EACH_VEC(float *place = y + (first + m) * ROWS + i * LANES;
+                      STORE_F32(place, listed ? ADD_F(LOAD_F32(place), sum[m][i]) : sum[m][i]);))
 }
 
-/* y [ROWS] += the products of what is no code in row m of x */
-static NOINLINE TARGET void FN(add_outliers)(const weight_t *w, const rows_t *x, int64_t block, int64_t m, float *y) {
-    const int32_t *codes = (const int32_t *)w->codes + block * w->words * ROWS;
-    const outlier_t *outlier = x->outliers + m * w->columns, *last = outlier + x->outlier_count[m];
-    const VI mask = SET1((1 << w->bits) - 1);
-    VF sum[VECS];
-    for (int i = 0; i < VECS; ++i) sum[i] = LOAD_F32(y + i * LANES);
-    for (; outlier < last; ++outlier) {
-        const int64_t group = (block * w->groups + outlier->group) * ROWS;
-        for (int i = 0; i < VECS; ++i) {
-            const VI code = AND(SHIFT_BY(LOAD(codes + outlier->word * (int64_t)ROWS + i * LANES), outlier->shift), mask);
-            const VF zero = TO_FLOAT(w->zero ? LOAD_U8(w->zero + group + i * LANES) : SET1(w->offset));
-            const VF number = MUL_F(SUB_F(TO_FLOAT(code), zero), FN(load_scale)(w, group + i * LANES));
-            sum[i] = FMA(number, SET1_F(outlier->value), sum[i]);
-        }
-    }
-    for (int i = 0; i < VECS; ++i) STORE_F32(y + i * LANES, sum[i]);
+INLINE TARGET void FN(plain_pass)(const weight_t *w, const rows_t *x, int64_t block, const int bits, int64_t first,
+                                  const int count, float *y) {
+    FN(packed_pass)(w, x, block, bits, first, count, y, 0);
+}
+
+INLINE TARGET void FN(listed_pass)(const weight_t *w, const rows_t *x, int64_t block, const int bits, int64_t first,
+                                   const int count, float *y) {
+    FN(packed_pass)(w, x, block, bits, first, count, y, 1);
 }
 
 /* codes as numbers against x as it is */
@@ -155,7 +175,8 @@ INLINE TARGET void FN(exact_pass)(const weight_t *w, const rows_t *x, int64_t bl
         VF total[PASS][4], second_total[4], zero[4]; /* one row of x: two sums hide the latency */
         EACH_VEC(EACH_ROW(total[m][i] = ZERO_F();)
                  second_total[i] = ZERO_F();
-                 zero[i] = TO_FLOAT(w->zero ? LOAD_U8(w->zero + group + i * LANES) : SET1(w->offset));)
+                 /* a code in the low bits of 2^23 is a number without a conversion */
+                 zero[i] = TO_FLOAT(ADD(w->zero ? LOAD_U8(w->zero + group + i * LANES) : SET1(w->offset), SET1(1 << 23)));)
         FETCH_SEGMENT(codes + word * ROWS);
         for (const int64_t end = w->segment_end[s]; word < end; ++word, xs += 32 / bits) {
             VI packed[4];
@@ -163,7 +184,8 @@ INLINE TARGET void FN(exact_pass)(const weight_t *w, const rows_t *x, int64_t bl
             FETCH_WORD(codes + word * ROWS);
 #pragma GCC unroll 16
             for (int c = 0; c < 32 / bits; ++c)
-                EACH_VEC(const VF code = SUB_F(TO_FLOAT(AND(SHIFT32(packed[i], c % 4 * 8 + c / 4 * bits), mask)), zero[i]);
+                EACH_VEC(const VI shifted = SHIFT32(packed[i], c % 4 * 8 + c / 4 * bits);
+                         const VF code = SUB_F(AS_FLOAT(OR(AND(shifted, mask), SET1(0x4b000000))), zero[i]);
                          if (count == 1 && c % 2) second_total[i] = FMA(code, SET1_F(xs[c]), second_total[i]);
                          else EACH_ROW(total[m][i] = FMA(code, SET1_F(xs[m * columns + c]), total[m][i]);))
         }
@@ -290,9 +312,13 @@ INLINE TARGET void FN(dense_block)(const weight_t *w, const rows_t *x, int64_t b
         else EACH_COUNT(pass, 2) \
     }
 
-/* by itself: together with the other loops compilers move more registers about in theirs */
+/* by themselves: together with the other loops compilers move more registers about in theirs */
 static NOINLINE TARGET void FN(multiply_exact)(const weight_t *w, const rows_t *x, int64_t block, float *y) {
     EACH_PASS(exact_pass)
+}
+
+static NOINLINE TARGET void FN(multiply_listed)(const weight_t *w, const rows_t *x, int64_t block, float *y) {
+    EACH_PASS(listed_pass)
 }
 
 static TARGET void FN(multiply)(const weight_t *w, const rows_t *x, int64_t block, float *y) {
@@ -305,9 +331,12 @@ static TARGET void FN(multiply)(const weight_t *w, const rows_t *x, int64_t bloc
         FN(multiply_exact)(w, x, block, y);
         return;
     }
-    EACH_PASS(packed_pass)
-    for (int64_t m = 0; m < x->count; ++m)
-        if (x->outlier_count[m]) FN(add_outliers)(w, x, block, m, y + m * ROWS);
+    for (int64_t m = 1; m <= x->count; ++m)
+        if (x->outlier_end[m * w->segments - 1]) {
+            FN(multiply_listed)(w, x, block, y);
+            return;
+        }
+    EACH_PASS(plain_pass)
 }
 
 /* x in the order of a dense weight's columns: for bfloat16 weights even columns apart, as the kernel reads them */
@@ -391,9 +420,9 @@ INLINE TARGET void FN(prepare_codes)(const weight_t *w, const float *source, con
         }
         rows->scale[m * w->segments + s] = peak / (float)LARGEST_CODE;
         rows->code_sum[m * w->segments + s] = sum;
+        rows->outlier_end[m * w->segments + s] = (int32_t)(outlier - (rows->outliers + m * w->columns));
         first += size;
     }
-    rows->outlier_count[m] = (int32_t)(outlier - (rows->outliers + m * w->columns));
 }
 
 static TARGET void FN(prepare)(const weight_t *w, const void *x, int kind, const rows_t *rows, int64_t m) {

@@ -19,6 +19,7 @@
 #undef SET1_F
 #undef ZERO_F
 #undef AND
+#undef OR
 #undef SHIFT16
 #undef SHIFT32
 #undef SHIFT_BY
