@@ -317,6 +317,10 @@ static NOINLINE TARGET void FN(multiply_exact)(const weight_t *w, const rows_t *
     EACH_PASS(exact_pass)
 }
 
+static NOINLINE TARGET void FN(multiply_plain)(const weight_t *w, const rows_t *x, int64_t block, float *y) {
+    EACH_PASS(plain_pass)
+}
+
 static NOINLINE TARGET void FN(multiply_listed)(const weight_t *w, const rows_t *x, int64_t block, float *y) {
     EACH_PASS(listed_pass)
 }
@@ -336,7 +340,7 @@ static TARGET void FN(multiply)(const weight_t *w, const rows_t *x, int64_t bloc
             FN(multiply_listed)(w, x, block, y);
             return;
         }
-    EACH_PASS(plain_pass)
+    FN(multiply_plain)(w, x, block, y);
 }
 
 /* x in the order of a dense weight's columns: for bfloat16 weights even columns apart, as the kernel reads them */
