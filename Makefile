@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test quick check docs clean
+.PHONY: demo test quick check sanitize docs clean
 
 demo: $(READY)
 	$(BIN)/halve demo demo-out --overwrite
@@ -20,6 +20,9 @@ check: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m tools.docs --check
+
+sanitize: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.sanitize
 
 docs: $(READY)
 	$(BIN)/python -m tools.docs

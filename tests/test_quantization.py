@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compressed_tensors.compressors import pack_to_int32, unpack_from_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halve.errors import RecipeError
+from halve.errors import HalveError, RecipeError
 from halve.quantization import QuantSpec, from_codes, pack, pack_zero, quantize, unpack, unpack_zero
 
 
@@ -113,3 +115,29 @@ def test_group_that_does_not_divide_names_those_that_do() -> None:
 def test_scale_overflow_is_an_error() -> None:
     with pytest.raises(RecipeError, match="too large"):
         quantize(torch.full((1, 8), 1e9), QuantSpec(8, -1), torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("packed", lambda t: t[:, :-1]),
+        ("packed", lambda t: t[:-1]),
+        ("scale", lambda t: t[:-1]),
+        ("scale", torch.Tensor.flatten),
+        ("zero", lambda t: t[:, :-1]),
+        ("in_features", lambda n: n + 8),
+        ("group_index", lambda t: t[:-1]),
+    ],
+)
+def test_parts_that_are_not_of_one_weight_are_refused(field: str, change) -> None:
+    weight = quantize(torch.randn(6, 64), QuantSpec(4, 16, symmetric=False)).columns(torch.arange(0, 64, 2))
+    with pytest.raises(HalveError, match=r"no weight of \d+ columns in 4 bits: .*'scale'"):
+        replace(weight, **{field: change(getattr(weight, field))})
+
+
+@pytest.mark.parametrize("value", [-1, 4, 2 * 10**9])
+def test_a_group_without_a_scale_is_refused(value: int) -> None:
+    weight = quantize(torch.randn(6, 64), QuantSpec(4, 16))
+    ragged = replace(weight, group_index=torch.full((64,), value, dtype=torch.int32))
+    with pytest.raises(HalveError, match="outside of the 4 groups"):
+        ragged.column_groups()

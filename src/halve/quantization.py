@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halve.errors import RecipeError
+from halve.errors import HalveError, RecipeError
 
 PACKABLE_BITS = (2, 3, 4, 8)
 _CHUNK_CODES = 1 << 24  # codes packed at a time: bounds the int32 copies to 64 MB each
@@ -185,6 +185,16 @@ class QuantizedWeight:
     in_features: int
     group_index: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        rows, words = self.packed.shape[0], -(-self.in_features * self.spec.bits // 32)
+        groups = (None if t is None else t.shape for t in (self.scale, self.zero))
+        fits = self.packed.shape == (rows, words) and all(
+            s is None or s == (rows, self.scale.shape[-1]) for s in groups
+        )
+        if not fits or (self.group_index is not None and self.group_index.shape != (self.in_features,)):
+            shapes = {name: list(t.shape) for name, t in vars(self).items() if isinstance(t, Tensor)}
+            raise HalveError(f"no weight of {self.in_features} columns in {self.spec.bits} bits: {shapes}")
+
     @property
     def out_features(self) -> int:
         return self.packed.shape[0]
@@ -207,9 +217,12 @@ class QuantizedWeight:
         return unpack(self.packed, self.spec.bits, self.in_features)
 
     def column_groups(self) -> Tensor:
-        """Group of each column, int64 [I]."""
+        """Group of each column, int64 [I]. Raises HalveError where one has no scale."""
         if self.group_index is not None:
-            return self.group_index.long()
+            groups = self.group_index.long()
+            if int(groups.min()) < 0 or int(groups.max()) >= self.scale.shape[1]:
+                raise HalveError(f"group_index points outside of the {self.scale.shape[1]} groups that have scales")
+            return groups
         columns = torch.arange(self.in_features, device=self.device)
         return columns // self.spec.columns_per_group(self.in_features)
 

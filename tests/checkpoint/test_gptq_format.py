@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from halve import compress, load_model
 from halve.checkpoint.gptq_format import read_gptq
+from halve.checkpoint.reader import open_checkpoint
+from halve.checkpoint.tensors import SafetensorsFolder
 from halve.errors import CheckpointError, UnsupportedModelError
 from halve.quantization import QuantSpec
 from tests.common import TOKENS, logits, relative, their_logits
@@ -187,3 +189,45 @@ def test_what_changes_the_numbers_is_refused(make_hf, tmp_path: Path, option: st
     (folder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(UnsupportedModelError, match=r"(is|are) not handled"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        *(
+            (
+                "g_idx",
+                lambda t, value=value: torch.cat((t[:-1].long(), torch.tensor([value]))),
+                f"points to {value}, outside",
+            )
+            for value in (-1, 2, 10**6, 2 * 10**9, 2**32)
+        ),
+        ("g_idx", torch.Tensor.float, "torch.float32, it must be torch.int32 or torch.int64"),
+        ("g_idx", lambda t: t.repeat(2), "has shape"),
+        ("qweight", torch.Tensor.long, "torch.int64, it must be torch.int32"),
+        ("qweight", lambda t: t[1:].contiguous(), "has shape"),
+        ("qzeros", torch.Tensor.float, "torch.float32, it must be torch.int32"),
+        ("qzeros", lambda t: t[:, 1:].contiguous(), "has shape"),
+        ("qzeros", lambda t: t[1:].contiguous(), "has shape"),
+        ("scales", torch.Tensor.int, "torch.int32, it must be floating"),
+        ("scales", lambda t: t[1:].contiguous(), "has shape"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name_on_opening(make_hf, tmp_path: Path, part, change, message) -> None:
+    folder = to_gptq(make_hf("llama"), tmp_path / "made", "gptq", sym=True)
+    tensors = load_file(folder / "model.safetensors")
+    name = f"model.layers.1.self_attn.v_proj.{part}"
+    tensors[name] = change(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"'{name}' (is )?{message}"):
+        open_checkpoint(folder)
+
+
+def test_opening_reads_no_weight(make_hf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = to_gptq(make_hf("llama"), tmp_path / "made", "gptq", shuffle=True, sym=False)
+    monkeypatch.setattr(
+        SafetensorsFolder, "get", lambda self, name, get=SafetensorsFolder.get: (read.append(name), get(self, name))[1]
+    )
+    read: list[str] = []
+    open_checkpoint(folder)
+    assert {name.rpartition(".")[2] for name in read} == {"g_idx", "bias"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,10 @@ def ragged(make_hf, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("weight_zero_point", lambda t: t.to(torch.int8), "torch.int8, it must be torch.int32"),
         ("weight_scale", torch.Tensor.int, "torch.int32, it must be floating"),
         ("kept_inputs", torch.Tensor.float, "torch.float32, it must be torch.int32"),
+        ("kept_outputs", lambda t: t.to(torch.uint8), "torch.uint8, it must be torch.int32 or torch.int64"),
+        ("group_index", lambda t: t.to(torch.int8), "torch.int8, it must be torch.int32 or torch.int64"),
+        ("weight_shape", torch.Tensor.float, "torch.float32, it must be torch.int32 or torch.int64"),
+        ("weight_shape", lambda t: torch.cat((t, t)), "has shape .* the config asks for"),
         ("q_proj.weight_packed", lambda t: t[:, :-1].contiguous(), "has shape .* the config asks for"),
         ("weight_scale", lambda t: t.flatten(), "has shape .* the config asks for"),
         ("group_index", lambda t: t[:-1].contiguous(), "has shape .* the config asks for"),
@@ -171,18 +176,73 @@ def test_headers_that_do_not_fit_are_refused_by_name(ragged: Path, tmp_path: Pat
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("part", ["kept_inputs", "kept_outputs", "group_index"])
-@pytest.mark.parametrize("value", [-1, 1000])
-def test_an_index_that_points_outside_is_refused_by_name(ragged: Path, tmp_path: Path, part: str, value: int) -> None:
-    def spoil(index: torch.Tensor) -> torch.Tensor:
-        index = index.clone()
-        index[-1] = value
+def with_value(value: int, place: int = -1):
+    """A change: one value of an index becomes another."""
+
+    def change(index: torch.Tensor) -> torch.Tensor:
+        index = index.long() if abs(value) >= 2**31 else index.clone()
+        index[place] = value
         return index
 
+    return change
+
+
+def repeated(index: torch.Tensor) -> torch.Tensor:
+    index = index.clone()
+    index[3] = index[2]
+    return index
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        *(
+            (part, with_value(value), f"points to {value}, outside of 0 to")
+            for part in ("kept_inputs", "kept_outputs", "group_index")
+            for value in (-1, 10**6, 2 * 10**9, 2**32, -(2**40))
+        ),
+        # one too far: down_proj writes 32 outputs; k_proj reads 32; of 48 inputs in groups of 16 there are groups 0 to 2
+        ("down_proj.kept_outputs", with_value(32), "points to 32, outside of 0 to 31"),
+        ("k_proj.kept_inputs", with_value(32), "points to 32, outside of 0 to 31"),
+        ("down_proj.group_index", with_value(3), "points to 3, outside of 0 to 2"),
+        ("kept_inputs", repeated, r"is not ascending, it names (\d+) and then \1:"),
+        ("kept_outputs", repeated, r"is not ascending, it names (\d+) and then \1:"),
+        ("kept_inputs", lambda t: t.flip(0).contiguous(), "is not ascending"),
+        ("kept_outputs", lambda t: t.roll(1), "is not ascending"),
+        ("weight_shape", lambda t: t + 1, r"is \[.*, the weight is \["),
+        ("weight_shape", lambda t: t * -1, r"is \[.*, the weight is \["),
+        ("down_proj.weight_shape", lambda t: t.flip(0).contiguous(), r"is \[.*, the weight is \["),
+    ],
+)
+def test_values_that_do_not_fit_are_refused_by_name_on_opening(
+    ragged: Path, tmp_path: Path, part: str, change, message: str
+) -> None:
     folder = Path(shutil.copytree(ragged, tmp_path / "model"))
-    name = break_tensor(folder, part, spoil)
-    with pytest.raises(CheckpointError, match=f"'{name}' points outside of 0 to"):
-        load_model(folder)
+    name = break_tensor(folder, part, change)
+    with pytest.raises(CheckpointError, match=f"{folder}: '{name}' {message}"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("beside", "part"), [("q_proj.weight_packed", "weight"), ("embed_tokens.weight", "group_index")]
+)
+def test_a_part_that_the_others_leave_no_room_for_is_refused(
+    ragged: Path, tmp_path: Path, beside: str, part: str
+) -> None:
+    """Dense and packed at once; groups of a dense head."""
+    folder = Path(shutil.copytree(ragged, tmp_path / "model"))
+    name = break_tensor(folder, beside, lambda t: t)
+    extra = f"{name.removesuffix('.weight_packed')}.{part}" if part == "weight" else f"lm_head.{part}"
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            save_file(tensors | {extra: torch.zeros(32, 32)}, path, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    listed["weight_map"][extra] = listed["weight_map"][name]
+    index.write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match=f"'{extra}' contradicts the config or the layer's other"):
+        open_checkpoint(folder)
 
 
 def test_an_index_of_64_bits_is_read(ragged: Path, tmp_path: Path) -> None:

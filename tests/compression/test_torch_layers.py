@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from halve import prune_linear, quantize_linear
-from halve.errors import DataError, HalveError, RecipeError
+from halve.errors import CheckpointError, DataError, HalveError, RecipeError
 from halve.quantization import QuantSpec, quantize
 from tests.common import full_weight, relative
 
@@ -276,6 +276,41 @@ def test_options_are_refused_as_in_a_recipe_with_inputs_and_without(function: An
 def test_inputs_are_floating_tensors(x: Any) -> None:
     with pytest.raises(RecipeError, match=r"inputs are floating tensors \[..., 64\]"):
         prune_linear(layer(), x, input_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("group_index", lambda t: t + 1, r"points to 3, outside of 0 to 2"),
+        ("group_index", torch.Tensor.float, "torch.float32, it must be torch.int32"),
+        ("kept_inputs", lambda t: t * 1000, "points to .*, outside of 0 to 23"),
+        ("kept_inputs", lambda t: t.flip(0), "is not ascending"),
+        ("kept_outputs", lambda t: t - 16, "points to -"),
+        ("kept_outputs", torch.zeros_like, "is not ascending, it names 0 and then 0"),
+        ("weight_shape", lambda t: t + 1, r"is \[13, 19\], the weight is \[12, 18\]"),
+        ("weight_packed", torch.Tensor.float, "torch.float32, it must be torch.int32"),
+        ("weight_scale", torch.Tensor.int, "torch.int32, it must be floating"),
+    ],
+)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(
+    part: str, change, message: str, assign: bool
+) -> None:
+    quantized = quantize_linear(small_layer().float(), bits=8, group_size=8)
+    model = nn.Sequential(prune_linear(quantized, input_fraction=0.25, output_fraction=0.25))
+    y = model(X.float())
+    state = dict(model.state_dict())
+    state[f"0.{part}"] = change(state[f"0.{part}"])
+    with pytest.raises(CheckpointError, match=rf"0.*{part}'? {message}" if "must" not in message else message):
+        model.load_state_dict(state, assign=assign)
+    assert torch.equal(model(X.float()), y)
+
+
+def test_an_index_spoilt_in_place_is_refused() -> None:
+    pruned = prune_linear(small_layer().float(), input_fraction=0.25)
+    pruned.kept_inputs[-1] = 24  # type: ignore[index]
+    with pytest.raises(CheckpointError, match="kept_inputs' points to 24, outside of 0 to 23"):
+        pruned(X.float())
 
 
 def test_pruning_that_cannot_work_says_why() -> None:

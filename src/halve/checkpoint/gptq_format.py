@@ -11,12 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halve.checkpoint.stored import BIAS, PACKED, StoredLinear, packed_parts
+from halve.checkpoint.stored import (
+    BIAS,
+    GROUP_INDEX,
+    PACKED,
+    PACKED_SHAPE,
+    SCALE,
+    StoredLinear,
+    check_dtype,
+    check_index,
+    packed_parts,
+)
 from halve.checkpoint.tensors import TensorSource, expect
 from halve.errors import CheckpointError, UnsupportedModelError
 from halve.model.families import LinearShape
 from halve.quantization import PACKABLE_BITS, QuantizedWeight, QuantSpec, unpack
 
+PARTS = {"qweight": PACKED, "qzeros": PACKED, "scales": SCALE, "g_idx": GROUP_INDEX}  # and what they are like of ours
 VERSIONS = ("gptq", "gptq_v2")  # v1 stores zero points less one
 
 
@@ -85,6 +96,7 @@ class GptqTensors:
         self.shapes, self.dtypes = dict(tensors.shapes), dict(tensors.dtypes)
         self.schemes: dict[str, QuantSpec] = {}
         self._parts: dict[str, tuple[str, str]] = {}  # our name -> linear, part
+        self._indices: dict[str, Tensor] = {}  # of ours: opening asks for them, which then reads no weight
         self._last: tuple[str, dict[str, Tensor]] | None = None
         for linear in linears:
             if f"{linear.name}.qweight" in tensors.shapes:
@@ -94,11 +106,14 @@ class GptqTensors:
         """Put our names, shapes and dtypes of a quantized linear in the place of GPTQ's."""
         name = linear.name
         native = self._native(linear)
-        expect(self._tensors, f"{name}.qweight", native.parts(torch.float32)[PACKED][0][::-1], self._origin)
-        expect(self._tensors, f"{name}.scales", (native.groups, linear.out_features), self._origin)
-        if f"{name}.qzeros" not in self.shapes:
-            raise CheckpointError(f"{self._origin}: tensor '{name}.qzeros' is missing: download the model again")
-        for part in ("qweight", "qzeros", "scales", "g_idx"):
+        shapes = {
+            "qweight": native.parts(torch.float32)[PACKED][0][::-1],
+            "qzeros": (native.groups, -(-linear.out_features * self.spec.bits // 32)),
+            "scales": (native.groups, linear.out_features),
+        }
+        for part, shape in shapes.items():
+            self._expect(f"{name}.{part}", shape)
+        for part in PARTS:
             self.shapes.pop(f"{name}.{part}", None)
         bias = f"{name}.bias"
         # many writers give every linear a bias of zeros, also where the architecture has none
@@ -115,15 +130,28 @@ class GptqTensors:
         """How the linear would be stored in our form."""
         columns = linear.in_features
         size = self.spec.columns_per_group(columns)
-        g_idx = f"{linear.name}.g_idx"
-        plain = torch.arange(columns, dtype=torch.int32) // size
-        ordered = g_idx not in self.shapes or torch.equal(self._tensors.get(g_idx).to(torch.int32), plain)
-        ragged = not ordered or not self.spec.divides(columns)
-        return StoredLinear(linear, linear.out_features, columns, self.spec, -(-columns // size), ragged)
+        groups = -(-columns // size)
+        name = f"{linear.name}.g_idx"
+        group_index = plain = torch.arange(columns, dtype=torch.int32) // size
+        if name in self.shapes:
+            self._expect(name, (columns,))
+            check_index(self._tensors.get(name), groups, f"{self._origin}: {name!r}")
+            group_index = self._tensors.get(name).to(torch.int32)
+        self._indices[f"{linear.name}.{PACKED_SHAPE}"] = torch.tensor([linear.out_features, columns])
+        self._indices[f"{linear.name}.{GROUP_INDEX}"] = group_index
+        ragged = not torch.equal(group_index, plain) or not self.spec.divides(columns)
+        return StoredLinear(linear, linear.out_features, columns, self.spec, groups, ragged)
+
+    def _expect(self, name: str, shape: tuple[int, ...]) -> None:
+        """CheckpointError unless one of GPTQ's tensors is there in this shape and a dtype of its kind."""
+        expect(self._tensors, name, shape, self._origin)
+        check_dtype(PARTS[name.rpartition(".")[2]], self.dtypes[name], f"{self._origin}: {name!r}")
 
     def get(self, name: str) -> Tensor:
         if name not in self._parts:
             return self._tensors.get(name)
+        if name in self._indices:
+            return self._indices[name]
         linear, part = self._parts[name]
         if self._last is None or self._last[0] != linear:
             self._last = linear, packed_parts(self._weight(linear))  # they are asked for one after another

@@ -7,7 +7,7 @@ readers check headers against it, writers, folders of other formats and drop-in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +29,8 @@ GROUP_INDEX = "group_index"
 KEPT_INPUTS = "kept_inputs"
 KEPT_OUTPUTS = "kept_outputs"
 PARTS = (WEIGHT, BIAS, PACKED, SCALE, ZERO_POINT, PACKED_SHAPE, GROUP_INDEX, KEPT_INPUTS, KEPT_OUTPUTS)
+WORDS = (PACKED, ZERO_POINT)  # of another width they would hold other codes
+INDICES = (PACKED_SHAPE, GROUP_INDEX, KEPT_INPUTS, KEPT_OUTPUTS)
 
 Header = tuple[tuple[int, ...], torch.dtype]
 
@@ -158,26 +160,42 @@ class StoredLinear:
         return replace(self.keeping(outputs, inputs), shape=replace(shape, out_features=rows, in_features=columns))
 
     def check(self, tensors: TensorSource, origin: str) -> None:
-        """CheckpointError, which names `origin`, unless every part is there in its shape and kind of dtype."""
-        asked = replace(self, scale_dtype=None)  # which is the headers' own word
-        for part, (shape, dtype) in asked.parts(torch.float32).items():
+        """CheckpointError, which names `origin`, unless every part is there in its shape and kind of dtype, no other
+        part is, and what points or measures fits the rest. Reads the indices, no weight."""
+        parts = replace(self, scale_dtype=None).parts(torch.float32)  # the dtype of the scale is the headers' own word
+        for part, (shape, _) in parts.items():
             name = f"{self.name}.{part}"
             expect(tensors, name, shape, origin)
-            stored = tensors.dtypes[name]
-            words = part in (PACKED, ZERO_POINT)  # of another width they would hold other codes
-            if stored.is_floating_point != dtype.is_floating_point or (words and stored != dtype):
-                wanted = "floating" if dtype.is_floating_point else dtype
-                raise CheckpointError(f"{origin}: {name!r} is {stored}, it must be {wanted}: get an intact copy")
+            check_dtype(part, tensors.dtypes[name], f"{origin}: {name!r}")
+        expected = {f"{self.name}.{part}" for part in parts}
+        for name in sorted(tensor_names(self.shape) & tensors.shapes.keys() - expected):
+            raise CheckpointError(f"{origin}: {name!r} contradicts the config or the layer's other tensors: delete it")
+        indices = {part: tensors.get(f"{self.name}.{part}") for part in INDICES if part in parts}
+        self.check_values(indices, f"{origin}: ")
+
+    def check_values(self, parts: Mapping[str, Tensor], origin: str = "") -> None:
+        """CheckpointError, which begins with `origin`, where an index among `parts` points outside, kept channels are not
+        ascending, or weight_shape is not the weight's."""
+        if PACKED_SHAPE in parts and parts[PACKED_SHAPE].tolist() != [self.kept_out, self.kept_in]:
+            raise CheckpointError(
+                f"{origin}'{self.name}.{PACKED_SHAPE}' is {parts[PACKED_SHAPE].tolist()}, the weight is "
+                f"[{self.kept_out}, {self.kept_in}]: get an intact copy"
+            )
+        sizes = {GROUP_INDEX: self.groups, KEPT_INPUTS: self.shape.in_features, KEPT_OUTPUTS: self.shape.out_features}
+        for part in parts.keys() & sizes.keys():
+            check_index(parts[part], sizes[part], f"{origin}'{self.name}.{part}'", ascending=part != GROUP_INDEX)
 
     def to_linear(self, get: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device | str) -> Linear:
         """The layer itself; `get` gives the tensor of a part.
 
-        Dense weights and biases in `dtype`, scales as stored. Raises CheckpointError for an index that points outside.
+        Dense weights and biases in `dtype`, scales as stored. Raises CheckpointError as `check_values` does.
         """
+        parts = self.parts(dtype)
+        self.check_values({part: get(part) for part in INDICES if part in parts})
         inputs, outputs = self.shape.in_features, self.shape.out_features
 
         def index(part: str, kept: int, size: int) -> Tensor | None:
-            return self._index(get, part, size).long().to(device) if kept < size else None
+            return get(part).long().to(device) if kept < size else None
 
         return Linear(
             get(WEIGHT).to(dtype).to(device) if self.spec is None else self._packed(get, self.spec).to(device),
@@ -190,15 +208,8 @@ class StoredLinear:
 
     def _packed(self, get: Callable[[str], Tensor], spec: QuantSpec) -> QuantizedWeight:
         zero = None if spec.symmetric else unpack_zero(get(ZERO_POINT), spec.bits, self.kept_out)
-        groups = self._index(get, GROUP_INDEX, self.groups) if self.ragged else None
+        groups = get(GROUP_INDEX) if self.ragged else None
         return QuantizedWeight(get(PACKED), get(SCALE), zero, spec, self.kept_in, groups)
-
-    def _index(self, get: Callable[[str], Tensor], part: str, size: int) -> Tensor:
-        """An index into `size` places."""
-        index = get(part)
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
-            raise CheckpointError(f"'{self.name}.{part}' points outside of 0 to {size - 1}: get an intact copy")
-        return index
 
 
 def to_parts(linear: Linear, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -234,6 +245,31 @@ def to_tensors(name: str, linear: Linear, dtype: torch.dtype) -> dict[str, Tenso
 def tensor_names(shape: LinearShape) -> set[str]:
     """Every name that a tensor of this linear can have."""
     return {f"{shape.name}.{part}" for part in PARTS if part != BIAS or shape.bias}
+
+
+def check_dtype(part: str, dtype: torch.dtype, name: str) -> None:
+    """CheckpointError, which begins with `name`, unless tensors of this part may have the dtype."""
+    if part in WORDS:
+        fits, wanted = dtype == torch.int32, "torch.int32"
+    elif part in INDICES:
+        fits, wanted = dtype in (torch.int32, torch.int64), "torch.int32 or torch.int64"
+    else:
+        fits, wanted = dtype.is_floating_point, "floating"
+    if not fits:
+        raise CheckpointError(f"{name} is {dtype}, it must be {wanted}: get an intact copy")
+
+
+def check_index(index: Tensor, size: int, name: str, *, ascending: bool = False) -> None:
+    """CheckpointError, which begins with `name`, unless every value is a place below `size`, and if asked above the one
+    before it."""
+    low, high = (int(value) for value in torch.aminmax(index)) if index.numel() else (0, 0)
+    if low < 0 or high >= size:
+        value = low if low < 0 else high
+        raise CheckpointError(f"{name} points to {value}, outside of 0 to {size - 1}: get an intact copy")
+    if ascending and not bool((index.diff() > 0).all()):
+        place = int((index.diff() <= 0).nonzero()[0])
+        pair = f"{int(index[place])} and then {int(index[place + 1])}"
+        raise CheckpointError(f"{name} is not ascending, it names {pair}: get an intact copy")
 
 
 def _words(codes: int, spec: QuantSpec) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from halve.checkpoint.reader import check_device
-from halve.checkpoint.stored import PARTS, SCALE, StoredLinear, to_parts
+from halve.checkpoint.stored import PARTS, SCALE, StoredLinear, check_dtype, to_parts
 from halve.checkpoint.tensors import all_finite
 from halve.compression.edits import (
     column_norms,
@@ -70,8 +70,14 @@ class DropIn(nn.Module):
             self._built[dtype] = linear
         return self._built[dtype]
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        """As torch does, which tells wrong shapes and missing tensors. Raises CheckpointError for tensors of another kind of
+        dtype and for indices that do not fit, before anything is changed."""
+        given = {part: state_dict[prefix + part] for part in PARTS if prefix + part in state_dict}
+        for part, tensor in given.items():
+            check_dtype(part, tensor.dtype, f"{prefix}{part}")
+        self.stored.check_values(given, prefix and f"{prefix[:-1]}: ")
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._built.clear()
 
     def forward(self, x: Tensor) -> Tensor:

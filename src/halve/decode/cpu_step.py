@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from halve.decode.torch_step import TorchStep
+from halve.errors import HalveError
 from halve.kernels.cpu import KINDS, CpuMatmul, Library, load_library
 from halve.kernels.structures import MAX_COUNT, CacheStruct, LayerStruct, LinearStruct, ModelStruct, NormStruct
 from halve.model.decoder import Block, Model, Norm
@@ -36,6 +37,8 @@ class CpuStep(TorchStep):
         self._c_model = self._describe(library)
         self._c_cache = self._describe_cache()
         addresses = ctypes.addressof(self._c_model), ctypes.addressof(self._c_cache)
+        if (reason := library.step_check(*addresses)) is not None:
+            raise HalveError(f"the layers are not of one model: {reason.decode()}")
         self._scratch = torch.empty(library.step_scratch(*addresses), dtype=torch.uint8)
         self._run = library.step
         buffers = (self._slots_B, self._logits_BV, self._scratch)
@@ -75,7 +78,10 @@ class CpuStep(TorchStep):
             self._slots_B.copy_(lengths)
         model, cache, slots, logits, scratch = self._arguments
         tokens_B1 = tokens_B1.contiguous()
-        self._run(model, cache, tokens_B1.data_ptr(), slots, logits, scratch)
+        if self._run(model, cache, tokens_B1.data_ptr(), slots, logits, scratch):
+            raise HalveError(
+                f"a token of {tokens_B1.flatten().tolist()} is not in the vocabulary of {self._logits_BV.shape[1]}"
+            )
         self.cache.lengths = lengths + 1
         return self._logits_BV
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halve.errors import StaleKernelsError
+from halve.errors import HalveError, StaleKernelsError
 from halve.kernels.prepared import PreparedWeight
 from halve.kernels.structures import MAX_SEGMENT, ROWS, WeightStruct, bind
 from halve.quantization import QuantizedWeight, QuantSpec
@@ -52,8 +52,17 @@ class Library:
         self.expand = library.halve_cpu_expand
         self.pack = library.halve_cpu_pack
         self.step = library.halve_step
+        self.step_check = library.halve_step_check
         self.step_scratch = library.halve_step_scratch
+        self._check = library.halve_cpu_check
         self._large_pages = library.halve_cpu_large_pages
+
+    def check(self, weight: WeightStruct) -> None:
+        """HalveError unless the sizes and indices of a weight fit together: the kernels trust them."""
+        if (reason := self._check(ctypes.byref(weight))) is not None:
+            raise HalveError(
+                f"a weight [{weight.rows}, {weight.in_features}] is not one the C kernels can read: {reason.decode()}"
+            )
 
     def large_pages(self, tensor: Tensor, filled: bool) -> None:
         """Put memory that every step reads on large pages where the system can; `filled`: it has contents already."""
@@ -133,7 +142,11 @@ class BlockedWeight(PreparedWeight):
             segment_end, segment_group,
         )  # fmt: skip
         packed, described = weight.packed.contiguous(), made.describe(library)
-        library.pack(ctypes.byref(described), packed.data_ptr(), packed.shape[1], bits, codes.data_ptr())
+        library.check(described)
+        if library.pack(ctypes.byref(described), packed.data_ptr(), packed.shape[1], bits, codes.data_ptr()):
+            raise HalveError(
+                f"rows of {packed.shape[1]} words hold fewer than {weight.in_features} codes of {bits} bits"
+            )
         return made
 
     def describe(self, library: Library) -> WeightStruct:
@@ -208,7 +221,7 @@ def _segments(weight: QuantizedWeight, per_word: int) -> tuple[Tensor | None, Te
         groups = weight.scale.shape[1]
         sizes = [weight.in_features // groups] * groups
     else:
-        sizes = torch.bincount(weight.group_index, minlength=weight.scale.shape[1]).tolist()
+        sizes = torch.bincount(weight.column_groups(), minlength=weight.scale.shape[1]).tolist()
     ends, segment_groups, word = [], [], 0
     for group, size in enumerate(sizes):
         for start in range(0, size, MAX_SEGMENT):
@@ -249,17 +262,19 @@ class CpuMatmul:
                 library.kernels, self.weight.data_ptr(), rows=rows, in_features=columns, columns=columns,
                 dense_kind=KINDS[weight.dtype],
             )  # fmt: skip
+            library.check(self._described)
             self.kernel = f"{library.isa}-{'bf16' if weight.dtype == torch.bfloat16 else 'fp32'}"
         else:
             self.weight = BlockedWeight.of(weight, library)
             self._described = self.weight.describe(library)
+            self._described.exact = dtype == torch.float32
             self.kernel = f"{library.isa}-int{weight.spec.bits}"
         self.address = ctypes.addressof(self._described)  # of a weight_t, valid as long as this object lives
         self._rows, self._columns = self.weight.shape
         # as stored
         self.columns = int(self._described.columns)
         self.segments = int(self._described.segments)
-        # float32 was asked for to be exact: beyond a few rows packed weights are then expanded, not met as integers
+        # in float32 packed weights are numbers in either way: beyond a few rows torch's matmul makes more of them
         torch_is_faster = library.has_bf16 if isinstance(weight, Tensor) else library.has_tiles
         self._most = MAX_ROWS if dtype == torch.float32 or torch_is_faster else sys.maxsize
 
@@ -281,6 +296,11 @@ class CpuMatmul:
         return None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self._columns or x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu":
+            raise HalveError(
+                f"x {list(x.shape)} of {x.dtype} on {x.device} does not fit: the weight reads [..., {self._columns}] of "
+                "float32 or bfloat16 on the CPU"
+            )
         count = x.numel() // self._columns
         if count > self._most:
             return self._by_tiles(x)

@@ -25,7 +25,7 @@ class WeightStruct(ctypes.Structure):
         *((name, c_void_p) for name in ("kernels", "codes", "scale", "zero", "order")),
         *((name, c_void_p) for name in ("segment_end", "segment_group")),
         *((name, c_int64) for name in ("rows", "in_features", "columns", "words", "groups", "segments")),
-        *((name, c_int32) for name in ("bits", "offset", "scale_kind", "dense_kind")),
+        *((name, c_int32) for name in ("bits", "offset", "scale_kind", "dense_kind", "exact")),
     )
 
 
@@ -96,9 +96,11 @@ FUNCTIONS = {
     "halve_cpu_large_pages": "void(void *, int64_t, int)",
     "halve_cpu_multiply": "int(const weight_t *, const void *, void *, int64_t, int)",
     "halve_cpu_expand": "void(const weight_t *, int64_t, int64_t, int, void *, int64_t)",
-    "halve_cpu_pack": "void(const weight_t *, const void *, int64_t, int, void *)",
+    "halve_cpu_check": "const char *(const weight_t *)",
+    "halve_cpu_pack": "int(const weight_t *, const void *, int64_t, int, void *)",
     "halve_step_scratch": "int64_t(const model_t *, const cache_t *)",
-    "halve_step": "void(const model_t *, const cache_t *, const int64_t *, const int64_t *, float *, void *)",
+    "halve_step_check": "const char *(const model_t *, const cache_t *)",
+    "halve_step": "int(const model_t *, const cache_t *, const int64_t *, const int64_t *, float *, void *)",
 }
 _TABLES = ("halve_cpu_declarations", "halve_step_declarations")
 _TYPES = {

@@ -86,8 +86,10 @@ INLINE i32x4 low_halves(i32x4 v) { return (i32x4)((u32x4)v << 16) >> 16; }
 #define SET1_F(a) ((f32x4){(a), (a), (a), (a)})
 #define ZERO_F() ((f32x4){0, 0, 0, 0})
 #define AND(a, b) ((a) & (b))
+#define OR(a, b) ((a) | (b))
 #define SHIFT16(a, n) ((i32x4)((u16x8)(a) >> (n)))
 #define SHIFT32(a, n) ((i32x4)((u32x4)(a) >> (n)))
+#define SHIFT_BY(a, n) SHIFT32(a, n)
 #define SHIFT_LEFT(a, n) ((i32x4)((u32x4)(a) << (n)))
 #define SHIFT_SIGNED32(a, n) ((a) >> (n))
 #define ADD(a, b) ((a) + (b))
@@ -163,8 +165,10 @@ __attribute__((target("avx2"))) INLINE __m128 sums_f32x8(__m256 a, __m256 b, __m
 #define SET1_F(a) _mm512_set1_ps(a)
 #define ZERO_F() _mm512_setzero_ps()
 #define AND(a, b) _mm512_and_si512(a, b)
+#define OR(a, b) _mm512_or_si512(a, b)
 #define SHIFT16(a, n) _mm512_srli_epi16(a, n)
 #define SHIFT32(a, n) _mm512_srli_epi32(a, n)
+#define SHIFT_BY(a, n) _mm512_srl_epi32(a, _mm_cvtsi32_si128(n))
 #define SHIFT_LEFT(a, n) _mm512_slli_epi32(a, n)
 #define SHIFT_SIGNED32(a, n) _mm512_srai_epi32(a, n)
 #define ADD(a, b) _mm512_add_epi32(a, b)
@@ -207,6 +211,35 @@ const kernels_t *halve_cpu_kernels(const char *name) {
 }
 
 /* ---- called from cpu.py ---- */
+
+static const char *check_segments(const weight_t *w) {
+    const int64_t longest = MAX_SEGMENT / (32 / w->bits);
+    int64_t word = 0;
+    for (int64_t s = 0; s < w->segments; ++s) {
+        const int64_t size = w->segment_end[s] - word;
+        if (size < 1 || size > longest) return "a segment that is empty or too long";
+        if (w->segment_group[s] < 0 || w->segment_group[s] >= w->groups) return "a segment of a group that is not there";
+        word += size;
+    }
+    return word == w->words ? NULL : "segments that end before or behind the words";
+}
+
+const char *halve_cpu_check(const weight_t *w) {
+    if (!w->kernels || !w->codes) return "no codes";
+    if (w->rows < 1 || w->in_features < 1) return "no rows or no columns";
+    if (!w->scale) {
+        if (w->dense_kind != FLOAT32 && w->dense_kind != BFLOAT16) return "numbers of another kind";
+        return w->columns == w->in_features ? NULL : "columns that are not the inputs";
+    }
+    if (w->bits != 2 && w->bits != 4 && w->bits != 8) return "codes of another width";
+    if (w->scale_kind != FLOAT32 && w->scale_kind != BFLOAT16 && w->scale_kind != FLOAT16) return "scales of another kind";
+    if (w->columns != w->words * (32 / w->bits)) return "columns that are not the words'";
+    if (!w->segment_end || !w->segment_group || w->groups < 1 || w->segments < 1) return "no segments";
+    if (!w->order && w->columns != w->in_features) return "padding and no order";
+    for (int64_t c = 0; w->order && c < w->columns; ++c)
+        if (w->order[c] < -1 || w->order[c] >= w->in_features) return "a column of an input that is not there";
+    return check_segments(w);
+}
 
 const char *halve_cpu_name(const kernels_t *kernels) { return kernels->name; }
 
@@ -269,24 +302,25 @@ int halve_cpu_multiply(const weight_t *w, const void *x, void *y, int64_t count,
     static _Thread_local char *scratch;
     static _Thread_local int64_t scratch_size;
     const int64_t most = count < MAX_COUNT ? count : MAX_COUNT;
-    const int64_t values = most * w->columns, scales = most * w->segments;
-    const int64_t need = (values + values / 2 + 2 * scales) * 4 + 64;
-    if (need > scratch_size) {
+    rows_t rows;
+    uintptr_t need = 0, at;
+    take_rows(&need, &rows, most, w->columns, w->segments);
+    if ((int64_t)need > scratch_size) {
         free(scratch);
-        scratch = malloc((size_t)need);
-        scratch_size = scratch ? need : 0;
+        scratch = malloc(need);
+        scratch_size = scratch ? (int64_t)need : 0;
         if (!scratch) return -1;
     }
-    float *numbers = (float *)scratch, *scale = numbers + values;
-    int32_t *code_sum = (int32_t *)(scale + scales), *planes = code_sum + scales;
+    at = (uintptr_t)scratch;
+    take_rows(&at, &rows, most, w->columns, w->segments);
     const int64_t x_bytes = w->in_features * (kind == BFLOAT16 ? 2 : 4), y_bytes = w->rows * (kind == BFLOAT16 ? 2 : 4);
     const int64_t bytes = w->scale ? w->words * 4 : w->columns * (w->dense_kind == BFLOAT16 ? 2 : 4);
     for (int64_t first = 0; first < count; first += MAX_COUNT) {
         const int64_t size = count - first < MAX_COUNT ? count - first : MAX_COUNT;
+        rows.count = size;
         for (int64_t m = 0; m < size; ++m)
-            w->kernels->prepare(w, (const char *)x + (first + m) * x_bytes, kind, numbers + m * w->columns,
-                                planes + m * (w->columns / 2), scale + m * w->segments, code_sum + m * w->segments);
-        product_t product = {w, {size, numbers, planes, scale, code_sum}, (char *)y + first * y_bytes, kind};
+            w->kernels->prepare(w, (const char *)x + (first + m) * x_bytes, kind, &rows, m);
+        product_t product = {w, rows, (char *)y + first * y_bytes, kind};
         for_all((w->rows + ROWS - 1) / ROWS, bytes * w->rows * (size + 1) / 2, product_blocks, &product);
     }
     return 0;
@@ -334,7 +368,7 @@ static void pack_blocks(void *data, int64_t first, int64_t last) {
             uint32_t value = 0;
             for (int c = 0; row < w->rows && c < per_word; ++c) {
                 const int64_t column = word * per_word + c, at = w->order ? w->order[column] : column;
-                if (at < 0 || at >= w->in_features) continue;
+                if (at < 0) continue;
                 const int64_t bit = at * source, from = bit / 32, shift = bit % 32;
                 uint64_t code = stream[from] >> shift;
                 if (shift + source > 32) code |= (uint64_t)stream[from + 1] << (32 - shift);
@@ -345,10 +379,13 @@ static void pack_blocks(void *data, int64_t first, int64_t last) {
     }
 }
 
-/* Fill `codes` of w from packed [rows][packed_words], codes of `source_bits` (w->bits, or 3 kept in 4) as stored. */
-void halve_cpu_pack(const weight_t *w, const void *packed, int64_t packed_words, int source_bits, void *codes) {
+/* Fill `codes` of w from packed [rows][packed_words], codes of `source_bits` (w->bits, or 3 kept in 4) as stored. 0, or -1
+   where rows of so many words hold fewer codes. */
+int halve_cpu_pack(const weight_t *w, const void *packed, int64_t packed_words, int source_bits, void *codes) {
+    if (source_bits < 1 || source_bits > w->bits || packed_words * 32 < w->in_features * source_bits) return -1;
     packing_t packing = {w, packed, packed_words, source_bits, codes};
     for_all((w->rows + ROWS - 1) / ROWS, w->rows * w->words * 4, pack_blocks, &packing);
+    return 0;
 }
 
 const declaration_t *halve_cpu_declarations(void) {
@@ -374,6 +411,7 @@ const declaration_t *halve_cpu_declarations(void) {
         FIELD(weight_t, offset),
         FIELD(weight_t, scale_kind),
         FIELD(weight_t, dense_kind),
+        FIELD(weight_t, exact),
         FUNCTION(halve_cpu_kernels, const kernels_t *, const char *),
         FUNCTION(halve_cpu_name, const char *, const kernels_t *),
         FUNCTION(halve_cpu_set_threads, void, start_t, count_t),
@@ -382,7 +420,8 @@ const declaration_t *halve_cpu_declarations(void) {
         FUNCTION(halve_cpu_large_pages, void, void *, int64_t, int),
         FUNCTION(halve_cpu_multiply, int, const weight_t *, const void *, void *, int64_t, int),
         FUNCTION(halve_cpu_expand, void, const weight_t *, int64_t, int64_t, int, void *, int64_t),
-        FUNCTION(halve_cpu_pack, void, const weight_t *, const void *, int64_t, int, void *),
+        FUNCTION(halve_cpu_check, const char *, const weight_t *),
+        FUNCTION(halve_cpu_pack, int, const weight_t *, const void *, int64_t, int, void *),
         {0},
     };
     return table;

@@ -15,6 +15,10 @@
 
        y[r] = sum over segments s: scale[r, group(s)] * x_scale[s] * sum over columns: (code - zero) * x_code
 
+   Under the scale of one large number its neighbours would lose their bits. So numbers far above the median of their
+   segment are no codes: they are listed, and multiplied as they are on top (prepare in cpu_body.h says which). Weights
+   made for float32 (`exact`) are multiplied by all of x as it is.
+
    A segment of x is held as two planes, one 32-bit unit of each for every four columns. Where there is a dot product of
    bytes, they are the low and the high bytes of the codes, x_code = low + 256 * high with both signed, and the sums of
    the second count 256 times; elsewhere even and odd columns.
@@ -50,23 +54,31 @@ typedef struct {
     int32_t offset;     /* code + offset is what is stored */
     int32_t scale_kind; /* FLOAT32, BFLOAT16 or FLOAT16 */
     int32_t dense_kind; /* FLOAT32 or BFLOAT16 */
+    int32_t exact;      /* packed: x is not rounded */
 } weight_t;
+
+/* A number of x that is no code, and where the codes it meets are. */
+typedef struct {
+    int32_t word, shift, group;
+    float value;
+} outlier_t;
 
 /* x of `count` rows, prepared once per product for all threads. */
 typedef struct {
     int64_t count;
-    const float *values;     /* dense: [count][columns], bfloat16 weights: see `spread` */
-    const int32_t *planes;   /* packed: [count][columns / 2], segment by segment its first plane, then its second */
-    const float *scale;      /* packed: [count][segments] */
-    const int32_t *code_sum; /* packed: [count][segments] */
+    float *values;          /* dense and exact: [count][columns], for bfloat16 weights even columns apart from odd ones */
+    int32_t *planes;        /* packed: [count][columns / 2], segment by segment its first plane, then its second */
+    float *scale;           /* packed: [count][segments] */
+    int32_t *code_sum;      /* packed: [count][segments] */
+    outlier_t *outliers;    /* packed: [count][columns], segment by segment */
+    int32_t *outlier_end;   /* packed: [count][segments], where those of each end */
 } rows_t;
 
 /* One instruction set's functions. */
 typedef struct kernels {
     const char *name;
-    /* prepare one row of x: codes, scales and sums (packed), or values (dense) */
-    void (*prepare)(const weight_t *w, const void *x, int kind, float *values, int32_t *planes, float *scale,
-                    int32_t *code_sum);
+    /* row m of `rows` from x [in_features] in `kind` */
+    void (*prepare)(const weight_t *w, const void *x, int kind, const rows_t *rows, int64_t m);
     /* y [count][ROWS] of one block */
     void (*multiply)(const weight_t *w, const rows_t *x, int64_t block, float *y);
     /* transposed numbers of one packed block: out[column * stride + row] in FLOAT32 or BFLOAT16 */
@@ -79,6 +91,29 @@ typedef struct kernels {
     void (*attend)(const float *q, int count, const void *keys, const void *values, int kind, int64_t first,
                    int64_t last, int64_t size, float *out);
 } kernels_t;
+
+/* In a few words why the kernels cannot read a weight, NULL where they can: sizes that contradict each other, or an
+   index that points outside. */
+const char *halve_cpu_check(const weight_t *w);
+
+/* ---- scratch memory, handed out from an address on; from 0 on, what is reached in the end is the size ---- */
+
+static inline void *take(uintptr_t *at, int64_t bytes) {
+    void *taken = (void *)*at;
+    *at += (uintptr_t)(bytes + 63) / 64 * 64;
+    return taken;
+}
+
+/* Room for `count` rows of x, by the stored columns and segments of the largest weight that reads them. */
+static inline void take_rows(uintptr_t *at, rows_t *rows, int64_t count, int64_t columns, int64_t segments) {
+    rows->count = count;
+    rows->values = take(at, count * columns * 4);
+    rows->planes = take(at, count * columns * 2);
+    rows->scale = take(at, count * segments * 4);
+    rows->code_sum = take(at, count * segments * 4);
+    rows->outliers = take(at, count * columns * (int64_t)sizeof(outlier_t));
+    rows->outlier_end = take(at, count * segments * 4);
+}
 
 /* ---- what structures.py compares with its own when it loads the library ---- */
 
@@ -116,6 +151,9 @@ INLINE int32_t float_bits(float value) {
     union { float f; int32_t i; } v = {value};
     return v.i;
 }
+
+/* magnitudes of floats order as their bits do; infinities and NaN come last */
+INLINE int32_t magnitude_bits(float value) { return float_bits(value) & 0x7fffffff; }
 
 INLINE float from_bf16(uint16_t bits) { return bits_float((int32_t)((uint32_t)bits << 16)); }
 

@@ -57,8 +57,31 @@ INLINE TARGET VF FN(load_scale)(const weight_t *w, int64_t index) {
 
 /* ---- packed weights ---- */
 
+/* y [ROWS] += the products of what is no code in segment s of row m of x */
+static NOINLINE TARGET void FN(add_outliers)(const weight_t *w, const rows_t *x, int64_t block, int64_t m, int64_t s,
+                                             float *y) {
+    const int32_t *codes = (const int32_t *)w->codes + block * w->words * ROWS;
+    const int32_t *ends = x->outlier_end + m * w->segments;
+    const outlier_t *outliers = x->outliers + m * w->columns, *outlier = outliers + (s ? ends[s - 1] : 0);
+    const outlier_t *last = outliers + ends[s];
+    const VI mask = SET1((1 << w->bits) - 1);
+    VF sum[VECS];
+    for (int i = 0; i < VECS; ++i) sum[i] = LOAD_F32(y + i * LANES);
+    for (; outlier < last; ++outlier) {
+        const int64_t group = (block * w->groups + outlier->group) * ROWS;
+        for (int i = 0; i < VECS; ++i) {
+            const VI code = AND(SHIFT_BY(LOAD(codes + outlier->word * (int64_t)ROWS + i * LANES), outlier->shift), mask);
+            const VF zero = TO_FLOAT(w->zero ? LOAD_U8(w->zero + group + i * LANES) : SET1(w->offset));
+            const VF number = MUL_F(SUB_F(TO_FLOAT(code), zero), FN(load_scale)(w, group + i * LANES));
+            sum[i] = FMA(number, SET1_F(outlier->value), sum[i]);
+        }
+    }
+    for (int i = 0; i < VECS; ++i) STORE_F32(y + i * LANES, sum[i]);
+}
+
+/* `listed`: x has outliers; vectors without any are spared the look after each segment */
 INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t block, const int bits, int64_t first,
-                                   const int count, float *y) {
+                                   const int count, float *y, const int listed) {
     const int levels = 8 / bits;
     /* one row of x: a shift is saved by summing the upper nibbles of bytes, 16 times too large, apart */
     const int apart = bits == 4 && count == 1;
@@ -68,7 +91,8 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
     const int64_t stride = w->columns / 2;
     const int32_t *plane = x->planes + first * stride;
     VF sum[PASS][4];
-    EACH_ROW(EACH_VEC(sum[m][i] = ZERO_F();))
+    EACH_ROW(EACH_VEC(sum[m][i] = ZERO_F();
+                      if (listed) STORE_F32(y + (first + m) * ROWS + i * LANES, ZERO_F());))
 
     int64_t word = 0;
     for (int64_t s = 0; s < w->segments; ++s) {
@@ -116,16 +140,70 @@ INLINE TARGET void FN(packed_pass)(const weight_t *w, const rows_t *x, int64_t b
         EACH_VEC(const VF scale = FN(load_scale)(w, group + i * LANES);
                  EACH_ROW(const VF factor = MUL_F(scale, SET1_F(x->scale[(first + m) * w->segments + s]));
                           sum[m][i] = FMA(TO_FLOAT(total[m][0][i]), factor, sum[m][i]);))
+        if (listed)
+            EACH_ROW(const int32_t *ends = x->outlier_end + (first + m) * w->segments + s;
+                     if (*ends > (s ? ends[-1] : 0))
+                         FN(add_outliers)(w, x, block, first + m, s, y + (first + m) * ROWS);)
+    }
+    EACH_ROW(EACH_VEC(float *place = y + (first + m) * ROWS + i * LANES;
+                      STORE_F32(place, listed ? ADD_F(LOAD_F32(place), sum[m][i]) : sum[m][i]);))
+}
+
+INLINE TARGET void FN(plain_pass)(const weight_t *w, const rows_t *x, int64_t block, const int bits, int64_t first,
+                                  const int count, float *y) {
+    FN(packed_pass)(w, x, block, bits, first, count, y, 0);
+}
+
+INLINE TARGET void FN(listed_pass)(const weight_t *w, const rows_t *x, int64_t block, const int bits, int64_t first,
+                                   const int count, float *y) {
+    FN(packed_pass)(w, x, block, bits, first, count, y, 1);
+}
+
+/* codes as numbers against x as it is */
+INLINE TARGET void FN(exact_pass)(const weight_t *w, const rows_t *x, int64_t block, const int bits, int64_t first,
+                                  const int count, float *y) {
+    const int32_t *codes = (const int32_t *)w->codes + block * w->words * ROWS;
+    const int64_t columns = w->columns;
+    const float *xs = x->values + first * columns;
+    const VI mask = SET1((1 << bits) - 1);
+    VF sum[PASS][4];
+    EACH_ROW(EACH_VEC(sum[m][i] = ZERO_F();))
+
+    int64_t word = 0;
+    for (int64_t s = 0; s < w->segments; ++s) {
+        const int64_t group = (block * w->groups + w->segment_group[s]) * ROWS;
+        VF total[PASS][4], second_total[4], zero[4]; /* one row of x: two sums hide the latency */
+        EACH_VEC(EACH_ROW(total[m][i] = ZERO_F();)
+                 second_total[i] = ZERO_F();
+                 /* a code in the low bits of 2^23 is a number without a conversion */
+                 zero[i] = TO_FLOAT(ADD(w->zero ? LOAD_U8(w->zero + group + i * LANES) : SET1(w->offset), SET1(1 << 23)));)
+        FETCH_SEGMENT(codes + word * ROWS);
+        for (const int64_t end = w->segment_end[s]; word < end; ++word, xs += 32 / bits) {
+            VI packed[4];
+            EACH_VEC(packed[i] = LOAD(codes + word * ROWS + i * LANES);)
+            FETCH_WORD(codes + word * ROWS);
+#pragma GCC unroll 16
+            for (int c = 0; c < 32 / bits; ++c)
+                EACH_VEC(const VI shifted = SHIFT32(packed[i], c % 4 * 8 + c / 4 * bits);
+                         const VF code = SUB_F(AS_FLOAT(OR(AND(shifted, mask), SET1(0x4b000000))), zero[i]);
+                         if (count == 1 && c % 2) second_total[i] = FMA(code, SET1_F(xs[c]), second_total[i]);
+                         else EACH_ROW(total[m][i] = FMA(code, SET1_F(xs[m * columns + c]), total[m][i]);))
+        }
+        EACH_VEC(const VF scale = FN(load_scale)(w, group + i * LANES);
+                 if (count == 1) total[0][i] = ADD_F(total[0][i], second_total[i]);
+                 EACH_ROW(sum[m][i] = FMA(total[m][i], scale, sum[m][i]);))
     }
     EACH_ROW(EACH_VEC(STORE_F32(y + (first + m) * ROWS + i * LANES, sum[m][i]);))
 }
 
-#define PACKED_CASE(bits, n) \
-    case n: FN(packed_pass)(w, x, block, bits, first, n <= PASS ? n : PASS, y); break;
-#define PACKED_PASS(bits) \
+#define PASS_CASE(pass, bits, n) \
+    case n: \
+        if (n <= PASS) FN(pass)(w, x, block, bits, first, n, y); \
+        break;
+#define EACH_COUNT(pass, bits) \
     switch (count) { \
-        PACKED_CASE(bits, 1) PACKED_CASE(bits, 2) PACKED_CASE(bits, 3) PACKED_CASE(bits, 4) \
-        PACKED_CASE(bits, 5) PACKED_CASE(bits, 6) PACKED_CASE(bits, 7) PACKED_CASE(bits, 8) \
+        PASS_CASE(pass, bits, 1) PASS_CASE(pass, bits, 2) PASS_CASE(pass, bits, 3) PASS_CASE(pass, bits, 4) \
+        PASS_CASE(pass, bits, 5) PASS_CASE(pass, bits, 6) PASS_CASE(pass, bits, 7) PASS_CASE(pass, bits, 8) \
     }
 
 /* ---- dense weights ---- */
@@ -224,80 +302,145 @@ INLINE TARGET void FN(dense_block)(const weight_t *w, const rows_t *x, int64_t b
 
 /* ---- what cpu.c calls ---- */
 
+/* the rows of x a few at a time, in passes of even size: the second reads the block from the cache */
+#define EACH_PASS(pass) \
+    for (int64_t n = 0, passes = (x->count + PASS - 1) / PASS; n < passes; ++n) { \
+        const int64_t first = x->count * n / passes; \
+        const int count = (int)(x->count * (n + 1) / passes - first); \
+        if (w->bits == 4) EACH_COUNT(pass, 4) \
+        else if (w->bits == 8) EACH_COUNT(pass, 8) \
+        else EACH_COUNT(pass, 2) \
+    }
+
+/* by themselves: together with the other loops compilers move more registers about in theirs */
+static NOINLINE TARGET void FN(multiply_exact)(const weight_t *w, const rows_t *x, int64_t block, float *y) {
+    EACH_PASS(exact_pass)
+}
+
+static NOINLINE TARGET void FN(multiply_plain)(const weight_t *w, const rows_t *x, int64_t block, float *y) {
+    EACH_PASS(plain_pass)
+}
+
+static NOINLINE TARGET void FN(multiply_listed)(const weight_t *w, const rows_t *x, int64_t block, float *y) {
+    EACH_PASS(listed_pass)
+}
+
 static TARGET void FN(multiply)(const weight_t *w, const rows_t *x, int64_t block, float *y) {
     if (!w->scale) {
         if (w->dense_kind == BFLOAT16) FN(dense_block)(w, x, block, y, BFLOAT16);
         else FN(dense_block)(w, x, block, y, FLOAT32);
         return;
     }
-    /* passes of even size: the second reads the block from the cache */
-    const int64_t passes = (x->count + PASS - 1) / PASS;
-    for (int64_t pass = 0; pass < passes; ++pass) {
-        const int64_t first = x->count * pass / passes;
-        const int count = (int)(x->count * (pass + 1) / passes - first);
-        if (w->bits == 4) PACKED_PASS(4)
-        else if (w->bits == 8) PACKED_PASS(8)
-        else PACKED_PASS(2)
+    if (w->exact) {
+        FN(multiply_exact)(w, x, block, y);
+        return;
+    }
+    for (int64_t m = 1; m <= x->count; ++m)
+        if (x->outlier_end[m * w->segments - 1]) {
+            FN(multiply_listed)(w, x, block, y);
+            return;
+        }
+    FN(multiply_plain)(w, x, block, y);
+}
+
+/* x in the order of a dense weight's columns: for bfloat16 weights even columns apart, as the kernel reads them */
+INLINE TARGET void FN(prepare_dense)(const weight_t *w, const void *x, int kind, float *values) {
+    if (kind == BFLOAT16)
+        for (int64_t c = 0; c < w->columns; ++c) values[c] = from_bf16(((const uint16_t *)x)[c]);
+    else memcpy(values, x, (size_t)w->columns * sizeof(float));
+    if (w->dense_kind != BFLOAT16) return;
+    float block[2 * LANES];
+    for (int64_t c = 0; c + 2 * LANES <= w->columns; c += 2 * LANES) {
+        for (int i = 0; i < 2 * LANES; ++i) block[i] = values[c + i];
+        for (int i = 0; i < LANES; ++i) values[c + i] = block[2 * i], values[c + LANES + i] = block[2 * i + 1];
     }
 }
 
-static TARGET void FN(prepare)(const weight_t *w, const void *x, int kind, float *values, int32_t *planes,
-                               float *scale, int32_t *code_sum) {
-    const float *source = x;
-    if (kind == BFLOAT16) {
-        for (int64_t c = 0; c < w->in_features; ++c) values[c] = from_bf16(((const uint16_t *)x)[c]);
-        source = values;
-    }
-    if (!w->scale) {
-        float block[2 * LANES];
-        const int64_t step = w->dense_kind == BFLOAT16 ? 2 * LANES : 1;
-        const int64_t whole = w->dense_kind == BFLOAT16 ? w->columns / step * step : 0;
-        for (int64_t c = 0; c < whole; c += step) { /* even columns, then odd ones, as the kernel reads bfloat16 */
-            for (int i = 0; i < 2 * LANES; ++i) block[i] = source[c + i];
-            for (int i = 0; i < LANES; ++i) values[c + i] = block[2 * i], values[c + LANES + i] = block[2 * i + 1];
+/* The magnitude, as bits, up to which numbers of a segment become codes: more than half of those that are not 0 reach a
+   32nd of it, so that it is 32 times their median at most. An infinity or NaN is above, and 0 stands for none. */
+INLINE TARGET int32_t FN(code_limit)(const float *part, int64_t size, int32_t largest) {
+    enum { OCTAVE = 1 << 23, FINITE = 0x7f7fffff, SMALLEST = 27 << 23 }; /* 2^-100: scales far below would lose bits */
+    for (int32_t limit = largest < FINITE ? largest : FINITE; limit >= SMALLEST; limit -= OCTAVE) {
+        int32_t numbers = 0, reaching = 0;
+        for (int64_t c = 0; c < size; ++c) {
+            numbers += magnitude_bits(part[c]) > 0;
+            reaching += magnitude_bits(part[c]) >= limit - 5 * OCTAVE;
         }
-        for (int64_t c = whole; c < w->columns; ++c) values[c] = source[c];
-        return;
+        if (2 * reaching > numbers) return limit;
     }
+    return 0;
+}
+
+/* x as integers under one scale a segment, and what lies too far above the others of its segment in a list */
+INLINE TARGET void FN(prepare_codes)(const weight_t *w, const float *source, const rows_t *rows, int64_t m) {
+    outlier_t *outlier = rows->outliers + m * w->columns;
     const int64_t per_word = 32 / w->bits;
     int64_t first = 0;
     for (int64_t s = 0; s < w->segments; ++s) {
         const int64_t size = w->segment_end[s] * per_word - first;
         float gathered[MAX_SEGMENT];
         const float *part = source + first;
-        if (w->order || first + size > w->in_features) {
+        if (w->order) {
             for (int64_t c = 0; c < size; ++c) {
-                const int64_t at = w->order ? w->order[first + c] : first + c;
-                gathered[c] = at >= 0 && at < w->in_features ? source[at] : 0.0f;
+                const int32_t at = w->order[first + c];
+                gathered[c] = at >= 0 ? source[at] : 0.0f;
             }
             part = gathered;
         }
-        /* magnitudes of floats order as their bits do; an infinity or NaN ends up in the scale and so in y */
         int32_t largest = 0;
         for (int64_t c = 0; c < size; ++c) {
-            const int32_t magnitude = float_bits(part[c]) & 0x7fffffff;
+            const int32_t magnitude = magnitude_bits(part[c]);
             largest = magnitude > largest ? magnitude : largest;
         }
-        /* below this 1 / scale would overflow: such a segment counts as 0 */
-        const int normal = largest >= 0x04000000;
-        const float peak = bits_float(largest), inverse = normal ? (float)LARGEST_CODE / peak : 0.0f;
-        scale[s] = normal ? peak / (float)LARGEST_CODE : 0.0f;
+        const int32_t limit = FN(code_limit)(part, size, largest);
+        if (largest > limit) {
+            largest = 0;
+            for (int64_t c = 0; c < size; ++c) {
+                const float value = part[c]; /* which may be gathered[c] */
+                const int32_t magnitude = magnitude_bits(value);
+                gathered[c] = magnitude > limit ? 0.0f : value;
+                if (magnitude > limit)
+                    *outlier++ = (outlier_t){(int32_t)((first + c) / per_word),
+                                             (int32_t)(c % per_word % 4 * 8 + c % per_word / 4 * w->bits),
+                                             w->segment_group[s], value};
+                else largest = magnitude > largest ? magnitude : largest;
+            }
+            part = gathered;
+        }
+        const float peak = bits_float(largest), inverse = largest ? (float)LARGEST_CODE / peak : 0.0f;
         int32_t codes[MAX_SEGMENT], sum = 0;
         for (int64_t c = 0; c < size; ++c) {
             /* adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa */
             codes[c] = float_bits(part[c] * inverse + 12582912.0f) - 0x4b400000;
             sum += codes[c];
         }
+        int32_t *planes = rows->planes + (m * w->columns + first) / 2;
         if (BYTES) {
-            int8_t *low = (int8_t *)(planes + first / 2), *high = low + size;
+            int8_t *low = (int8_t *)planes, *high = low + size;
             for (int64_t c = 0; c < size; ++c) low[c] = (int8_t)codes[c], high[c] = (int8_t)((codes[c] + 128) >> 8);
         } else {
-            int16_t *even = (int16_t *)(planes + first / 2), *odd = even + size / 2;
+            int16_t *even = (int16_t *)planes, *odd = even + size / 2;
             for (int64_t c = 0; c < size / 2; ++c) even[c] = (int16_t)codes[2 * c], odd[c] = (int16_t)codes[2 * c + 1];
         }
-        code_sum[s] = sum;
+        rows->scale[m * w->segments + s] = peak / (float)LARGEST_CODE;
+        rows->code_sum[m * w->segments + s] = sum;
+        rows->outlier_end[m * w->segments + s] = (int32_t)(outlier - (rows->outliers + m * w->columns));
         first += size;
     }
+}
+
+static TARGET void FN(prepare)(const weight_t *w, const void *x, int kind, const rows_t *rows, int64_t m) {
+    float *values = rows->values + m * w->columns;
+    if (!w->scale) FN(prepare_dense)(w, x, kind, values);
+    else if (w->exact)
+        for (int64_t c = 0; c < w->columns; ++c) {
+            const int64_t at = w->order ? w->order[c] : c;
+            values[c] = at >= 0 ? number_at(x, kind, at) : 0.0f;
+        }
+    else if (kind == BFLOAT16) {
+        for (int64_t c = 0; c < w->in_features; ++c) values[c] = from_bf16(((const uint16_t *)x)[c]);
+        FN(prepare_codes)(w, values, rows, m);
+    } else FN(prepare_codes)(w, x, rows, m);
 }
 
 INLINE TARGET void FN(expand_block)(const weight_t *w, int64_t block, const int bits, int kind, void *out,
@@ -318,7 +461,7 @@ INLINE TARGET void FN(expand_block)(const weight_t *w, int64_t block, const int 
 #pragma GCC unroll 16
             for (int c = 0; c < 32 / bits; ++c) {
                 const int64_t column = word * (32 / bits) + c, at = w->order ? w->order[column] : column;
-                if (at < 0 || at >= w->in_features) continue;
+                if (at < 0) continue;
                 float numbers[ROWS];
                 float *target = kind == FLOAT32 ? (float *)out + at * stride : numbers;
                 for (int i = 0; i < VECS; ++i) {
@@ -339,8 +482,9 @@ static TARGET void FN(expand)(const weight_t *w, int64_t block, int kind, void *
 }
 
 #undef VECS
-#undef PACKED_PASS
-#undef PACKED_CASE
+#undef EACH_PASS
+#undef EACH_COUNT
+#undef PASS_CASE
 #undef EACH_VEC
 #undef EACH_ROW
 #undef EACH_ROW_2

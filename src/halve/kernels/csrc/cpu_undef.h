@@ -19,8 +19,10 @@
 #undef SET1_F
 #undef ZERO_F
 #undef AND
+#undef OR
 #undef SHIFT16
 #undef SHIFT32
+#undef SHIFT_BY
 #undef SHIFT_LEFT
 #undef SHIFT_SIGNED32
 #undef ADD

@@ -96,16 +96,13 @@ static void prepare_rows(void *data, int64_t first, int64_t last) {
         for (int64_t i = 0; i < s->number; ++i) {
             const linear_t *linear = s->linears + i;
             const weight_t *w = linear->weight;
-            const rows_t *rows = s->rows + i;
             const float *source = in;
             if (linear->input_index) {
                 float *gathered = s->gathered + m * model->inner;
                 for (int64_t c = 0; c < w->in_features; ++c) gathered[c] = in[linear->input_index[c]];
                 source = gathered;
             }
-            w->kernels->prepare(w, source, FLOAT32, (float *)rows->values + m * w->columns,
-                                (int32_t *)rows->planes + m * (w->columns / 2), (float *)rows->scale + m * w->segments,
-                                (int32_t *)rows->code_sum + m * w->segments);
+            w->kernels->prepare(w, source, FLOAT32, s->rows + i, m);
             if (linear->output_index) fill(s, linear, s->target + m * s->stride + offset);
             offset += linear->outputs;
         }
@@ -262,44 +259,85 @@ static void run_step(member_t *member, void *data) {
                 model->head.outputs, 0);
 }
 
-static float *take(char **scratch, int64_t numbers) {
-    float *taken = (float *)*scratch;
-    *scratch += (numbers * 4 + 63) / 64 * 64;
-    return taken;
-}
-
-/* Lay out the buffers in scratch; returns their size in bytes. */
-static int64_t lay_out(step_t *s, char *scratch) {
+/* The buffers of a step from an address on; returns where they end. */
+static uintptr_t lay_out(step_t *s, uintptr_t at) {
     const model_t *model = s->model;
     const int64_t batch = s->cache->batch;
-    char *end = scratch;
-    s->x = take(&end, batch * model->hidden);
-    s->in = take(&end, batch * model->inner);
-    s->gathered = take(&end, batch * model->inner);
-    s->out = take(&end, batch * model->outer);
-    for (int i = 0; i < SIDE_BY_SIDE; ++i) {
-        s->rows[i].count = batch;
-        s->rows[i].values = take(&end, batch * model->columns);
-        s->rows[i].planes = (int32_t *)take(&end, batch * model->columns / 2 + batch);
-        s->rows[i].scale = take(&end, batch * model->segments);
-        s->rows[i].code_sum = (int32_t *)take(&end, batch * model->segments);
+    s->x = take(&at, batch * model->hidden * 4);
+    s->in = take(&at, batch * model->inner * 4);
+    s->gathered = take(&at, batch * model->inner * 4);
+    s->out = take(&at, batch * model->outer * 4);
+    for (int i = 0; i < SIDE_BY_SIDE; ++i) take_rows(&at, s->rows + i, batch, model->columns, model->segments);
+    return at;
+}
+
+/* ---- called from cpu_step.py ---- */
+
+/* Whether `number` linears side by side read `inputs` numbers, write `outputs`, and fit into the buffers. */
+static int fits(const model_t *model, const linear_t *linears, int64_t number, int64_t inputs, int64_t outputs) {
+    for (int64_t i = 0; i < number; ++i) {
+        const linear_t *linear = linears + i;
+        const weight_t *w = linear->weight;
+        if (!w) return i > 0 && outputs == 0; /* merged siblings are the first alone */
+        if (halve_cpu_check(w) || w->in_features > model->inner || w->columns > model->columns ||
+            w->segments > model->segments)
+            return 0;
+        if (linear->input_index ? w->in_features > inputs : w->in_features != inputs) return 0;
+        if (linear->output_index ? w->rows > linear->outputs : w->rows != linear->outputs) return 0;
+        for (int64_t c = 0; linear->input_index && c < w->in_features; ++c)
+            if (linear->input_index[c] < 0 || linear->input_index[c] >= inputs) return 0;
+        for (int64_t r = 0; linear->output_index && r < w->rows; ++r)
+            if (linear->output_index[r] < 0 || linear->output_index[r] >= linear->outputs) return 0;
+        outputs -= linear->outputs;
     }
-    return end - scratch;
+    return outputs == 0;
+}
+
+/* In a few words why a step cannot run, NULL where it can: sizes that contradict each other, or an index outside. */
+const char *halve_step_check(const model_t *model, const cache_t *cache) {
+    const int64_t size = model->head_size;
+    if (cache->batch < 1 || cache->batch > MAX_COUNT || cache->capacity < 1) return "the cache has no slots, or too many rows";
+    if (model->hidden < 1 || model->inner < model->hidden) return "the hidden size";
+    if (model->kind != FLOAT32 && model->kind != BFLOAT16) return "numbers of another kind";
+    for (int64_t index = 0; index < model->layer_count; ++index) {
+        const layer_t *layer = model->layers + index;
+        if (layer->heads) {
+            if (size < 1 || (model->cosine && size % 2)) return "the head size";
+            if (layer->kv_heads < 1 || layer->heads % layer->kv_heads) return "heads that do not share keys evenly";
+            if (!cache->keys[index] || !cache->values[index]) return "a layer without a cache";
+            const int64_t outputs = (layer->heads + 2 * layer->kv_heads) * size;
+            if (outputs > model->outer || layer->heads * size > model->inner ||
+                !fits(model, layer->qkv, 3, model->hidden, outputs) ||
+                !fits(model, &layer->o, 1, layer->heads * size, model->hidden))
+                return "a linear of an attention";
+        }
+        if (layer->width) {
+            const int64_t outputs = layer->width * (model->gated ? 2 : 1);
+            if (outputs > model->outer || layer->width > model->inner ||
+                !fits(model, layer->up, 2, model->hidden, outputs) ||
+                !fits(model, &layer->down, 1, layer->width, model->hidden))
+                return "a linear of an MLP";
+        }
+    }
+    return fits(model, &model->head, 1, model->hidden, model->head.outputs) ? NULL : "the head";
 }
 
 /* Bytes of scratch that a step needs, 64-byte aligned. */
 int64_t halve_step_scratch(const model_t *model, const cache_t *cache) {
     step_t s = {.model = model, .cache = cache};
-    return lay_out(&s, NULL);
+    return (int64_t)lay_out(&s, 0);
 }
 
-/* logits [batch][vocabulary] after `tokens`, whose keys and values go to `slots`; batch is at most MAX_COUNT. */
-void halve_step(const model_t *model, const cache_t *cache, const int64_t *tokens, const int64_t *slots, float *logits,
-                void *scratch) {
+/* logits [batch][vocabulary] after `tokens`, whose keys and values go to `slots`. 0, or -1 where one of them is outside. */
+int halve_step(const model_t *model, const cache_t *cache, const int64_t *tokens, const int64_t *slots, float *logits,
+               void *scratch) {
+    for (int64_t m = 0; m < cache->batch; ++m)
+        if (tokens[m] < 0 || tokens[m] >= model->head.outputs || slots[m] < 0 || slots[m] >= cache->capacity) return -1;
     step_t s = {.model = model, .cache = cache, .tokens = tokens, .slots = slots};
-    lay_out(&s, scratch);
+    lay_out(&s, (uintptr_t)scratch);
     call_t call = {&s, logits};
     run_team(model->bytes, run_step, &call);
+    return 0;
 }
 
 const declaration_t *halve_step_declarations(void) {
@@ -357,7 +395,8 @@ const declaration_t *halve_step_declarations(void) {
         FIELD(cache_t, batch),
         FIELD(cache_t, capacity),
         FUNCTION(halve_step_scratch, int64_t, const model_t *, const cache_t *),
-        FUNCTION(halve_step, void, const model_t *, const cache_t *, const int64_t *, const int64_t *, float *, void *),
+        FUNCTION(halve_step_check, const char *, const model_t *, const cache_t *),
+        FUNCTION(halve_step, int, const model_t *, const cache_t *, const int64_t *, const int64_t *, float *, void *),
         {0},
     };
     return table;
