@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halve.checkpoint.foreign import gptq_file, quantization_of, refuse_by_names
 from halve.checkpoint.gptq_format import GptqTensors
 from halve.checkpoint.hub import fetch
 from halve.checkpoint.schemes import read_schemes
 from halve.checkpoint.stored import PACKED, WEIGHT, StoredLinear, tensor_names
-from halve.checkpoint.tensors import PrefixedTensors, RandomTensors, SafetensorsFolder, TensorSource, expect
-from halve.errors import CheckpointError, HalveError, UnsupportedModelError
+from halve.checkpoint.tensors import (
+    FLOATING,
+    PrefixedTensors,
+    RandomTensors,
+    SafetensorsFolder,
+    TensorSource,
+    expect,
+)
+from halve.errors import CheckpointError, HalveError
 from halve.model import families
 from halve.model.config import ModelConfig
 from halve.model.decoder import Block, Model, Norm
@@ -137,10 +145,12 @@ class Checkpoint:
     def check(self) -> None:
         """Every tensor present, none unexpected, all of the right shape; from the headers alone."""
         vectors = families.vector_shapes(self.family, self.config)
+        linears = [*self.linear_shapes(), *families.projection_linears(self.family, self.config)]
+        self._check_dtypes(linears, vectors)
         for name, shape in vectors.items():
             expect(self.tensors, name, shape, str(self.folder))
         known = set(vectors)
-        for linear in (*self.linear_shapes(), *families.projection_linears(self.family, self.config)):
+        for linear in linears:
             known |= tensor_names(linear)
             if linear.role == "head" and self.config.tied:
                 self._check_tied(linear)
@@ -150,6 +160,17 @@ class Checkpoint:
             if name not in known and not name.endswith(_HARMLESS_TENSORS):
                 raise CheckpointError(
                     f"{self.folder}: unexpected tensor {name!r}: the config does not describe this model"
+                )
+
+    def _check_dtypes(self, linears: Iterable[LinearShape], vectors: Iterable[str]) -> None:
+        """CheckpointError when a weight is in numbers that are not computed with."""
+        names = [*vectors, *(f"{linear.name}.{WEIGHT}" for linear in linears)]
+        for name in names:
+            dtype = self.tensors.dtypes.get(name, torch.float32)
+            if dtype not in FLOATING:
+                raise CheckpointError(
+                    f"{self.folder}: {name!r} is stored in {str(dtype).removeprefix('torch.')}, which is not read: take the "
+                    "model in bf16, fp16 or fp32"
                 )
 
     def _check_tied(self, linear: LinearShape) -> None:
@@ -177,23 +198,20 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
         return _random_checkpoint(
             Checkpoint(folder, raw, family, config, RandomTensors({}), {}), dtype or torch.bfloat16
         )
-    tensors: TensorSource = SafetensorsFolder(folder)
+    quantization = quantization_of(folder, raw)
+    gptq = quantization if quantization is not None and quantization["quant_method"] == "gptq" else None
+    tensors: TensorSource = SafetensorsFolder(folder, None if gptq is None else gptq_file(folder, gptq))
     if not any(name.startswith("model.") for name in tensors.shapes):
         tensors = PrefixedTensors(tensors, "model.", family.names["head"])
     checkpoint = Checkpoint(folder, raw, family, config, tensors, {})
-    quantization = raw.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method")
-        linears = list(checkpoint.linear_shapes())
-        if method == "compressed-tensors":
-            checkpoint.schemes = read_schemes(quantization, [shape.name for shape in linears], origin)
-        elif method == "gptq":
-            checkpoint.tensors = converted = GptqTensors(tensors, quantization, linears, origin)
-            checkpoint.schemes = converted.schemes
-        else:
-            raise UnsupportedModelError(
-                f"{folder}: quant_method {method!r} is not handled: compressed-tensors and gptq are"
-            )
+    if quantization is None:
+        refuse_by_names(tensors.shapes, str(folder))
+    elif gptq is not None:
+        checkpoint.tensors = converted = GptqTensors(tensors, gptq, list(checkpoint.linear_shapes()), origin)
+        checkpoint.schemes = converted.schemes
+    else:
+        names = [shape.name for shape in checkpoint.linear_shapes()]
+        checkpoint.schemes = read_schemes(quantization, names, origin)
     checkpoint.check()
     return checkpoint
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from halve.errors import OutputError
 from halve.files import write_json, write_text
+from halve.files.contents import copy_companions
 
-COPIED = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "generation_config", "chat_template")
 _ROWS = "rows"  # report rows of finished parts, kept beside the shards until the folder is complete
 
 
@@ -59,12 +59,10 @@ class CheckpointWriter:
             raise OutputError(f"{shard}: could not be written ({error})") from error
 
     def finish(self, config: dict[str, Any], manifest: dict[str, Any], source: Path) -> None:
-        """Complete the folder: tokenizer files, config, manifest, and the index last."""
+        """Complete the folder: what goes with the weights of `source`, config, manifest, and the index last."""
         from safetensors import safe_open
 
-        for path in sorted(source.iterdir()):
-            if path.is_file() and path.name.startswith(COPIED) and not path.name.endswith(".safetensors"):
-                shutil.copyfile(path, self.folder / path.name)
+        copy_companions(source, self.folder)
         weight_map, total = {}, 0
         for part in range(self.parts):
             with safe_open(self.shard(part), framework="pt") as handle:

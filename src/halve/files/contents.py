@@ -12,17 +12,20 @@ from pathlib import Path
 
 from halve.files import read_object
 
-# what `--overwrite` may delete: names that programs write, none that a person would give to notes or adapters
-MODEL_FILES = (
-    "config.json generation_config.json halve.json halve-log.jsonl model.safetensors model-?????-of-?????.safetensors "
-    "model.safetensors.index.json pytorch_model.bin pytorch_model-?????-of-?????.bin pytorch_model.bin.index.json "
-    "tokenizer.* tokenizer_config.json special_tokens_map.json added_tokens.json vocab.* merges.txt chat_template.* "
-    "additional_chat_templates/ tekken.json LICENSE LICENSE.txt LICENSE.md NOTICE NOTICE.txt USE_POLICY.md"
+TEMPLATES = "additional_chat_templates/"  # the only folder of a model that is read
+# what goes with the weights wherever they go, fetched and copied: tokenizer, chat templates, terms of use
+COMPANIONS = (
+    "generation_config.json tokenizer.* tokenizer_config.json special_tokens_map.json added_tokens.json vocab.* merges.txt "
+    f"chat_template.* {TEMPLATES} tekken.json spiece.model LICENSE* LICENCE* License* NOTICE* Notice* USE_POLICY*"
 ).split()
+# what `--overwrite` may delete: names that programs write, none that a person would give to notes or adapters
+MODEL_FILES = [
+    *"config.json quantize_config.json halve.json halve-log.jsonl model.safetensors model-?????-of-?????.safetensors".split(),
+    *"model.safetensors.index.json pytorch_model.bin pytorch_model-?????-of-?????.bin pytorch_model.bin.index.json".split(),
+    *COMPANIONS,
+]
 OWNER = "owner"  # of a scratch folder: its mark OWNER.json and its lock OWNER.lock
-# a scratch folder has a mark; what is copied into it from MODEL is chosen by how a name begins, so these are wider
-_SCRATCH_FILES = [*MODEL_FILES, *"*/ *.json *.tmp owner.lock *.safetensors *.bin tokenizer* vocab* merges*".split()]
-_SCRATCH_FILES += "special_tokens_map* added_tokens* generation_config* chat_template*".split()
+_SCRATCH_FILES = [*MODEL_FILES, *"*/ *.json *.jinja *.tmp owner.lock *.safetensors *.bin".split()]
 # what does not make a folder hold something: of file systems, and of workers that begin at this moment
 PASSED_OVER = re.compile(
     r"lost\+found|\.request\.lock|\.worker-[0-9a-f]+\.(json|lock)|\.halve-[0-9a-f]{32}|\.[0-9a-f]{32}\.tmp"
@@ -115,6 +118,20 @@ def why_not_a_model(folder: Path) -> str | None:
 
 def holding(folder: Path, foreign: Path) -> str:
     return f"exists and is not empty, and holds {foreign.relative_to(folder)}, which halve did not write"
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what goes with the weights of a model into another folder."""
+    for entry in sorted(source.iterdir()):
+        name = f"{entry.name}/" if entry.is_dir() else entry.name
+        if not any(fnmatch(name, pattern) for pattern in COMPANIONS) or entry.suffix == ".safetensors":
+            continue
+        if entry.is_dir():
+            (folder / entry.name).mkdir(exist_ok=True)
+            for template in sorted(entry.glob("*.jinja")):
+                shutil.copyfile(template, folder / entry.name / template.name)
+        else:
+            shutil.copyfile(entry, folder / entry.name)
 
 
 def delete(entry: Path) -> None:
