@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halve.checkpoint.config import with_dtype
 from halve.checkpoint.foreign import gptq_file, quantization_of, refuse_by_names
 from halve.checkpoint.gptq_format import GptqTensors
 from halve.checkpoint.hub import fetch
 from halve.checkpoint.schemes import read_schemes
-from halve.checkpoint.stored import PACKED, WEIGHT, StoredLinear, tensor_names
+from halve.checkpoint.stored import BIAS, PACKED, WEIGHT, StoredLinear, tensor_names
 from halve.checkpoint.tensors import (
     FLOATING,
     PrefixedTensors,
     RandomTensors,
     SafetensorsFolder,
     TensorSource,
+    cast,
     expect,
 )
 from halve.errors import CheckpointError, HalveError
@@ -73,8 +75,10 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating dtype of the embedding, taken as that of the model."""
-        return self.tensors.dtypes[f"{self.family.names['embed']}.weight"]
+        """What the model is meant to run in: as config.json says, which other programs go by; else that of the embedding."""
+        named = str(self.raw.get("dtype") or self.raw.get("torch_dtype")).removeprefix("torch.")
+        dtype = torch.float32 if named == "float64" else getattr(torch, named, None)
+        return dtype if dtype in FLOATING else self.tensors.dtypes[f"{self.family.names['embed']}.weight"]
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -93,15 +97,19 @@ class Checkpoint:
         return StoredLinear.from_headers(self.tensors, shape, self.schemes.get(shape.name), str(self.folder))
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor; floating ones are cast to `dtype` when it is given."""
+        """One tensor; floating ones are cast to `dtype` when it is given. CheckpointError for a value too large for it."""
         value = self.tensors.get(name)
         if dtype is not None and value.is_floating_point():
-            value = value.to(dtype)
+            value = cast(f"{self.folder}: {name}", value, dtype)
         return value.to(device)
 
     def linear(self, shape: LinearShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> Linear:
         """One linear in whatever form it is stored; dense weights and biases in `dtype`, scales as stored."""
-        return self.stored(shape).to_linear(lambda part: self.tensors.get(f"{shape.name}.{part}"), dtype, device)
+
+        def get(part: str) -> Tensor:
+            return self.tensor(f"{shape.name}.{part}", dtype if part in (WEIGHT, BIAS) else None)
+
+        return self.stored(shape).to_linear(get, dtype, device)
 
     def head(self, dtype: torch.dtype, device: torch.device | str, embed: Tensor | None = None) -> Linear:
         """The output head; shares `embed` when tied."""
@@ -225,13 +233,15 @@ def _random_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint
             parts = StoredLinear.dense(linear).parts(dtype)
             headers |= {f"{linear.name}.{part}": header for part, header in parts.items()}
     checkpoint.tensors = RandomTensors(headers)
+    checkpoint.raw = with_dtype(checkpoint.raw, dtype)
     return checkpoint
 
 
-def compute_dtype(checkpoint: Checkpoint, dtype: torch.dtype | None) -> torch.dtype:
-    """`dtype`, or the checkpoint's own; float16 checkpoints compute in bfloat16, whose range cannot overflow."""
-    chosen = dtype or checkpoint.dtype
-    return torch.bfloat16 if chosen == torch.float16 and dtype is None else chosen
+def compute_dtype(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device | str) -> torch.dtype:
+    """`dtype`, or the checkpoint's own; for float16, whose range overflows, float32 on the CPU and bfloat16 elsewhere."""
+    if dtype is not None or checkpoint.dtype != torch.float16:
+        return dtype or checkpoint.dtype
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 def load_model(
@@ -249,7 +259,7 @@ def load_model(
     """
     check_device(device)
     checkpoint = open_checkpoint(model, random_weights, dtype)
-    dtype = compute_dtype(checkpoint, dtype)
+    dtype = compute_dtype(checkpoint, dtype, device)
     embed = checkpoint.embedding(dtype, device)
     projections = checkpoint.projections(dtype, device)
     blocks = []
