@@ -13,7 +13,7 @@ from halve.checkpoint.tensors import INDEX, SINGLE
 from halve.errors import CheckpointError, OutputError
 from halve.files.contents import COMPANIONS, TEMPLATES
 
-_ABOUT = ["*.json", *(f"{name}*" if name.endswith("/") else name for name in COMPANIONS)]
+_ABOUT = ["*.json", *(f"{name}*.jinja" if name.endswith("/") else name for name in COMPANIONS)]
 _WEIGHTS = ["*.safetensors"]
 # of folders that of chat templates alone: some repositories keep the same weights a second time, in another layout
 _OTHER_FOLDERS = [f"{TEMPLATES[:n]}[!{TEMPLATES[n]}]*/*" for n in range(len(TEMPLATES))]

@@ -84,6 +84,8 @@ def first_foreign(folder: Path, names: Sequence[str], below: Sequence[str] = (),
         if entry.is_dir() and not entry.is_symlink():
             known = not top or any(fnmatch(f"{entry.name}/", name) for name in names)
             wanted = _SCRATCH_FILES if is_scratch(entry) else below or names
+            if f"{entry.name}/" == TEMPLATES:
+                wanted = ["*.jinja"]
             foreign = first_foreign(entry, wanted, top=False) if known else entry
             if foreign is not None:
                 return foreign
