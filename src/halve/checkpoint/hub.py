@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from halve.checkpoint.foreign import OLD_GPTQ
 from halve.checkpoint.tensors import INDEX, SINGLE
 from halve.errors import CheckpointError, OutputError
 from halve.files.contents import COMPANIONS, TEMPLATES
@@ -57,7 +56,8 @@ def _whole(folder: Path, weights: bool) -> bool:
         return True
     index = folder / INDEX
     if not index.is_file():
-        return (folder / OLD_GPTQ).is_file() and any(folder.glob("*.safetensors"))
+        # one file of another name, as GPTQ folders have it, but no shard of a download that was cut off
+        return any("-of-" not in file.name for file in folder.glob("*.safetensors"))
     try:
         return all((folder / name).is_file() for name in json.loads(index.read_text())["weight_map"].values())
     except (ValueError, KeyError, AttributeError):

@@ -42,13 +42,13 @@ def working_dtype(request: Request, source: Checkpoint) -> torch.dtype:
 
 
 def check_fits(request: Request, source: Checkpoint) -> None:
-    """CheckpointError, before any work, when a weight is too large for the dtype asked for; reads what could be."""
+    """CheckpointError, before any work, when a weight is too large for the dtype asked for; reads all that could be."""
     if request.dtype is None:
         return
     ends = torch.finfo(request.dtype).max
-    for name, dtype in source.tensors.dtypes.items():
-        # float32 ends a hair beyond bfloat16: that is no reason to read a whole model, and found when it is written
-        if dtype in FLOATING and torch.finfo(dtype).max > 2 * ends and not name.endswith(f".{SCALE}"):
+    for name in source.tensors.shapes:
+        dtype = source.tensors.dtypes[name]
+        if dtype in FLOATING and torch.finfo(dtype).max > ends and not name.endswith(f".{SCALE}"):
             source.tensor(name, request.dtype)
 
 

@@ -13,7 +13,15 @@ from halve.files.work import is_scratch_name
 from halve.measure.records import Record, check_record
 
 # files of a model folder that are large and hold nothing of interest
-_PASSED_OVER = ("tokenizer", "config.json", "generation_config", "model.safetensors.index", "vocab", "special_tokens")
+_PASSED_OVER = (
+    "tokenizer",
+    "config.json",
+    "generation_config",
+    "model.safetensors.index",
+    "vocab",
+    "special_tokens",
+    "tekken",
+)
 
 
 @dataclass
