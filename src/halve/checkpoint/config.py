@@ -10,6 +10,12 @@ from halve.model.config import ModelConfig
 from halve.model.families import Family
 
 
+def with_dtype(raw: dict, dtype: torch.dtype) -> dict:
+    """The config with the dtype its model is to run in, in every field that says so."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"]
+    return raw | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+
+
 def config_json(
     raw: dict, family: Family, config: ModelConfig, plain: bool, schemes_json: dict | None, dtype: torch.dtype | None
 ) -> dict:
@@ -24,8 +30,7 @@ def config_json(
         # also where the rule of `max_window_layers` held: it counts layers that may be gone
         out["layer_types"] = ["sliding_attention" if layer.sliding_window else "full_attention" for layer in layers]
     if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        out["dtype" if "dtype" in raw else "torch_dtype"] = name
+        out = with_dtype(out, dtype)
     if schemes_json:
         out["quantization_config"] = schemes_json
     if not plain:

@@ -14,7 +14,15 @@ from halve.measure.records import Record, check_record
 from halve.texts import files_below
 
 # files of a model folder that are large and hold nothing of interest
-_PASSED_OVER = ("tokenizer", "config.json", "generation_config", "model.safetensors.index", "vocab", "special_tokens")
+_PASSED_OVER = (
+    "tokenizer",
+    "config.json",
+    "generation_config",
+    "model.safetensors.index",
+    "vocab",
+    "special_tokens",
+    "tekken",
+)
 
 
 @dataclass

@@ -109,7 +109,7 @@ def analyse_layers(
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made ({error.strerror or error}): choose another place") from error
 
-    turns, all_tokens = measure_every_run(Walk(checkpoint, calibration, dtype, dtype, device))
+    turns, all_tokens = measure_every_run(Walk(checkpoint, calibration, dtype, device))
     analysis = LayerAnalysis(str(model), turns, turns.pairs, all_tokens, calibration.origin)
     write_json(folder / "layers.json", analysis.as_json())  # first: it says whose the others are
     write_text(folder / "distances.csv", analysis.distances_csv())
