@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint.reader import find_model, open_checkpoint, read_json
+from halve.checkpoint.tensors import read_weight_map
 from halve.checkpoint.writer import companions, save_shard
 from halve.errors import CheckpointError, reading
 from halve.files import write_json
@@ -64,12 +65,8 @@ def _write(folder: Path, files: list[Path], config: dict[str, Any], made: Path) 
 
 def _listing(folder: Path) -> list[Path]:
     index = folder / "pytorch_model.bin.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
-        except (KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index}: not a readable index ({error})") from error
-        files = [folder / name for name in names]
+    if index.is_file():
+        files = [folder / name for name in sorted(set(read_weight_map(index).values()))]
     else:
         files = [folder / "pytorch_model.bin"]
     for path in files:

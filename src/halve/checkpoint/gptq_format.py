@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halve.checkpoint.schemes import checked_spec
 from halve.checkpoint.stored import BIAS, PACKED, StoredLinear, packed_parts
 from halve.checkpoint.tensors import TensorSource, expect
 from halve.errors import CheckpointError, UnsupportedModelError
@@ -155,4 +156,4 @@ def read_config(config: dict[str, Any], origin: str) -> tuple[QuantSpec, str]:
         raise UnsupportedModelError(
             f"{origin}: checkpoint_format={version!r} is not handled: {' and '.join(VERSIONS)} are"
         )
-    return QuantSpec(bits, config.get("group_size", -1), bool(config.get("sym", True))), version
+    return checked_spec(bits, config.get("group_size", -1), config.get("sym", True), origin), version

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from halve.checkpoint.tensors import read_weight_map
 from halve.errors import CheckpointError, OutputError
 
 # the top folder only: some repositories keep the same weights a second time, in another layout
@@ -52,8 +52,8 @@ def _whole(folder: Path, weights: bool) -> bool:
     if not weights or not index.is_file():
         return not weights or (folder / "model.safetensors").is_file()
     try:
-        return all((folder / name).is_file() for name in json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError):
+        return all((folder / name).is_file() for name in read_weight_map(index).values())
+    except CheckpointError:
         return False
 
 

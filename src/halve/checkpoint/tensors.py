@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from halve.errors import CheckpointError, reading
+from halve.errors import CheckpointError, reading, shown
+from halve.files import parse_json
+from halve.files.contents import leads_outside
 
 SAFETENSORS_DTYPES = {
     "F32": torch.float32,
@@ -56,6 +57,27 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())  # aminmax hands NaN on
 
 
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file, from the index of a folder's shards. Raises CheckpointError for a malformed index or a file
+    that is not in the folder."""
+    try:
+        with reading(index, CheckpointError):
+            content = parse_json(index)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{index}: not a readable index ({error}): download it again") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index}: not an index (no weight_map of names to files): download it again")
+    for file in set(weight_map.values()):
+        if leads_outside(file, index.parent):
+            raise CheckpointError(
+                f"{index}: names {shown(file)}, which is not in the model's folder: download the model again"
+            )
+    return weight_map
+
+
 class SafetensorsFolder:
     """The tensors of a Hugging Face folder; opening it reads only the headers.
 
@@ -84,16 +106,11 @@ class SafetensorsFolder:
     def _listed(self) -> dict[Path, set[str] | None]:
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            content = index.read_bytes()
-            try:
-                weight_map = json.loads(content)["weight_map"]
-                files: dict[Path, set[str] | None] = {}
-                for name, file in weight_map.items():
-                    names = files.setdefault(self.folder / file, set())
-                    assert names is not None
-                    names.add(name)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise CheckpointError(f"{index}: not a readable index ({error}): download it again") from error
+            files: dict[Path, set[str] | None] = {}
+            for name, file in read_weight_map(index).items():
+                names = files.setdefault(self.folder / file, set())
+                assert names is not None
+                names.add(name)
             return files
         single = self.folder / "model.safetensors"
         if single.exists():
