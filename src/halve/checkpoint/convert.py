@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halve.checkpoint.reader import find_model, open_checkpoint, read_json
-from halve.checkpoint.tensors import INDEX, SINGLE, SafetensorsFolder
+from halve.checkpoint.reader import find_model, open_checkpoint
+from halve.checkpoint.tensors import INDEX, SINGLE, SafetensorsFolder, read_json, read_weight_map
 from halve.checkpoint.writer import save_shard
 from halve.errors import CheckpointError, reading
 from halve.files import write_json
@@ -91,13 +91,10 @@ def _listing(folder: Path) -> dict[Path, set[str] | None]:
     files: dict[Path, set[str] | None] = {single: None}
     if index.exists() and not single.exists():
         files = {}
-        try:
-            for name, file in read_json(index)["weight_map"].items():
-                names = files.setdefault(folder / file, set())
-                assert names is not None
-                names.add(name)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not a readable index ({error})") from error
+        for name, file in read_weight_map(index).items():
+            names = files.setdefault(folder / file, set())
+            assert names is not None
+            names.add(name)
     for path in files:
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file: convert needs a folder with pytorch_model.bin weights")

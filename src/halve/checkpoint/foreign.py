@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from halve.checkpoint.tensors import SINGLE
-from halve.errors import CheckpointError, UnsupportedModelError
-from halve.files import read_object
+from halve.checkpoint.tensors import INDEX, SINGLE, read_json
+from halve.errors import CheckpointError, UnsupportedModelError, shown
 
 READ = ("compressed-tensors", "gptq")
 OLD_GPTQ = "quantize_config.json"  # of AutoGPTQ, before config.json held it
@@ -61,19 +60,19 @@ def quantization_of(folder: Path, raw: dict[str, Any]) -> dict[str, Any] | None:
     origin, config = folder / "config.json", raw.get("quantization_config")
     if config is None and (folder / OLD_GPTQ).is_file():
         origin = folder / OLD_GPTQ
-        config = {"quant_method": "gptq"} | (read_object(origin) or {})
+        config = {"quant_method": "gptq"} | read_json(origin)
     if config is None or config == {}:
         return None
     if not isinstance(config, dict):
         raise CheckpointError(
-            f"{origin}: quantization_config={config!r} is no description of a scheme: get an intact copy"
+            f"{origin}: quantization_config={shown(config)} must be an object: get the model's own config.json"
         )
     named = config.get("quant_method") or next((name for key, name in _FIELDS.items() if config.get(key)), None)
     method = str(named).lower()
     if method not in READ:
-        raise UnsupportedModelError(_refusal(str(origin), method, f"quant_method={config.get('quant_method')!r}"))
+        raise UnsupportedModelError(_refusal(str(origin), method, f"quant_method={shown(config.get('quant_method'))}"))
     kind = config.get("format")
-    if method == "compressed-tensors" and kind in NAMES:
+    if method == "compressed-tensors" and isinstance(kind, str) and kind in NAMES:
         raise UnsupportedModelError(_refusal(str(origin), kind, f"format={kind!r}"))
     return config | {"quant_method": method}
 
@@ -93,7 +92,7 @@ def refuse_by_names(names: Iterable[str], origin: str) -> None:
 
 def _refusal(origin: str, method: str, sign: str) -> str:
     return (
-        f"{origin}: the weights are quantized by {NAMES.get(method, method)}, as {sign} says, which is not read "
+        f"{origin}: the weights are quantized by {NAMES.get(method, shown(method))}, as {sign} says, which is not read "
         f"({' and '.join(READ)} are): take the model it was made from, in bf16, fp16 or fp32, and let halve quantize that"
     )
 
@@ -103,7 +102,7 @@ def gptq_file(folder: Path, config: dict[str, Any]) -> list[Path] | None:
 
     Raises CheckpointError when none or several could be meant.
     """
-    if (folder / SINGLE).exists() or (folder / f"{SINGLE}.index.json").exists():
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
         return None
     base = config.get("model_file_base_name")
     files = sorted(folder.glob("*.safetensors"))

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halve.checkpoint.schemes import checked_spec
 from halve.checkpoint.stored import BIAS, StoredLinear, packed_parts
 from halve.checkpoint.tensors import TensorSource, expect
-from halve.errors import CheckpointError, UnsupportedModelError
+from halve.errors import CheckpointError, UnsupportedModelError, shown
 from halve.model.families import LinearShape
 from halve.quantization import PACKABLE_BITS, QuantizedWeight, QuantSpec, unpack
 
@@ -192,27 +193,29 @@ def read_config(
             f"{origin}: per-layer GPTQ settings (`dynamic`) are not handled: one scheme for all is"
         )
     if config.get("pack_dtype", "int32") != "int32":
-        raise UnsupportedModelError(f"{origin}: pack_dtype={config['pack_dtype']!r} is not handled: only int32 is")
+        raise UnsupportedModelError(f"{origin}: pack_dtype={shown(config['pack_dtype'])} is not handled: only int32 is")
     bits, size = _whole(config, "bits", origin), _whole(config, "group_size", origin)
     if bits not in PACKABLE_BITS:
-        raise UnsupportedModelError(f"{origin}: bits={bits!r} is not handled: use one of {PACKABLE_BITS}")
+        raise UnsupportedModelError(f"{origin}: bits={shown(bits)} is not handled: use one of {PACKABLE_BITS}")
     if size is not None and size < -1:
-        raise UnsupportedModelError(f"{origin}: group_size={size} is not handled: -1 or a number of columns is")
+        raise UnsupportedModelError(f"{origin}: group_size={shown(size)} is not handled: -1 or a number of columns is")
     version = config.get("checkpoint_format") or "gptq"
     if version not in VERSIONS:
         raise UnsupportedModelError(
-            f"{origin}: checkpoint_format={version!r} is not handled: {' and '.join(VERSIONS)} are"
+            f"{origin}: checkpoint_format={shown(version)} is not handled: {' and '.join(VERSIONS)} are"
         )
     for key in ("sym", "desc_act"):
         if not isinstance(config.get(key), bool | None):
-            raise UnsupportedModelError(f"{origin}: {key}={config[key]!r} is not handled: true and false are")
+            raise UnsupportedModelError(f"{origin}: {key}={shown(config[key])} is not handled: true and false are")
     sym = config.get("sym")
-    return QuantSpec(bits, size or -1, symmetric(bits) if sym is None else sym), version  # 0 is -1 to some writers
+    return checked_spec(bits, size or -1, symmetric(bits) if sym is None else sym, origin), version  # 0 is -1 to some
 
 
 def _whole(config: dict[str, Any], key: str, origin: str) -> int | None:
     """A field that is a whole number, written as one or in quotes; None where there is none."""
     value = config.get(key)
-    if isinstance(value, bool | float) or (value is not None and not str(value).removeprefix("-").isdecimal()):
-        raise UnsupportedModelError(f"{origin}: {key}={value!r} is not handled: a whole number is")
-    return None if value is None else int(value)
+    if value is None or type(value) is int:
+        return value
+    if not (isinstance(value, str) and value.removeprefix("-").isdecimal() and len(value) < 10):
+        raise UnsupportedModelError(f"{origin}: {key}={shown(value)} is not handled: a whole number is")
+    return int(value)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from halve.checkpoint.tensors import INDEX, SINGLE
+from halve.checkpoint.tensors import INDEX, SINGLE, read_weight_map
 from halve.errors import CheckpointError, OutputError
 from halve.files.contents import COMPANIONS, TEMPLATES
 
@@ -59,8 +58,8 @@ def _whole(folder: Path, weights: bool) -> bool:
         # one file of another name, as GPTQ folders have it, but no shard of a download that was cut off
         return any("-of-" not in file.name for file in folder.glob("*.safetensors"))
     try:
-        return all((folder / name).is_file() for name in json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError):
+        return all((folder / name).is_file() for name in read_weight_map(index).values())
+    except CheckpointError:
         return False
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from halve.checkpoint.hub import fetch
 from halve.checkpoint.naming import check_parts, refuse_adapter, under_own_names
 from halve.checkpoint.schemes import read_schemes
 from halve.checkpoint.stored import BIAS, PACKED, WEIGHT, StoredLinear, tensor_names
-from halve.checkpoint.tensors import FLOATING, RandomTensors, SafetensorsFolder, TensorSource, cast, expect
-from halve.errors import CheckpointError, HalveError, reading
+from halve.checkpoint.tensors import FLOATING, RandomTensors, SafetensorsFolder, TensorSource, cast, expect, read_json
+from halve.errors import CheckpointError, HalveError, reading, shown
+from halve.files.contents import link_outside
 from halve.model import families
 from halve.model.config import ModelConfig
 from halve.model.decoder import Block, Model, Norm
@@ -34,30 +34,36 @@ _HARMLESS_TENSORS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
 def find_model(model: str | Path, *, weights: bool = True) -> Path:
-    """The local folder of `model`: a folder, a config.json, or a hub id (downloaded once into the hub's cache)."""
+    """The local folder of `model`: a folder, a config.json, or a hub id (downloaded once into the hub's cache).
+
+    Raises CheckpointError when there is none, or one of its files is a link to something outside it.
+    """
     path = Path(os.path.expanduser(model))
     with reading(path, CheckpointError):
         if path.is_file() and path.suffix != ".json":
             raise CheckpointError(f"{path}: is a file: give the model's folder, or its config.json with random weights")
         local = path.parent if path.is_file() else path if path.is_dir() else None
         found = local or fetch(str(model), weights=weights)
+        link = link_outside(found)
+        if link is not None:
+            raise CheckpointError(
+                f"{link}: is a link to {os.readlink(link)}, which is not in the model's folder: put the file itself there"
+            )
         refuse_adapter(found)
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError when it is missing, cannot be read, or is malformed."""
-    with reading(path, CheckpointError):
-        if not path.exists():
-            raise CheckpointError(f"{path.parent}: no {path.name}: is it a model folder?")
-        content = path.read_bytes()
-    try:
-        value = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}): get an intact copy") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not an object: get an intact copy")
-    return value
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """halve.json of a model folder, empty without one; CheckpointError when it is malformed."""
+    path = folder / "halve.json"
+    manifest = read_json(path) if path.exists() else {}
+    for key in ("recipe", "steps"):
+        value = manifest.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(step, dict) for step in value):
+            raise CheckpointError(
+                f"{path}: {key}={shown(value)} is not a list of steps: delete the file, or get an intact copy"
+            )
+    return manifest
 
 
 @dataclass
@@ -81,8 +87,7 @@ class Checkpoint:
     @property
     def manifest(self) -> dict[str, Any]:
         """halve.json, empty for a model this project did not write."""
-        path = self.folder / "halve.json"
-        return read_json(path) if path.exists() else {}
+        return read_manifest(self.folder)
 
     def linear_shapes(self) -> Iterator[LinearShape]:
         """Every linear that methods may touch: block by block, then the head."""
@@ -219,6 +224,7 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
         names = [shape.name for shape in checkpoint.linear_shapes()]
         checkpoint.schemes = read_schemes(quantization, names, origin)
     checkpoint.check()
+    read_manifest(folder)  # it is added to when all is done: what is wrong with it is told before
     return checkpoint
 
 

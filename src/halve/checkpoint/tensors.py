@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from halve.errors import CheckpointError, reading
+from halve.errors import CheckpointError, reading, shown
+from halve.files import parse_json
+from halve.files.contents import leads_outside
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -77,6 +78,34 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())  # aminmax hands NaN on
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when it is missing, cannot be read, or is malformed."""
+    with reading(path, CheckpointError):
+        if not path.exists():
+            raise CheckpointError(f"{path.parent}: no {path.name}: is it a model folder?")
+        try:
+            value = parse_json(path)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not readable as JSON ({error}): get an intact copy") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not an object: get an intact copy")
+    return value
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file, from the index of a folder's shards. Raises CheckpointError for a malformed index or a file
+    that is not in the folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(file, str) for file in weight_map.values())):
+        raise CheckpointError(f"{index}: not an index (no weight_map of names to files): download it again")
+    for file in set(weight_map.values()):
+        if leads_outside(file, index.parent):
+            raise CheckpointError(
+                f"{index}: names {shown(file)}, which is not in the model's folder: download the model again"
+            )
+    return weight_map
+
+
 class SafetensorsFolder:
     """The tensors of a Hugging Face folder; opening it reads only the headers.
 
@@ -105,14 +134,7 @@ class SafetensorsFolder:
         path = self.folder / INDEX
         if not path.exists() or (self.folder / SINGLE).exists():
             return {}
-        content = path.read_bytes()
-        try:
-            index = {name: self.folder / file for name, file in json.loads(content)["weight_map"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not a readable index ({error}): download it again") from error
-        if not index:
-            raise CheckpointError(f"{path}: names no tensor: download it again")
-        return index
+        return {name: self.folder / file for name, file in read_weight_map(path).items()}
 
     def _single(self) -> list[Path]:
         single = self.folder / SINGLE

@@ -225,7 +225,9 @@ def _resolve(
 def _complete(folder: Path, request: Request, source: Checkpoint, step: StepPlan, manifest: dict[str, Any]) -> None:
     """Write config, manifest and index of a step's folder."""
     state = step.after
-    names = [s.name for s in (*state.linears.values(), *projection_linears(source.family, state.config))]
+    # the projections too: a scheme for all linears must not be taken for theirs
+    projections = projection_linears(source.family, state.config)
+    names = [s.name for s in (*state.linears.values(), *projections)]
     schemes = write_schemes(state.schemes, names) if state.schemes else None
     config = config_json(source.raw, source.family, state.config, state.plain, schemes, request.dtype or source.dtype)
     CheckpointWriter(folder, len(step.sources) + 1).finish(config, manifest, source.folder)

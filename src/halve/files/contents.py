@@ -27,6 +27,8 @@ MODEL_FILES = [
 ]
 OWNER = "owner"  # of a scratch folder: its mark OWNER.json and its lock OWNER.lock
 _SCRATCH_FILES = [*MODEL_FILES, *"*/ *.json *.jinja *.tmp owner.lock *.safetensors *.bin".split()]
+# what is read of a model's folder, by halve and by the tokenizer's library
+_READ_FILES = [*_SCRATCH_FILES, *"*.txt *.model additional_chat_templates".split()]
 # what does not make a folder hold something: of file systems, and of workers that begin at this moment
 PASSED_OVER = re.compile(
     r"lost\+found|\.request\.lock|\.worker-[0-9a-f]+\.(json|lock)|\.halve-[0-9a-f]{32}|\.[0-9a-f]{32}\.tmp"
@@ -54,6 +56,28 @@ def holds_one_of(places: dict[Path, str], folder: Path) -> str | None:
         if place == folder or folder in place.parents:
             return f"{'is' if place == folder else 'holds'} {what}"
     return None
+
+
+def leads_outside(name: str | Path, folder: Path) -> bool:
+    """Whether a name in a model's folder stands for what lies elsewhere: by `..`, from the root, or through links.
+
+    The blobs beside a snapshot in the hub's cache are its own.
+    """
+    try:
+        real, home = (folder / name).resolve(), folder.resolve()
+    except (OSError, RuntimeError, ValueError):  # a circle of links, or no name of a file
+        return True
+    blobs = home.parent.parent / "blobs"
+    return not (real.is_relative_to(home) or (home.parent.name == "snapshots" and real.is_relative_to(blobs)))
+
+
+def link_outside(folder: Path) -> Path | None:
+    """The first file of a model that is a link to something outside its folder; None without one."""
+    inner = folder / "additional_chat_templates"
+    entries = [*folder.iterdir(), *(inner.iterdir() if inner.is_dir() else ())]
+    links = sorted(entry for entry in entries if entry.is_symlink())
+    named = (link for link in links if any(fnmatch(link.name, name) for name in _READ_FILES))
+    return next((link for link in named if leads_outside(link, folder)), None)
 
 
 def _is_model(folder: Path) -> bool:
