@@ -79,6 +79,32 @@ def random_text(rng: random.Random, longest: int = 25) -> str:
     return "".join(letters)[: rng.randint(0, longest)]
 
 
+COMPANIONS = (
+    "generation_config.json tokenizer.json tokenizer.model tekken.json chat_template.jinja "
+    "additional_chat_templates/tools.jinja LICENSE LICENSE.txt LICENSE-MODEL NOTICE USE_POLICY.md"
+).split()
+
+
+def add_companions(folder: Path) -> None:
+    """Give a model what goes with weights, and what does not."""
+    for name in (
+        *COMPANIONS,
+        "README.md",
+        "notes.txt",
+        "original/tokenizer.model",
+        "additional_chat_templates/notes.txt",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}" if name.endswith(".json") else f"text of {name}")
+
+
+def companions(folder: Path) -> dict[str, str]:
+    """The texts of a folder by name, weights and configs left out."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    left_out = ("config.json", "model.safetensors", "model-", "pytorch_model", "halve")
+    return {name: path.read_text() for name, path in files.items() if not name.startswith(left_out)}
+
+
 def write_lines(path: Path, *records: Any) -> Path:
     """A JSON-lines file of `records`."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -59,12 +59,18 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
     return start
 
 
+NOT_LOADED = ["LICENSE", "additional_chat_templates/tools.jinja"]
 REASONS = [errno.EACCES, errno.EIO]
 
 
 @pytest.mark.parametrize("reason", REASONS)
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json", *NOT_LOADED]
+)
 def test_a_file_of_the_model(refuse, model: Path, tmp_path: Path, name: str, reason: int) -> None:
+    if name in NOT_LOADED:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("of the model")
     refuse(model / name, reason)
     said = f"{model / name}: cannot be read: {os.strerror(reason)}; check"
     with pytest.raises(CheckpointError, match=said):
@@ -78,16 +84,17 @@ def test_a_file_of_the_model(refuse, model: Path, tmp_path: Path, name: str, rea
 
 
 def test_a_folder_where_a_file_should_be(model: Path) -> None:
-    for name in ("config.json", "model.safetensors", "model.safetensors.index.json"):
-        kept = model / f"{name}.kept"
-        if (model / name).exists():
-            (model / name).rename(kept)
+    for name, instead_of in (
+        ("config.json", "config.json"),
+        ("model.safetensors", "model.safetensors"),
+        ("model.safetensors.index.json", "model.safetensors"),
+    ):
+        kept = (model / instead_of).rename(model / "kept")
         (model / name).mkdir()
         with pytest.raises(CheckpointError, match=f"{name}: cannot be read: Is a directory"):
             load_model(model)
         (model / name).rmdir()
-        if kept.exists():
-            kept.rename(model / name)
+        kept.rename(model / instead_of)
     load_model(model)
 
 

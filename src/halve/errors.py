@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 class HalveError(ValueError):
@@ -48,3 +53,8 @@ def unreadable(error: OSError, path: Path | str) -> str:
     """What to say of an OSError that came up while `path` was read."""
     name = error.filename if isinstance(error.filename, (str, Path)) else path
     return f"{name}: cannot be read: {error.strerror or error}; check the path and its permissions"
+
+
+def shown(value: Any) -> str:
+    """A value out of a file as a message shows it: on one line, cut short, however long or deep it is."""
+    return _SHORT.repr(value)

@@ -231,3 +231,123 @@ def test_opening_reads_no_weight(make_hf, tmp_path: Path, monkeypatch: pytest.Mo
     read: list[str] = []
     open_checkpoint(folder)
     assert {name.rpartition(".")[2] for name in read} == {"g_idx", "bias"}
+
+
+def configured(folder: Path, **fields: object) -> Path:
+    """Change fields of the folder's quantization_config; ... takes one away."""
+    raw = json.loads((folder / "config.json").read_text())
+    merged = raw["quantization_config"] | fields
+    raw["quantization_config"] = {key: value for key, value in merged.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def with_index(folder: Path, index: torch.Tensor | None) -> Path:
+    """Give every linear this g_idx, one of as many zeros for an empty one, or none."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("g_idx")]:
+        columns = tensors.pop(name).numel()
+        if index is not None:
+            tensors[name] = index if index.numel() else torch.zeros(columns, dtype=torch.int32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("index", [torch.empty(0), None], ids=["zeros", "none"])
+@pytest.mark.parametrize("order", [False, ..., None], ids=["false", "missing", "null"])
+def test_an_index_that_was_never_filled_in(make_hf, tmp_path: Path, sym: bool, index, order: object) -> None:
+    folder = with_index(to_gptq(make_hf("llama"), tmp_path / "made", "gptq", sym=sym), index)
+    configured(folder, desc_act=order)
+    assert relative(logits(folder), their_logits(tmp_path / "made" / "dense")) < 1e-5
+
+
+@pytest.mark.parametrize("index", [torch.empty(0), None], ids=["zeros", "none"])
+def test_an_order_that_is_lost_is_refused(make_hf, tmp_path: Path, index) -> None:
+    folder = with_index(to_gptq(make_hf("llama"), tmp_path / "made", "gptq", shuffle=True, sym=True), index)
+    with pytest.raises(
+        CheckpointError, match=r"desc_act is true and 'model.layers.0.self_attn.q_proj.g_idx'.*desc_act to false"
+    ):
+        load_model(folder)
+    load_model(configured(folder, static_groups=True))  # whose groups are runs of columns in any order
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bits": "4", "group_size": "16"},
+        {"checkpoint_format": ...},
+        {"checkpoint_format": None},
+        {"sym": ...},
+        {"quant_method": ...},
+        {"quant_method": "GPTQ"},
+    ],
+)
+@pytest.mark.parametrize("sym", [True, False])
+def test_fields_that_are_missing_or_odd(make_hf, tmp_path: Path, fields: dict[str, object], sym: bool) -> None:
+    folder = to_gptq(make_hf("llama"), tmp_path / "made", "gptq", sym=sym)
+    configured(folder, **fields)
+    assert relative(logits(folder), their_logits(tmp_path / "made" / "dense")) < 1e-5
+
+
+def test_a_symmetric_folder_that_says_neither_that_nor_its_version(make_hf, tmp_path: Path) -> None:
+    folder = to_gptq(make_hf("llama"), tmp_path / "made", "gptq_v2", sym=True)
+    with pytest.raises(CheckpointError, match="set checkpoint_format in its config to gptq_v2"):
+        load_model(configured(folder, sym=..., checkpoint_format=...))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"bits": "four"}, "bits='four'"),
+        ({"bits": ...}, "bits=None"),
+        ({"bits": 4.5}, r"bits=4\.5"),
+        ({"group_size": -2}, "group_size=-2"),
+        ({"group_size": [16]}, "group_size="),
+        ({"sym": "false"}, "sym='false'"),
+        ({"desc_act": 1}, "desc_act=1"),
+    ],
+)
+def test_fields_that_mean_nothing(make_hf, tmp_path: Path, fields: dict[str, object], words: str) -> None:
+    folder = to_gptq(make_hf("llama"), tmp_path / "made", "gptq", sym=True)
+    with pytest.raises(UnsupportedModelError, match=f"config.json: {words}.* is not handled"):
+        load_model(configured(folder, **fields))
+
+
+@pytest.mark.parametrize("size", [-1, 0, None, ..., 8])
+def test_a_group_size_that_does_not_fit_the_scales(make_hf, tmp_path: Path, size: object) -> None:
+    folder = to_gptq(make_hf("llama"), tmp_path / "made", "gptq", sym=True)
+    with pytest.raises(CheckpointError, match=r"group_size=-?\d+ makes \d groups of the 32 inputs of .*q_proj.* has 2"):
+        load_model(configured(folder, group_size=size))
+
+
+def test_layout_of_awq_under_the_name_of_gptq(make_hf, tmp_path: Path) -> None:
+    folder = to_gptq(make_hf("llama"), tmp_path / "made", "gptq", sym=True)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.qweight"
+    tensors[name] = torch.zeros(32, 6, dtype=torch.int32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=f"'{name}' is packed along the outputs, which is AWQ's"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "gptq_model-4bit-16g.safetensors", "llama-4bit.safetensors"])
+def test_an_old_folder_with_its_description_in_a_file_of_its_own(make_hf, tmp_path: Path, file: str) -> None:
+    folder = with_index(to_gptq(make_hf("llama"), tmp_path / "made", "gptq", sym=True), None)
+    expected = logits(folder)
+    (folder / "model.safetensors").rename(folder / file)
+    raw = json.loads((folder / "config.json").read_text())
+    config = {"bits": 4, "group_size": 16, "desc_act": False, "sym": True, "damp_percent": 0.01}
+    (folder / "quantize_config.json").write_text(json.dumps(config))
+    del raw["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert torch.equal(logits(folder), expected)
+    compress(folder, tmp_path / "out", ["rtn:bits=8,targets=lm_head"])
+    assert relative(logits(tmp_path / "out"), their_logits(tmp_path / "out")) < 1e-5
+    if file != "model.safetensors":
+        shutil.copyfile(folder / file, folder / "another.safetensors")
+        with pytest.raises(CheckpointError, match=f"there are: another.safetensors, {file}: .*model_file_base_name"):
+            load_model(folder)
+        config["model_file_base_name"] = file.removesuffix(".safetensors")
+        (folder / "quantize_config.json").write_text(json.dumps(config))
+        assert torch.equal(logits(folder), expected)

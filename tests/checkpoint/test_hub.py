@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 from halve.checkpoint.hub import cached, fetch
 from halve.checkpoint.reader import open_checkpoint
 from halve.errors import CheckpointError, HalveError, OutputError
+from tests.common import COMPANIONS, add_companions, companions
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -59,6 +60,7 @@ class Hub:
         for name in wanted:
             if name == self.stop_before:
                 raise OSError("the connection was reset")
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(self.files / name, folder / name)
         return str(folder)
 
@@ -92,6 +94,19 @@ def test_a_model_is_downloaded_once_and_then_read_without_the_hub(hub: Hub) -> N
     assert fetch("owner/tiny") == folder == cached("owner/tiny")
     assert open_checkpoint("owner/tiny").config.hidden_size == 32
     assert len(hub.asked) == 2
+
+
+def test_what_goes_with_the_weights_is_fetched(hub: Hub) -> None:
+    add_companions(hub.files)
+    folder = fetch("owner/tiny")
+    assert companions(folder).keys() == set(COMPANIONS)
+
+
+def test_a_gptq_model_of_the_old_kind_is_fetched(hub: Hub) -> None:
+    (hub.files / "model.safetensors").rename(hub.files / "gptq_model-4bit-128g.safetensors")
+    (hub.files / "quantize_config.json").write_text("{}")
+    folder = fetch("owner/tiny")
+    assert (folder / "quantize_config.json").is_file() and cached("owner/tiny") == folder
 
 
 def test_a_download_that_was_cut_off_is_not_taken_for_whole(hub: Hub) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from halve import load_model
 from halve.checkpoint.reader import open_checkpoint
 from halve.errors import CheckpointError, HalveError
+from tests.common import logits, relative, their_logits
 
 
 @pytest.fixture
@@ -123,6 +124,55 @@ def test_missing_shard(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="the shard is missing"):
+        open_checkpoint(folder)
+
+
+def shards(folder: Path, *parts: dict[str, torch.Tensor], index: dict[str, int]) -> None:
+    """Write `parts` as shards, with an index that gives the number of the shard of each name."""
+    files = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    for file, tensors in zip(files, parts, strict=True):
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    weight_map = {name: files[number] for name, number in index.items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_a_single_file_goes_before_an_index(folder: Path) -> None:
+    """As in transformers: an index beside it is of an earlier save, whole or not."""
+    tensors = load_file(folder / "model.safetensors")
+    older = {name: tensor * 0.5 for name, tensor in tensors.items()}
+    torch.save(older, folder / "pytorch_model.bin")
+    for part in (older, {"only": torch.zeros(1)}):
+        shards(folder, part, index=dict.fromkeys(older, 0))
+        assert relative(logits(folder), their_logits(folder)) < 1e-5
+        assert torch.equal(open_checkpoint(folder).tensor("model.norm.weight"), tensors["model.norm.weight"])
+
+
+@pytest.mark.parametrize("right", [0, 1])
+def test_a_name_in_two_shards_is_read_from_the_one_that_the_index_names(folder: Path, right: int) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    expected = logits(folder)
+    twice = [name for name in tensors if "layers.1" in name]
+    wrong = {name: tensors[name] * 3 for name in twice}
+    parts = [
+        {n: t for n, t in tensors.items() if "layers.2" not in n},
+        {n: t for n, t in tensors.items() if "layers.2" in n},
+    ]
+    index = {name: number for number, part in enumerate(parts) for name in part} | dict.fromkeys(twice, right)
+    parts[0] |= wrong if right else {}
+    parts[1] |= {name: tensors[name] for name in twice} if right else wrong
+    (folder / "model.safetensors").unlink()
+    shards(folder, *parts, index=index)
+    assert torch.equal(logits(folder), expected)
+    shards(folder, *parts, index={name: number for name, number in index.items() if name not in twice})
+    with pytest.raises(CheckpointError, match=r"layers\.1.*' is in .*00001-of.* and in .*00002-of.*names neither"):
+        open_checkpoint(folder)
+
+
+def test_a_file_of_another_name_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"no model\.safetensors .* but weights\.safetensors: .*call it model\.safetensors"
+    ):
         open_checkpoint(folder)
 
 

@@ -9,13 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 from halve import compress
 from halve.checkpoint.reader import open_checkpoint
 from halve.compression import compress as compression
 from halve.errors import HalveError, OutputError, RecipeError
-from tests.common import FAMILIES, logits, relative, their_logits
+from tests.common import (
+    COMPANIONS,
+    FAMILIES,
+    add_companions,
+    companions,
+    logits,
+    relative,
+    their_logits,
+    write_word_tokenizer,
+)
 
 STEPS = ["rtn:bits=8", "rtn:bits=4,group_size=16", "rtn:bits=4,group_size=32,fallback=channel", "rtn:bits=3"]
 
@@ -95,6 +104,19 @@ def test_dtype_is_that_of_what_is_written(make_hf, tmp_path: Path) -> None:
     assert after.dtype == torch.bfloat16
     assert after.tensors.dtypes["model.layers.0.mlp.up_proj.weight_scale"] == torch.bfloat16
     assert "bfloat16" in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_what_goes_with_the_weights_goes_along(make_hf, tmp_path: Path) -> None:
+    """Through every step, and a chat template asked for by name is found; --overwrite knows all of it as a model's."""
+    source = Path(shutil.copytree(make_hf("llama"), tmp_path / "source"))
+    write_word_tokenizer(source, ["w"])
+    add_companions(source)
+    write_word_tokenizer(source, ["w"])
+    compress(source, tmp_path / "out", ["rtn:bits=8", "rtn:bits=8,targets=lm_head"])
+    assert companions(tmp_path / "out").keys() == {*COMPANIONS, "tokenizer_config.json"}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.get_chat_template("tools") == "text of additional_chat_templates/tools.jinja"
+    compress(source, tmp_path / "out", ["rtn:bits=4"], overwrite=True)
 
 
 def test_equal_runs_give_equal_bytes(make_hf, tmp_path: Path) -> None:

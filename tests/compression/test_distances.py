@@ -66,7 +66,7 @@ def test_influence_is_one_minus_cosine() -> None:
 
 def walk_of(folder: Path, held: int = 1) -> Walk:
     calibration = Calibration(TOKENS[:-held], TOKENS[-held:], {})
-    return Walk(open_checkpoint(folder), calibration, torch.float32, torch.float32, "cpu")
+    return Walk(open_checkpoint(folder), calibration, torch.float32, "cpu")
 
 
 def stream_of(model: Model) -> list[torch.Tensor]:

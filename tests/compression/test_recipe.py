@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,47 @@ def test_a_quote_that_is_not_closed_is_named(text: str) -> None:
 def test_every_step_can_be_written_as_text(patterns: list[str]) -> None:
     step = make_step("rtn", {"targets": patterns, "bits": 4})
     assert parse_step(step_text(step)) == step
+
+
+LAUGHS = "\n".join(
+    ["l0: &l0 [ha]", *(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 30)), "steps: *l29"]
+)
+MERGES = "\n".join(
+    ["m0: &m0 {a: 1}", *(f"m{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1}]}}" for n in range(1, 40)), "steps: *m39"]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LAUGHS, "uses an alias"),
+        (MERGES, "uses an alias"),
+        ("&a [*a]", "uses an alias"),
+        ("[" * 100_000 + "]" * 100_000, "nested deeper than 20"),
+        ("{a: " * 50_000 + "1" + "}" * 50_000, "nested deeper than 20"),
+        ("- rtn: {bits: " + "1" * 10_000 + "}", "not YAML"),
+        ("- rtn: {bits: 2001-99-99}", "not YAML"),
+        ("- !!python/object/apply:os.system [ls]", "not YAML"),
+        ("- rtn: {bits: .nan}", "bits=nan"),
+        ("- prune-mlp: {fraction: .nan}", "fraction=nan"),
+        ("- prune-mlp: {fraction: .inf}", "fraction=inf"),
+        ("- prune-mlp: {fraction: " + "9" * 400 + "}", "fraction=99"),
+        ("- rtn: {targets: [[a], {b: c}]}", "targets="),
+        ("- rtn: {targets: {a: b}}", "targets="),
+        ("- " + "a" * 2_000_000, "longer than"),
+        ("- [[[[[[rtn]]]]]]", "is not NAME"),
+        ("- {[a, b]: c}", "not YAML"),
+        ("- {3: {bits: 4}}", "unknown step '3'"),
+        ("- rtn: {3: 4}", "unknown option 3"),
+        ("\0", "not YAML"),
+        ("", "must be a list of steps"),
+    ],
+)
+def test_recipes_that_nobody_writes_are_refused_at_once(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    started = time.monotonic()
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(tmp_path / "recipe.yaml")
+    assert time.monotonic() - started < 5
+    message = str(caught.value)
+    assert words in message and "\n" not in message and len(message) < 600, message

@@ -170,7 +170,7 @@ def test_the_walk_sees_what_the_model_sees(make_hf) -> None:
 
     checkpoint = open_checkpoint(make_hf("qwen3"))
     tokens = torch.randint(0, 97, (3, 10), generator=torch.Generator().manual_seed(0))
-    walk = Walk(checkpoint, Calibration(tokens[:2], tokens[2:], {}), torch.float32, torch.float32, "cpu")
+    walk = Walk(checkpoint, Calibration(tokens[:2], tokens[2:], {}), torch.float32, "cpu")
     for index in range(3):
         view = walk.block(index)
         assert view.block is not None

@@ -7,7 +7,13 @@ from dataclasses import asdict
 import torch
 
 from halve.model.config import ModelConfig
-from halve.model.families import Family
+from halve.model.families import Family, no_windows, windows_by_layer
+
+
+def with_dtype(raw: dict, dtype: torch.dtype) -> dict:
+    """The config with the dtype its model is to run in, in every field that says so."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in raw] or ["torch_dtype"]
+    return raw | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
 
 
 def config_json(
@@ -20,12 +26,17 @@ def config_json(
     out["model_type"] = base
     out["tie_word_embeddings"] = config.tied
     out["num_hidden_layers"] = len(layers)
-    if "layer_types" in raw or raw.get("use_sliding_window"):
+    # what the model does not read the common code of transformers may: its cache, and its checks
+    unread = ["attention_chunk_size"]
+    unread += ["sliding_window", "layer_types"] if family.windows is no_windows else []
+    unread += ["rope_parameters", "rope_scaling"] if config.rope is None else []
+    out = {key: value for key, value in out.items() if key not in unread}
+    by_layer = family.windows is windows_by_layer and raw.get("use_sliding_window")
+    if by_layer or "layer_types" in out:
         # also where the rule of `max_window_layers` held: it counts layers that may be gone
         out["layer_types"] = ["sliding_attention" if layer.sliding_window else "full_attention" for layer in layers]
     if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        out["dtype" if "dtype" in raw else "torch_dtype"] = name
+        out = with_dtype(out, dtype)
     if schemes_json:
         out["quantization_config"] = schemes_json
     if not plain:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halve.checkpoint.reader import find_model, open_checkpoint, read_json
-from halve.checkpoint.writer import companions, save_shard
+from halve.checkpoint.reader import find_model, open_checkpoint
+from halve.checkpoint.tensors import INDEX, SINGLE, SafetensorsFolder, read_json, read_weight_map
+from halve.checkpoint.writer import save_shard
 from halve.errors import CheckpointError, reading
 from halve.files import write_json
+from halve.files.contents import companions, copy_companions
 from halve.files.work import WorkFolder
 from halve.progress import track
 
@@ -43,35 +45,56 @@ def convert(model: str | Path, out: str | Path, *, overwrite: bool = False) -> P
     return work.out
 
 
-def _write(folder: Path, files: list[Path], config: dict[str, Any], made: Path) -> None:
+def _write(folder: Path, files: dict[Path, set[str] | None], config: dict[str, Any], made: Path) -> None:
     weight_map, total = {}, 0
-    for number, path in enumerate(track(files, description="convert"), 1):
+    beside = SafetensorsFolder(folder) if any((folder / name).exists() for name in (SINGLE, INDEX)) else None
+    for number, path in enumerate(track(list(files), description="convert"), 1):
         shard = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = _load(path)
+        names = files[path]
+        if names is not None:
+            if names - tensors.keys():
+                missing = min(names - tensors.keys())
+                raise CheckpointError(
+                    f"{path}: the index promises {missing!r} and the file does not hold it: download it again"
+                )
+            tensors = {name: tensors[name] for name in sorted(names)}
+        if beside is not None:
+            _check_same(path, tensors, beside)
         if config.get("tie_word_embeddings", config.get("model_type") == "opt"):
             tensors.pop("lm_head.weight", None)
         # clones: tensors that are views of one storage cannot be saved as they are
         save_shard({k: v.clone().contiguous() for k, v in tensors.items()}, made / shard)
         weight_map |= dict.fromkeys(tensors, shard)
         total += sum(t.nbytes for t in tensors.values())
-    for path in (folder / "config.json", *companions(folder)):
-        shutil.copyfile(path, made / path.name)
+    copy_companions(folder, made)
+    shutil.copyfile(folder / "config.json", made / "config.json")
     write_json(
         made / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )
 
 
-def _listing(folder: Path) -> list[Path]:
-    index = folder / "pytorch_model.bin.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
-        except (KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index}: not a readable index ({error})") from error
-        files = [folder / name for name in names]
-    else:
-        files = [folder / "pytorch_model.bin"]
+def _check_same(path: Path, tensors: dict[str, Tensor], beside: SafetensorsFolder) -> None:
+    """CheckpointError unless the folder's safetensors, which every program reads first, hold what the .bin file holds."""
+    common = tensors.keys() & beside.shapes.keys()
+    if not common or any(not torch.equal(beside.get(name), tensors[name]) for name in common):
+        raise CheckpointError(
+            f"{path}: other weights than in the {SINGLE} or shards beside it, which are what is read there: move those "
+            "that are meant into a folder of their own"
+        )
+
+
+def _listing(folder: Path) -> dict[Path, set[str] | None]:
+    """The .bin files, each with the names it is to give; None: all it holds. A single file goes before an index."""
+    single, index = folder / "pytorch_model.bin", folder / "pytorch_model.bin.index.json"
+    files: dict[Path, set[str] | None] = {single: None}
+    if index.exists() and not single.exists():
+        files = {}
+        for name, file in read_weight_map(index).items():
+            names = files.setdefault(folder / file, set())
+            assert names is not None
+            names.add(name)
     for path in files:
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file: convert needs a folder with pytorch_model.bin weights")

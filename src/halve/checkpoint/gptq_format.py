@@ -5,12 +5,13 @@ Shape legend: O output features, I input features, G groups, W words along I, Z 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from halve.checkpoint.schemes import checked_spec
 from halve.checkpoint.stored import (
     BIAS,
     GROUP_INDEX,
@@ -23,7 +24,7 @@ from halve.checkpoint.stored import (
     packed_parts,
 )
 from halve.checkpoint.tensors import TensorSource, expect
-from halve.errors import CheckpointError, UnsupportedModelError
+from halve.errors import CheckpointError, UnsupportedModelError, shown
 from halve.model.families import LinearShape
 from halve.quantization import PACKABLE_BITS, QuantizedWeight, QuantSpec, unpack
 
@@ -92,27 +93,31 @@ class GptqTensors:
         self, tensors: TensorSource, config: dict[str, Any], linears: Iterable[LinearShape], origin: str
     ) -> None:
         self._tensors, self._origin = tensors, origin
-        self.spec, self.version = read_config(config, origin)
+        self._linears = [linear for linear in linears if f"{linear.name}.qweight" in tensors.shapes]
+        self.spec, self.version = read_config(config, origin, self._symmetric)
+        # columns that were taken in another order have groups that only an index tells, but for static ones
+        self._needs_index = config.get("desc_act") is True and not config.get("static_groups")
         self.shapes, self.dtypes = dict(tensors.shapes), dict(tensors.dtypes)
         self.schemes: dict[str, QuantSpec] = {}
         self._parts: dict[str, tuple[str, str]] = {}  # our name -> linear, part
         self._indices: dict[str, Tensor] = {}  # of ours: opening asks for them, which then reads no weight
         self._last: tuple[str, dict[str, Tensor]] | None = None
-        for linear in linears:
-            if f"{linear.name}.qweight" in tensors.shapes:
-                self._rename(linear)
+        for linear in self._linears:
+            self._rename(linear)
+
+    def _symmetric(self, bits: int) -> bool:
+        """Whether the zero points are those of a symmetric scheme, for a config that does not say; the first linear tells."""
+        if not self._linears or f"{self._linears[0].name}.qzeros" not in self._tensors.shapes:
+            return True
+        rows = self._linears[0].out_features
+        zeros = self._tensors.get(f"{self._linears[0].name}.qzeros")
+        return any(not _zero_points(zeros, bits, rows, version).any() for version in VERSIONS)
 
     def _rename(self, linear: LinearShape) -> None:
         """Put our names, shapes and dtypes of a quantized linear in the place of GPTQ's."""
         name = linear.name
+        self._check(linear)
         native = self._native(linear)
-        shapes = {
-            "qweight": native.parts(torch.float32)[PACKED][0][::-1],
-            "qzeros": (native.groups, -(-linear.out_features * self.spec.bits // 32)),
-            "scales": (native.groups, linear.out_features),
-        }
-        for part, shape in shapes.items():
-            self._expect(f"{name}.{part}", shape)
         for part in PARTS:
             self.shapes.pop(f"{name}.{part}", None)
         bias = f"{name}.bias"
@@ -126,26 +131,60 @@ class GptqTensors:
                 self._parts[f"{name}.{part}"] = name, part
         self.schemes[name] = self.spec
 
+    def _check(self, linear: LinearShape) -> None:
+        """UnsupportedModelError or CheckpointError unless the tensors are there in the shapes that the config asks for."""
+        name, rows, columns, bits = linear.name, linear.out_features, linear.in_features, self.spec.bits
+        groups, packed = -(-columns // self.spec.columns_per_group(columns)), (-(-columns * bits // 32), rows)
+        if self.shapes[f"{name}.qweight"] == (columns, rows * bits // 32) != packed:
+            raise UnsupportedModelError(
+                f"{self._origin}: '{name}.qweight' is packed along the outputs, which is AWQ's layout and not GPTQ's, and not "
+                "read: take the model it was made from, and let halve quantize that"
+            )
+        scales = self.shapes.get(f"{name}.scales", ())
+        if scales[1:] == (rows,) and scales[0] != groups:
+            raise CheckpointError(
+                f"{self._origin}: group_size={self.spec.group_size} makes {groups} groups of the {columns} inputs of {name} "
+                f"and '{name}.scales' has {scales[0]}: correct group_size"
+            )
+        shapes: dict[str, tuple[int, ...]] = {
+            "qweight": packed,
+            "scales": (groups, rows),
+            "qzeros": (groups, -(-rows * bits // 32)),
+        }
+        if f"{name}.g_idx" in self.shapes:
+            shapes["g_idx"] = (columns,)
+        for part, shape in shapes.items():
+            expect(self._tensors, f"{name}.{part}", shape, self._origin)
+            check_dtype(PARTS[part], self.dtypes[f"{name}.{part}"], f"{self._origin}: '{name}.{part}'")
+        if "g_idx" in shapes:
+            check_index(self._tensors.get(f"{name}.g_idx"), groups, f"{self._origin}: '{name}.g_idx'")
+
     def _native(self, linear: LinearShape) -> StoredLinear:
         """How the linear would be stored in our form."""
         columns = linear.in_features
         size = self.spec.columns_per_group(columns)
-        groups = -(-columns // size)
-        name = f"{linear.name}.g_idx"
-        group_index = plain = torch.arange(columns, dtype=torch.int32) // size
-        if name in self.shapes:
-            self._expect(name, (columns,))
-            check_index(self._tensors.get(name), groups, f"{self._origin}: {name!r}")
-            group_index = self._tensors.get(name).to(torch.int32)
+        plain = torch.arange(columns, dtype=torch.int32) // size
+        index = self._group_index(linear.name)
+        index = plain if index is None else index
         self._indices[f"{linear.name}.{PACKED_SHAPE}"] = torch.tensor([linear.out_features, columns])
-        self._indices[f"{linear.name}.{GROUP_INDEX}"] = group_index
-        ragged = not torch.equal(group_index, plain) or not self.spec.divides(columns)
-        return StoredLinear(linear, linear.out_features, columns, self.spec, groups, ragged)
+        self._indices[f"{linear.name}.{GROUP_INDEX}"] = index
+        ragged = not torch.equal(index, plain) or not self.spec.divides(columns)
+        return StoredLinear(linear, linear.out_features, columns, self.spec, -(-columns // size), ragged)
 
-    def _expect(self, name: str, shape: tuple[int, ...]) -> None:
-        """CheckpointError unless one of GPTQ's tensors is there in this shape and a dtype of its kind."""
-        expect(self._tensors, name, shape, self._origin)
-        check_dtype(PARTS[name.rpartition(".")[2]], self.dtypes[name], f"{self._origin}: {name!r}")
+    def _group_index(self, linear: str) -> Tensor | None:
+        """The group of each column, int32; None: column // group size, also where the index was never filled in."""
+        name = f"{linear}.g_idx"
+        if name not in self._tensors.shapes:
+            index = None
+        else:
+            index = self._tensors.get(name).to(torch.int32)
+            index = index if index.any() else None
+        if index is None and self._needs_index and self._tensors.shapes[f"{linear}.scales"][0] > 1:
+            raise CheckpointError(
+                f"{self._origin}: desc_act is true and {name!r}, which says how the columns of {linear} were ordered, is "
+                "missing or all zeros: get an intact copy, or set desc_act to false if they were not"
+            )
+        return index
 
     def get(self, name: str) -> Tensor:
         if name not in self._parts:
@@ -159,28 +198,47 @@ class GptqTensors:
 
     def _weight(self, linear: str) -> QuantizedWeight:
         qweight, qzeros, scales = (self._tensors.get(f"{linear}.{part}") for part in ("qweight", "qzeros", "scales"))
-        g_idx = f"{linear}.g_idx"
-        index = self._tensors.get(g_idx) if g_idx in self._tensors.shapes else None
         try:
-            return read_gptq(qweight, qzeros, scales, index, self.spec, self.version)
+            return read_gptq(qweight, qzeros, scales, self._group_index(linear), self.spec, self.version)
         except CheckpointError as error:
             raise CheckpointError(f"{self._origin}: {linear}: {error}") from error
 
 
-def read_config(config: dict[str, Any], origin: str) -> tuple[QuantSpec, str]:
-    """Scheme and version ("gptq" or "gptq_v2") of a `quantization_config` with quant_method gptq."""
+def read_config(
+    config: dict[str, Any], origin: str, symmetric: Callable[[int], bool] = lambda bits: True
+) -> tuple[QuantSpec, str]:
+    """Scheme and version ("gptq" or "gptq_v2") of a `quantization_config` with quant_method gptq.
+
+    `symmetric`: whether a scheme of so many bits is, asked where `sym` is missing. Raises UnsupportedModelError.
+    """
     if config.get("dynamic"):
         raise UnsupportedModelError(
             f"{origin}: per-layer GPTQ settings (`dynamic`) are not handled: one scheme for all is"
         )
     if config.get("pack_dtype", "int32") != "int32":
-        raise UnsupportedModelError(f"{origin}: pack_dtype={config['pack_dtype']!r} is not handled: only int32 is")
-    bits = config.get("bits")
+        raise UnsupportedModelError(f"{origin}: pack_dtype={shown(config['pack_dtype'])} is not handled: only int32 is")
+    bits, size = _whole(config, "bits", origin), _whole(config, "group_size", origin)
     if bits not in PACKABLE_BITS:
-        raise UnsupportedModelError(f"{origin}: bits={bits!r} is not handled: use one of {PACKABLE_BITS}")
-    version = config.get("checkpoint_format", "gptq")
+        raise UnsupportedModelError(f"{origin}: bits={shown(bits)} is not handled: use one of {PACKABLE_BITS}")
+    if size is not None and size < -1:
+        raise UnsupportedModelError(f"{origin}: group_size={shown(size)} is not handled: -1 or a number of columns is")
+    version = config.get("checkpoint_format") or "gptq"
     if version not in VERSIONS:
         raise UnsupportedModelError(
-            f"{origin}: checkpoint_format={version!r} is not handled: {' and '.join(VERSIONS)} are"
+            f"{origin}: checkpoint_format={shown(version)} is not handled: {' and '.join(VERSIONS)} are"
         )
-    return QuantSpec(bits, config.get("group_size", -1), bool(config.get("sym", True))), version
+    for key in ("sym", "desc_act"):
+        if not isinstance(config.get(key), bool | None):
+            raise UnsupportedModelError(f"{origin}: {key}={shown(config[key])} is not handled: true and false are")
+    sym = config.get("sym")
+    return checked_spec(bits, size or -1, symmetric(bits) if sym is None else sym, origin), version  # 0 is -1 to some
+
+
+def _whole(config: dict[str, Any], key: str, origin: str) -> int | None:
+    """A field that is a whole number, written as one or in quotes; None where there is none."""
+    value = config.get(key)
+    if value is None or type(value) is int:
+        return value
+    if not (isinstance(value, str) and value.removeprefix("-").isdecimal() and len(value) < 10):
+        raise UnsupportedModelError(f"{origin}: {key}={shown(value)} is not handled: a whole number is")
+    return int(value)

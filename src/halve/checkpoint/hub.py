@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from halve.checkpoint.tensors import INDEX, SINGLE, read_weight_map
 from halve.errors import CheckpointError, OutputError
+from halve.files.contents import COMPANIONS, TEMPLATES
 
-# the top folder only: some repositories keep the same weights a second time, in another layout
-_ABOUT = ["*.json", "*.model", "*.txt", "*.jinja"]
+_ABOUT = ["*.json", *(f"{name}*.jinja" if name.endswith("/") else name for name in COMPANIONS)]
 _WEIGHTS = ["*.safetensors"]
-_IGNORED = ["*/*", "consolidated*"]
+# of folders that of chat templates alone: some repositories keep the same weights a second time, in another layout
+_OTHER_FOLDERS = [f"{TEMPLATES[:n]}[!{TEMPLATES[n]}]*/*" for n in range(len(TEMPLATES))]
+_OTHER_FOLDERS += [f"{TEMPLATES[:n]}/*" for n in range(1, len(TEMPLATES) - 1)]
+_IGNORED = [*_OTHER_FOLDERS, "consolidated*"]
 
 
 def fetch(model: str, *, weights: bool = True) -> Path:
@@ -48,12 +51,15 @@ def _patterns(weights: bool) -> dict[str, Any]:
 def _whole(folder: Path, weights: bool) -> bool:
     if not (folder / "config.json").is_file():
         return False
-    index = folder / "model.safetensors.index.json"
-    if not weights or not index.is_file():
-        return not weights or (folder / "model.safetensors").is_file()
+    if not weights or (folder / SINGLE).is_file():
+        return True
+    index = folder / INDEX
+    if not index.is_file():
+        # one file of another name, as GPTQ folders have it, but no shard of a download that was cut off
+        return any("-of-" not in file.name for file in folder.glob("*.safetensors"))
     try:
-        return all((folder / name).is_file() for name in json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError):
+        return all((folder / name).is_file() for name in read_weight_map(index).values())
+    except CheckpointError:
         return False
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from importlib import metadata
 from pathlib import Path
 
 from halve._version import __version__
-from halve.checkpoint.writer import companions
+from halve.checkpoint.foreign import OLD_GPTQ
+from halve.checkpoint.tensors import INDEX, SINGLE, read_weight_map
+from halve.files.contents import companions
 from halve.files.identity import hash_files
 
-INDEX = "model.safetensors.index.json"
-_READ = ("config.json", "halve.json", INDEX)  # beside the weights, and the tokenizer's files
+_READ = ("config.json", "halve.json", OLD_GPTQ)  # beside the weights, and what goes with them
 
 
 def model_identity(folder: Path, *, weights: bool = True) -> dict[str, str]:
@@ -19,13 +19,21 @@ def model_identity(folder: Path, *, weights: bool = True) -> dict[str, str]:
 
     weights: False for a config whose weights are random.
     """
-    names = {*_READ, *(path.name for path in companions(folder))}
+    files = [folder / name for name in _READ] + companions(folder)
     if weights:
-        index = folder / INDEX
-        names |= set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    files = {name: folder / name for name in names if (folder / name).is_file()}
+        files += _weight_files(folder)
+    named = {path.relative_to(folder).as_posix(): path for path in files if path.is_file()}
     commit = {"hub commit": folder.name} if folder.parent.name == "snapshots" else {}
-    return commit | hash_files(files)
+    return commit | hash_files(named)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """As they are read: a single file before an index, and that before a file of any name."""
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if (folder / INDEX).exists():
+        return [folder / INDEX, *(folder / name for name in sorted(set(read_weight_map(folder / INDEX).values())))]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def versions() -> dict[str, str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from halve.checkpoint.tensors import RenamedTensors, TensorSource
-from halve.errors import CheckpointError, reading
+from halve.errors import CheckpointError, shown
+from halve.files import read_object
 from halve.model.config import ModelConfig
 from halve.model.families import Family
 
@@ -62,16 +62,11 @@ def refuse_adapter(folder: Path) -> None:
     path = folder / _ADAPTER
     if not path.exists():
         return
-    with reading(path, CheckpointError):
-        content = path.read_bytes()
-    try:
-        base = json.loads(content)["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        base = "unknown"
+    base = shown((read_object(path) or {}).get("base_model_name_or_path", "unknown"))
     weights = [p for pattern in ("*.safetensors", "*.bin") for p in folder.glob(pattern)]
     if all(p.name.startswith("adapter_") for p in weights):
-        raise CheckpointError(f"{folder}: is an adapter of {base!r} ({_ADAPTER}), not a model: {_MERGE}")
+        raise CheckpointError(f"{folder}: is an adapter of {base} ({_ADAPTER}), not a model: {_MERGE}")
     raise CheckpointError(
-        f"{folder}: holds an adapter of {base!r} ({_ADAPTER}) beside the weights, which would not be applied: {_MERGE}, or "
+        f"{folder}: holds an adapter of {base} ({_ADAPTER}) beside the weights, which would not be applied: {_MERGE}, or "
         f"move {_ADAPTER} elsewhere to use the weights alone"
     )

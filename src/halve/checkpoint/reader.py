@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halve.checkpoint.config import with_dtype
+from halve.checkpoint.foreign import gptq_file, quantization_of, refuse_by_names
 from halve.checkpoint.gptq_format import GptqTensors
 from halve.checkpoint.hub import fetch
 from halve.checkpoint.naming import check_parts, refuse_adapter, under_own_names
 from halve.checkpoint.schemes import read_schemes
-from halve.checkpoint.stored import PACKED, WEIGHT, StoredLinear, tensor_names
-from halve.checkpoint.tensors import RandomTensors, SafetensorsFolder, TensorSource, expect
-from halve.errors import CheckpointError, HalveError, UnsupportedModelError, reading
+from halve.checkpoint.stored import BIAS, PACKED, WEIGHT, StoredLinear, tensor_names
+from halve.checkpoint.tensors import FLOATING, RandomTensors, SafetensorsFolder, TensorSource, cast, expect, read_json
+from halve.errors import CheckpointError, HalveError, reading, shown
+from halve.files.contents import link_outside
 from halve.model import families
 from halve.model.config import ModelConfig
 from halve.model.decoder import Block, Model, Norm
@@ -32,30 +34,36 @@ _HARMLESS_TENSORS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
 def find_model(model: str | Path, *, weights: bool = True) -> Path:
-    """The local folder of `model`: a folder, a config.json, or a hub id (downloaded once into the hub's cache)."""
+    """The local folder of `model`: a folder, a config.json, or a hub id (downloaded once into the hub's cache).
+
+    Raises CheckpointError when there is none, or one of its files is a link to something outside it.
+    """
     path = Path(os.path.expanduser(model))
     with reading(path, CheckpointError):
         if path.is_file() and path.suffix != ".json":
             raise CheckpointError(f"{path}: is a file: give the model's folder, or its config.json with random weights")
         local = path.parent if path.is_file() else path if path.is_dir() else None
         found = local or fetch(str(model), weights=weights)
+        link = link_outside(found)
+        if link is not None:
+            raise CheckpointError(
+                f"{link}: is a link to {os.readlink(link)}, which is not in the model's folder: put the file itself there"
+            )
         refuse_adapter(found)
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError when it is missing, cannot be read, or is malformed."""
-    with reading(path, CheckpointError):
-        if not path.exists():
-            raise CheckpointError(f"{path.parent}: no {path.name}: is it a model folder?")
-        content = path.read_bytes()
-    try:
-        value = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}): get an intact copy") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not an object: get an intact copy")
-    return value
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """halve.json of a model folder, empty without one; CheckpointError when it is malformed."""
+    path = folder / "halve.json"
+    manifest = read_json(path) if path.exists() else {}
+    for key in ("recipe", "steps"):
+        value = manifest.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(step, dict) for step in value):
+            raise CheckpointError(
+                f"{path}: {key}={shown(value)} is not a list of steps: delete the file, or get an intact copy"
+            )
+    return manifest
 
 
 @dataclass
@@ -71,14 +79,15 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating dtype of the embedding, taken as that of the model."""
-        return self.tensors.dtypes[f"{self.family.names['embed']}.weight"]
+        """What the model is meant to run in: as config.json says, which other programs go by; else that of the embedding."""
+        named = str(self.raw.get("dtype") or self.raw.get("torch_dtype")).removeprefix("torch.")
+        dtype = torch.float32 if named == "float64" else getattr(torch, named, None)
+        return dtype if dtype in FLOATING else self.tensors.dtypes[f"{self.family.names['embed']}.weight"]
 
     @property
     def manifest(self) -> dict[str, Any]:
         """halve.json, empty for a model this project did not write."""
-        path = self.folder / "halve.json"
-        return read_json(path) if path.exists() else {}
+        return read_manifest(self.folder)
 
     def linear_shapes(self) -> Iterator[LinearShape]:
         """Every linear that methods may touch: block by block, then the head."""
@@ -91,15 +100,19 @@ class Checkpoint:
         return StoredLinear.from_headers(self.tensors, shape, self.schemes.get(shape.name), str(self.folder))
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor; floating ones are cast to `dtype` when it is given."""
+        """One tensor; floating ones are cast to `dtype` when it is given. CheckpointError for a value too large for it."""
         value = self.tensors.get(name)
         if dtype is not None and value.is_floating_point():
-            value = value.to(dtype)
+            value = cast(f"{self.folder}: {name}", value, dtype)
         return value.to(device)
 
     def linear(self, shape: LinearShape, dtype: torch.dtype, device: torch.device | str = "cpu") -> Linear:
         """One linear in whatever form it is stored; dense weights and biases in `dtype`, scales as stored."""
-        return self.stored(shape).to_linear(lambda part: self.tensors.get(f"{shape.name}.{part}"), dtype, device)
+
+        def get(part: str) -> Tensor:
+            return self.tensor(f"{shape.name}.{part}", dtype if part in (WEIGHT, BIAS) else None)
+
+        return self.stored(shape).to_linear(get, dtype, device)
 
     def head(self, dtype: torch.dtype, device: torch.device | str, embed: Tensor | None = None) -> Linear:
         """The output head; shares `embed` when tied."""
@@ -144,10 +157,12 @@ class Checkpoint:
         """Every tensor present, none unexpected, all of the right shape; from the headers alone."""
         check_parts(self.tensors, self.family, self.config, self.raw, str(self.folder))
         vectors = families.vector_shapes(self.family, self.config)
+        linears = [*self.linear_shapes(), *families.projection_linears(self.family, self.config)]
+        self._check_dtypes(linears, vectors)
         for name, shape in vectors.items():
             expect(self.tensors, name, shape, str(self.folder))
         known = set(vectors)
-        for linear in (*self.linear_shapes(), *families.projection_linears(self.family, self.config)):
+        for linear in linears:
             known |= tensor_names(linear)
             if linear.role == "head" and self.config.tied:
                 self._check_tied(linear)
@@ -157,6 +172,17 @@ class Checkpoint:
             if name not in known and not name.endswith(_HARMLESS_TENSORS):
                 raise CheckpointError(
                     f"{self.folder}: unexpected tensor {name!r}: the config does not describe this model"
+                )
+
+    def _check_dtypes(self, linears: Iterable[LinearShape], vectors: Iterable[str]) -> None:
+        """CheckpointError when a weight is in numbers that are not computed with."""
+        names = [*vectors, *(f"{linear.name}.{WEIGHT}" for linear in linears)]
+        for name in names:
+            dtype = self.tensors.dtypes.get(name, torch.float32)
+            if dtype not in FLOATING:
+                raise CheckpointError(
+                    f"{self.folder}: {name!r} is stored in {str(dtype).removeprefix('torch.')}, which is not read: take the "
+                    "model in bf16, fp16 or fp32"
                 )
 
     def _check_tied(self, linear: LinearShape) -> None:
@@ -184,22 +210,21 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
         return _random_checkpoint(
             Checkpoint(folder, raw, family, config, RandomTensors({}), {}), dtype or torch.bfloat16
         )
-    tensors: TensorSource = under_own_names(SafetensorsFolder(folder), family, str(folder))
+    quantization = quantization_of(folder, raw)
+    gptq = quantization if quantization is not None and quantization["quant_method"] == "gptq" else None
+    stored = SafetensorsFolder(folder, None if gptq is None else gptq_file(folder, gptq))
+    tensors = under_own_names(stored, family, str(folder))
     checkpoint = Checkpoint(folder, raw, family, config, tensors, {})
-    quantization = raw.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method")
-        linears = list(checkpoint.linear_shapes())
-        if method == "compressed-tensors":
-            checkpoint.schemes = read_schemes(quantization, [shape.name for shape in linears], origin)
-        elif method == "gptq":
-            checkpoint.tensors = converted = GptqTensors(tensors, quantization, linears, origin)
-            checkpoint.schemes = converted.schemes
-        else:
-            raise UnsupportedModelError(
-                f"{folder}: quant_method {method!r} is not handled: compressed-tensors and gptq are"
-            )
+    if quantization is None:
+        refuse_by_names(tensors.shapes, str(folder))
+    elif gptq is not None:
+        checkpoint.tensors = converted = GptqTensors(tensors, gptq, list(checkpoint.linear_shapes()), origin)
+        checkpoint.schemes = converted.schemes
+    else:
+        names = [shape.name for shape in checkpoint.linear_shapes()]
+        checkpoint.schemes = read_schemes(quantization, names, origin)
     checkpoint.check()
+    read_manifest(folder)  # it is added to when all is done: what is wrong with it is told before
     return checkpoint
 
 
@@ -212,13 +237,15 @@ def _random_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint
             parts = StoredLinear.dense(linear).parts(dtype)
             headers |= {f"{linear.name}.{part}": header for part, header in parts.items()}
     checkpoint.tensors = RandomTensors(headers)
+    checkpoint.raw = with_dtype(checkpoint.raw, dtype)
     return checkpoint
 
 
-def compute_dtype(checkpoint: Checkpoint, dtype: torch.dtype | None) -> torch.dtype:
-    """`dtype`, or the checkpoint's own; float16 checkpoints compute in bfloat16, whose range cannot overflow."""
-    chosen = dtype or checkpoint.dtype
-    return torch.bfloat16 if chosen == torch.float16 and dtype is None else chosen
+def compute_dtype(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device | str) -> torch.dtype:
+    """`dtype`, or the checkpoint's own; for float16, whose range overflows, float32 on the CPU and bfloat16 elsewhere."""
+    if dtype is not None or checkpoint.dtype != torch.float16:
+        return dtype or checkpoint.dtype
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 def load_model(
@@ -236,7 +263,7 @@ def load_model(
     """
     check_device(device)
     checkpoint = open_checkpoint(model, random_weights, dtype)
-    dtype = compute_dtype(checkpoint, dtype)
+    dtype = compute_dtype(checkpoint, dtype, device)
     embed = checkpoint.embedding(dtype, device)
     projections = checkpoint.projections(dtype, device)
     blocks = []

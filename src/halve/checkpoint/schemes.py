@@ -5,31 +5,76 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from halve.errors import UnsupportedModelError
+from halve.errors import RecipeError, UnsupportedModelError, shown
 from halve.quantization import QuantSpec
 
 Json = dict[str, Any]
+_LONGEST_PATTERN, _MOST_REPEATS, _MOST_PATTERNS = 1000, 4, 1000
 
 
-def _matches(target: str, name: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target[3:], name) is not None
-    return target == name
+def _patterns(config: Json, key: str, names: list[str], origin: str) -> set[str]:
+    """Those of `names` that a list of exact names and regular expressions (`re:...`) names, and its class names."""
+    targets = config.get(key) or []
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise _malformed(origin, key, targets, "a list of names")
+    patterns = [_compile(target[3:], origin, key) for target in targets if target.startswith("re:")]
+    if len(patterns) > _MOST_PATTERNS:
+        raise _malformed(origin, key, targets, f"at most {_MOST_PATTERNS} regular expressions")
+    exact = set(targets) & {*names, "Linear"}
+    return exact | {name for name in names if any(pattern.match(name) for pattern in patterns)}
+
+
+def _compile(pattern: str, origin: str, key: str) -> re.Pattern[str]:
+    """A regular expression that takes no more than moments on a name."""
+    # a group that repeats, or many things that do, may take longer than anybody waits
+    repeats = len(re.findall(r"[*+]|\{\d*,", pattern))
+    if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or re.search(r"\)[*+{]", pattern):
+        raise _malformed(origin, key, pattern, "a list of names or of patterns without groups that repeat")
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise _malformed(origin, key, pattern, f"regular expressions ({error})") from error
+
+
+def _malformed(origin: str, key: str, value: Any, wanted: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{origin}: quantization_config: {key}={shown(value)} is not handled, it must be {wanted}: get the model's own "
+        "config.json, or quantize the original model with halve"
+    )
+
+
+def _object(parent: Json, key: str, origin: str) -> Json:
+    value = parent.get(key) or {}
+    if not isinstance(value, dict):
+        raise _malformed(origin, key, value, "an object")
+    return value
 
 
 def _read_spec(group: Json, origin: str) -> QuantSpec:
-    weights = group.get("weights") or {}
+    weights = _object(group, "weights", origin)
     if group.get("input_activations") or group.get("output_activations"):
         raise UnsupportedModelError(f"{origin}: quantized activations are not handled: only weight-only schemes are")
     strategy, kind = weights.get("strategy"), weights.get("type", "int")
     if kind != "int" or strategy not in ("group", "channel") or weights.get("dynamic"):
         raise UnsupportedModelError(
-            f"{origin}: weight scheme type={kind!r} strategy={strategy!r} is not handled: use int with group or channel"
+            f"{origin}: weight scheme type={shown(kind)} strategy={shown(strategy)} is not handled: use int with group "
+            "or channel"
         )
     if weights.get("actorder") == "group":
         raise UnsupportedModelError(f"{origin}: actorder='group' (a g_idx per column) is not handled: use 'weight'")
-    size = weights["group_size"] if strategy == "group" else -1
-    return QuantSpec(weights["num_bits"], size, bool(weights.get("symmetric", True)))
+    size = weights.get("group_size") if strategy == "group" else -1
+    return checked_spec(weights.get("num_bits"), size, weights.get("symmetric", True), origin)
+
+
+def checked_spec(bits: Any, group_size: Any, symmetric: Any, origin: str) -> QuantSpec:
+    """The scheme that three values of a config stand for; UnsupportedModelError where they stand for none."""
+    for key, value, kind in (("bits", bits, int), ("group_size", group_size, int), ("symmetric", symmetric, bool)):
+        if type(value) is not kind:
+            raise _malformed(origin, key, value, "a whole number" if kind is int else "true or false")
+    try:
+        return QuantSpec(bits, group_size, symmetric)
+    except RecipeError as error:
+        raise UnsupportedModelError(f"{origin}: quantization_config: {error}") from error
 
 
 def read_schemes(config: Json, names: list[str], origin: str) -> dict[str, QuantSpec]:
@@ -39,18 +84,17 @@ def read_schemes(config: Json, names: list[str], origin: str) -> dict[str, Quant
     """
     if config.get("format") not in ("pack-quantized", None) or config.get("kv_cache_scheme"):
         raise UnsupportedModelError(
-            f"{origin}: quantization format {config.get('format')!r} is not handled: only pack-quantized is"
+            f"{origin}: quantization format {shown(config.get('format'))} is not handled: only pack-quantized is"
         )
-    groups = [(g.get("targets") or [], _read_spec(g, origin)) for g in (config.get("config_groups") or {}).values()]
-    ignore = config.get("ignore") or []
+    named = _object(config, "config_groups", origin)
+    groups = [_object(named, key, origin) for key in named]
+    read = [(_patterns(group, "targets", names, origin), _read_spec(group, origin)) for group in groups]
+    ignored = _patterns(config, "ignore", names, origin)
     schemes: dict[str, QuantSpec] = {}
     for name in names:
-        if any(_matches(target, name) or target == "Linear" for target in ignore):
-            continue
-        named = [spec for targets, spec in groups if any(_matches(t, name) for t in targets)]
-        by_class = [spec for targets, spec in groups if "Linear" in targets]
-        if named or by_class:
-            schemes[name] = (named or by_class)[0]
+        found = [spec for wanted in (name, "Linear") for targets, spec in read if wanted in targets]
+        if found and not {name, "Linear"} & ignored:
+            schemes[name] = found[0]
     return schemes
 
 

@@ -41,7 +41,7 @@ class StoredLinear:
 
     shape: what it is called, reads and writes; kept_out, kept_in: rows and columns of it that are stored; spec: None is a
     dense weight; groups: scales in a row; ragged: every column names its group, because columns of a quantized weight are
-    gone; scale_dtype: None is that of the other floating tensors.
+    gone; dtype, bias_dtype: of its weight or scales, and of its bias; None is that of the model.
     """
 
     shape: LinearShape
@@ -50,22 +50,24 @@ class StoredLinear:
     spec: QuantSpec | None = None
     groups: int = 0
     ragged: bool = False
-    scale_dtype: torch.dtype | None = None
+    dtype: torch.dtype | None = None
+    bias_dtype: torch.dtype | None = None
 
     @classmethod
-    def dense(cls, shape: LinearShape) -> StoredLinear:
+    def dense(cls, shape: LinearShape, dtype: torch.dtype | None = None) -> StoredLinear:
         """All of the linear, not quantized."""
-        return cls(shape, shape.out_features, shape.in_features)
+        return cls(shape, shape.out_features, shape.in_features, dtype=dtype)
 
     @classmethod
     def of(cls, linear: Linear, shape: LinearShape) -> StoredLinear:
         """How `linear` will be stored."""
         weight = linear.weight
         rows, columns = weight.shape
+        bias = None if linear.bias is None else linear.bias.dtype
         if not isinstance(weight, QuantizedWeight):
-            return cls(shape, rows, columns)
+            return cls(shape, rows, columns, dtype=weight.dtype, bias_dtype=bias)
         ragged = weight.group_index is not None
-        return cls(shape, rows, columns, weight.spec, weight.scale.shape[1], ragged, weight.scale.dtype)
+        return cls(shape, rows, columns, weight.spec, weight.scale.shape[1], ragged, weight.scale.dtype, bias)
 
     @classmethod
     def from_headers(
@@ -78,8 +80,9 @@ class StoredLinear:
         name = shape.name
         rows = _kept(tensors, f"{name}.{KEPT_OUTPUTS}", shape.out_features, origin)
         columns = _kept(tensors, f"{name}.{KEPT_INPUTS}", shape.in_features, origin)
+        bias = tensors.dtypes.get(f"{name}.{BIAS}") if shape.bias else None
         if f"{name}.{PACKED}" not in tensors.shapes:
-            return cls(shape, rows, columns)
+            return cls(shape, rows, columns, dtype=tensors.dtypes.get(f"{name}.{WEIGHT}"), bias_dtype=bias)
         if spec is None:
             raise CheckpointError(f"{origin}: {name!r} is packed but quantization_config does not describe it")
         scale = f"{name}.{SCALE}"
@@ -90,7 +93,7 @@ class StoredLinear:
             groups = columns // spec.columns_per_group(columns)
         else:
             raise CheckpointError(f"{origin}: {name!r} has {columns} inputs, not a multiple of {spec.group_size}")
-        return cls(shape, rows, columns, spec, groups, ragged, tensors.dtypes.get(scale))
+        return cls(shape, rows, columns, spec, groups, ragged, tensors.dtypes.get(scale), bias)
 
     @property
     def name(self) -> str:
@@ -111,21 +114,21 @@ class StoredLinear:
         return self.kept_in == self.shape.in_features and self.kept_out == self.shape.out_features
 
     def parts(self, dtype: torch.dtype) -> dict[str, Header]:
-        """Shape and dtype of every tensor by the part of its name after the linear's; floating ones in `dtype`."""
+        """Shape and dtype of every tensor by the part of its name after the linear's; `dtype` is that of the model."""
         rows, columns, spec = self.kept_out, self.kept_in, self.spec
         parts: dict[str, Header] = {}
         if spec is None:
-            parts[WEIGHT] = (rows, columns), dtype
+            parts[WEIGHT] = (rows, columns), self.dtype or dtype
         else:
             parts[PACKED] = (rows, _words(columns, spec)), torch.int32
-            parts[SCALE] = (rows, self.groups), self.scale_dtype or dtype
+            parts[SCALE] = (rows, self.groups), self.dtype or dtype
             parts[PACKED_SHAPE] = (2,), torch.int64
             if not spec.symmetric:
                 parts[ZERO_POINT] = (_words(rows, spec), self.groups), torch.int32
             if self.ragged:
                 parts[GROUP_INDEX] = (columns,), torch.int32
         if self.shape.bias:
-            parts[BIAS] = (self.shape.out_features,), dtype
+            parts[BIAS] = (self.shape.out_features,), self.bias_dtype or dtype
         if columns < self.shape.in_features:
             parts[KEPT_INPUTS] = (columns,), torch.int32
         if rows < self.shape.out_features:
@@ -133,13 +136,13 @@ class StoredLinear:
         return parts
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all its tensors, floating ones in `dtype`."""
+        """Bytes of all its tensors; `dtype` is that of the model."""
         return sum(math.prod(shape) * kind.itemsize for shape, kind in self.parts(dtype).values())
 
     def quantized(self, spec: QuantSpec) -> StoredLinear:
-        """The same linear under `spec`, its scales in the dtype of the model."""
+        """The same linear under `spec`, its scales in the dtype of its weight."""
         groups = self.kept_in // spec.columns_per_group(self.kept_in)
-        return replace(self, spec=spec, groups=groups, ragged=False, scale_dtype=None)
+        return replace(self, spec=spec, groups=groups, ragged=False)
 
     def keeping(self, outputs: int | None = None, inputs: int | None = None) -> StoredLinear:
         """The same linear with so many of its rows or columns stored; what it reads and writes stays as wide.
@@ -162,7 +165,8 @@ class StoredLinear:
     def check(self, tensors: TensorSource, origin: str) -> None:
         """CheckpointError, which names `origin`, unless every part is there in its shape and kind of dtype, no other
         part is, and what points or measures fits the rest. Reads the indices, no weight."""
-        parts = replace(self, scale_dtype=None).parts(torch.float32)  # the dtype of the scale is the headers' own word
+        asked = replace(self, dtype=None, bias_dtype=None)  # which are the headers' own word
+        parts = asked.parts(torch.float32)
         for part, (shape, _) in parts.items():
             name = f"{self.name}.{part}"
             expect(tensors, name, shape, origin)
@@ -237,8 +241,8 @@ def packed_parts(weight: QuantizedWeight) -> dict[str, Tensor]:
     return parts
 
 
-def to_tensors(name: str, linear: Linear, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a file holds of the linear `name`, on the CPU; dense weights and biases in `dtype`."""
+def to_tensors(name: str, linear: Linear, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """What a file holds of the linear `name`, on the CPU; dense weights and biases in `dtype` (None: as they are)."""
     return {f"{name}.{part}": tensor.contiguous().cpu() for part, tensor in to_parts(linear, dtype).items()}
 
 

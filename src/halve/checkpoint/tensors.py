@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping
@@ -14,17 +13,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from halve.errors import CheckpointError, reading
+from halve.errors import CheckpointError, reading, shown
+from halve.files import parse_json
+from halve.files.contents import leads_outside
 
 SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)  # what is computed with; float64 is read as float32
 
 
 class TensorSource(Protocol):
@@ -50,11 +59,52 @@ def expect(tensors: TensorSource, name: str, shape: tuple[int, ...], origin: str
         )
 
 
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating tensor in `dtype`; CheckpointError, which names it, when a value is too large for that."""
+    if tensor.dtype == dtype:
+        return tensor
+    made = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not all_finite(made):
+        raise CheckpointError(
+            f"{name} holds {float(tensor.abs().max()):.6g} and {str(dtype).removeprefix('torch.')} ends at "
+            f"{torch.finfo(dtype).max:.6g}: use a dtype of wider range, bf16 or fp32"
+        )
+    return made
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; many times faster than asking value by value."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())  # aminmax hands NaN on
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when it is missing, cannot be read, or is malformed."""
+    with reading(path, CheckpointError):
+        if not path.exists():
+            raise CheckpointError(f"{path.parent}: no {path.name}: is it a model folder?")
+        try:
+            value = parse_json(path)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not readable as JSON ({error}): get an intact copy") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not an object: get an intact copy")
+    return value
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file, from the index of a folder's shards. Raises CheckpointError for a malformed index or a file
+    that is not in the folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(file, str) for file in weight_map.values())):
+        raise CheckpointError(f"{index}: not an index (no weight_map of names to files): download it again")
+    for file in set(weight_map.values()):
+        if leads_outside(file, index.parent):
+            raise CheckpointError(
+                f"{index}: names {shown(file)}, which is not in the model's folder: download the model again"
+            )
+    return weight_map
 
 
 class SafetensorsFolder:
@@ -69,58 +119,60 @@ class SafetensorsFolder:
         self.dtypes: dict[str, torch.dtype] = {}
         self._paths: dict[str, Path] = {}
         self._finite: set[str] = set()  # a large tensor is looked through once, however often it is read
-        listing = self._listing() if shards is None else dict.fromkeys(shards)
-        for path, expected in listing.items():
-            names = self._open(path)
-            missing = (expected or set()) - names
-            if missing:
+        with reading(folder, CheckpointError):
+            index = self._index() if shards is None else {}
+            paths = dict.fromkeys(index.values()) if index else shards or self._single()
+        for path in paths:
+            self._open(path, index)
+        for name, path in index.items():
+            if name not in self._paths:
                 raise CheckpointError(
-                    f"{path}: the index promises {min(missing)!r} and the file does not hold it: download it again"
+                    f"{path}: the index promises {name!r} and the file does not hold it: download it again"
                 )
 
-    def _listing(self) -> dict[Path, set[str] | None]:
-        with reading(self.folder, CheckpointError):
-            return self._listed()
+    def _index(self) -> dict[str, Path]:
+        """The file of each tensor. Empty without an index, and beside a single file, which other programs read first."""
+        path = self.folder / INDEX
+        if not path.exists() or (self.folder / SINGLE).exists():
+            return {}
+        return {name: self.folder / file for name, file in read_weight_map(path).items()}
 
-    def _listed(self) -> dict[Path, set[str] | None]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            content = index.read_bytes()
-            try:
-                weight_map = json.loads(content)["weight_map"]
-                files: dict[Path, set[str] | None] = {}
-                for name, file in weight_map.items():
-                    names = files.setdefault(self.folder / file, set())
-                    assert names is not None
-                    names.add(name)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise CheckpointError(f"{index}: not a readable index ({error}): download it again") from error
-            return files
-        single = self.folder / "model.safetensors"
+    def _single(self) -> list[Path]:
+        single = self.folder / SINGLE
         if single.exists():
-            return {single: None}
+            return [single]
         if any(self.folder.glob("*.bin")):
             raise CheckpointError(
                 f"{self.folder}: weights are in .bin files, which are not read directly: "
                 f"run `halve convert {self.folder} OUT` once and use OUT"
             )
-        raise CheckpointError(f"{self.folder}: no model.safetensors and no index of shards: is it a model folder?")
+        others = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        found = (
+            f"but {', '.join(others)}: if that is all of the model, call it {SINGLE}"
+            if others
+            else "is it a model folder?"
+        )
+        raise CheckpointError(f"{self.folder}: no {SINGLE} and no index of shards{', ' if others else ': '}{found}")
 
-    def _open(self, path: Path) -> set[str]:
+    def _open(self, path: Path, index: dict[str, Path]) -> None:
+        """Take the tensors of a file; of a name in several files, that in the one which the index names."""
         with reading(path, CheckpointError):
             if not path.exists():
                 raise CheckpointError(f"{path}: the shard is missing: download it again")
             path.open("rb").close()  # the library calls a file that it may not open corrupt
         with self._opened(path) as handle:
-            names = set(handle.keys())
-            for name in names:
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                if index.get(name, path) != path:
+                    continue
+                if name in self._paths:
+                    raise CheckpointError(f"{name!r} is in {self._paths[name]} and in {path}, the index names neither")
                 part = handle.get_slice(name)
                 dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
                 if dtype is None:
                     raise CheckpointError(f"{path}: {name} has dtype {part.get_dtype()}, which is not handled")
-                self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), dtype
+                self.shapes[name] = tuple(part.get_shape())
+                self.dtypes[name] = torch.float32 if dtype == torch.float64 else dtype
                 self._paths[name] = path
-        return names
 
     @property
     def nbytes(self) -> int:
@@ -139,7 +191,7 @@ class SafetensorsFolder:
                 ) from error
 
     def get(self, name: str) -> Tensor:
-        """The tensor, as stored. Raises CheckpointError when it holds NaN or infinity."""
+        """The tensor, as stored, float64 as float32. Raises CheckpointError when it holds NaN or infinity."""
         # a mapping of its own for each tensor: what was read leaves memory with it
         with self._opened(self._paths[name]) as handle:
             tensor = handle.get_tensor(name)
@@ -150,7 +202,7 @@ class SafetensorsFolder:
                 "nothing can be computed with it, get an intact copy"
             )
         self._finite.add(name)
-        return tensor
+        return cast(f"{self.folder}: {name}", tensor, torch.float32) if tensor.dtype == torch.float64 else tensor
 
 
 class RenamedTensors:

@@ -9,9 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from halve.checkpoint.reader import find_model, read_json
+from halve.checkpoint.reader import find_model
+from halve.checkpoint.tensors import read_json
 from halve.checkpoint.token_bytes import spelled_bytes, token_bytes
-from halve.errors import CheckpointError, reading, unreadable
+from halve.errors import CheckpointError, reading, shown, unreadable
 
 _JSON_OBJECTS = (
     "tokenizer.json",
@@ -154,9 +155,9 @@ def _eos_ids(folder: Path) -> tuple[int, ...] | None:
             ids = part.get("eos_token_id") if isinstance(part, dict) else None
             if ids is not None:
                 listed = ids if isinstance(ids, list) else [ids]
-                if not all(type(token) is int for token in listed):
+                if not all(type(token) is int and abs(token) < 2**31 for token in listed):
                     raise CheckpointError(
-                        f"{path}: eos_token_id={ids!r} must be a token id or a list of them: correct it"
+                        f"{path}: eos_token_id={shown(ids)} must be a token id or a list of them: correct it"
                     )
                 return tuple(listed)
     return None

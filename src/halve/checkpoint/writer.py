@@ -13,18 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from halve.errors import CheckpointError, OutputError, reading
+from halve.errors import OutputError
 from halve.files import write_json, write_text
+from halve.files.contents import copy_companions
 
-_COMPANIONS = (
-    "tokenizer",
-    "special_tokens_map",
-    "added_tokens",
-    "vocab",
-    "merges",
-    "generation_config",
-    "chat_template",
-)
 _ROWS = "rows"  # report rows of finished parts, kept beside the shards until the folder is complete
 
 
@@ -67,11 +59,10 @@ class CheckpointWriter:
             raise OutputError(f"{shard}: could not be written ({error})") from error
 
     def finish(self, config: dict[str, Any], manifest: dict[str, Any], source: Path) -> None:
-        """Complete the folder: tokenizer files, config, manifest, and the index last."""
+        """Complete the folder: what goes with the weights of `source`, config, manifest, and the index last."""
         from safetensors import safe_open
 
-        for path in companions(source):
-            shutil.copyfile(path, self.folder / path.name)
+        copy_companions(source, self.folder)
         weight_map, total = {}, 0
         for part in range(self.parts):
             with safe_open(self.shard(part), framework="pt") as handle:
@@ -83,19 +74,6 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         shutil.rmtree(self.folder / _ROWS)
         write_json(self.folder / "model.safetensors.index.json", index)
-
-
-def companions(folder: Path) -> list[Path]:
-    """The files of a model folder that go with its weights into another: tokenizer, settings of generation.
-
-    Raises CheckpointError for one that cannot be read.
-    """
-    with reading(folder, CheckpointError):
-        named = (path for path in sorted(folder.iterdir()) if path.name.startswith(_COMPANIONS))
-        files = [path for path in named if path.is_file() and path.suffix != ".safetensors"]
-        for path in files:
-            path.open("rb").close()
-    return files
 
 
 def save_shard(tensors: dict[str, Tensor], path: Path) -> None:

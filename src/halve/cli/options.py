@@ -44,7 +44,10 @@ Overwrite = Annotated[
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="bf16 or fp32: the type of computation (default: the model's own).", show_default=False),
+    typer.Option(
+        help="bf16 or fp32: the type of computation (default: the model's own; fp32 for an fp16 model on the CPU).",
+        show_default=False,
+    ),
 ]
 Json = Annotated[Path | None, typer.Option(help="Write one record to this file.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]

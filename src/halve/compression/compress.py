@@ -7,7 +7,6 @@ calibration states, a crash loses one block, and each step calibrates on the mod
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import time
@@ -24,18 +23,19 @@ from halve.checkpoint.identity import model_identity, versions
 from halve.checkpoint.reader import Checkpoint, check_device, compute_dtype, find_model, open_checkpoint
 from halve.checkpoint.schemes import write_schemes
 from halve.checkpoint.tokenizer import load_tokenizer
-from halve.checkpoint.writer import CheckpointWriter, companions
+from halve.checkpoint.writer import CheckpointWriter
 from halve.compression.estimate import Estimate, estimate
 from halve.compression.methods import Method, Resolvable
 from halve.compression.plan import StepPlan, state_of
 from halve.compression.recipe import as_steps, make_step, step_json
-from halve.compression.step_run import Request, run_step, working_dtype
+from halve.compression.step_run import Request, check_fits, run_step, working_dtype
 from halve.compression.walk import Walk
 from halve.compression.windows import HELD_OUT_SHARE, Calibration, CalibrationOptions, make_windows, text_identity
 from halve.errors import CheckpointError
 from halve.files import write_json, write_text
+from halve.files.contents import companions
 from halve.files.work import WorkFolder
-from halve.model.families import projection_linears, vector_shapes
+from halve.model.families import projection_linears
 from halve.texts import read_documents
 
 
@@ -44,23 +44,19 @@ class RecipePlan:
     """The plan of every step, with the sizes before and after."""
 
     checkpoint: Checkpoint
+    bytes_before: int
     steps: list[StepPlan]
-    other_bytes: int  # embeddings, positions, norms: never compressed
     window: int
     estimate: Estimate
 
     @property
-    def bytes_before(self) -> int:
-        return self.other_bytes + self.steps[0].before.linear_bytes
-
-    @property
     def bytes_after(self) -> int:
-        return self.other_bytes + self.steps[-1].after.linear_bytes
+        return self.steps[-1].after.nbytes
 
     @property
     def disk_bytes(self) -> int:
         """The two largest folders that exist at once while the recipe runs."""
-        sizes = [self.other_bytes + step.after.linear_bytes for step in self.steps]
+        sizes = [step.after.nbytes for step in self.steps]
         return max(a + b for a, b in zip([0, *sizes], sizes, strict=False))
 
 
@@ -78,20 +74,16 @@ def plan_recipe(request: Request) -> RecipePlan:
     """Check the model, the recipe and every shape; reads headers only, takes seconds."""
     check_device(request.device)
     checkpoint = open_checkpoint(request.model)
-    store = request.dtype or checkpoint.dtype
-    states, plans = state_of(checkpoint, store), []
+    states, plans = state_of(checkpoint, request.dtype), []
     for method in request.steps:
         plans.append(method.plan(states))
         states = plans[-1].after
-    config = checkpoint.config
-    other = sum(math.prod(s) for s in vector_shapes(checkpoint.family, config).values()) * store.itemsize
-    other += sum(s.out_features * s.in_features for s in projection_linears(checkpoint.family, config)) * store.itemsize
-    window = min(request.calibration.window, config.max_positions)
+    window = min(request.calibration.window, checkpoint.config.max_positions)
     passes = [(plan.before, method.calibrates) for plan, method in zip(plans, request.steps, strict=True)]
     samples = request.calibration.samples
     tokens = (samples + max(1, samples // HELD_OUT_SHARE)) * window
     cost = estimate(passes, tokens, working_dtype(request, checkpoint).itemsize, request.device)
-    return RecipePlan(checkpoint, plans, other, window, cost)
+    return RecipePlan(checkpoint, state_of(checkpoint, None).nbytes, plans, window, cost)
 
 
 def compress(
@@ -110,7 +102,8 @@ def compress(
 ) -> Result:
     """Apply `steps` to `model` and write the result to the new folder `out`.
 
-    `dtype` is that of computation and of the tensors written (default: the checkpoint's). An interrupted run is
+    `dtype` is that of computation and of the floating tensors written; None leaves each tensor in its own, and what a step
+    makes in that of what it replaces. An interrupted run is
     continued by the same call. Raises HalveError before any work when the request cannot succeed.
     """
     options = CalibrationOptions(str(calibration), samples, window, seed)
@@ -127,6 +120,7 @@ def compress(
     windows = None if documents is None else _windows(request, plan, documents)
     if on_plan is not None:
         on_plan(plan)
+    check_fits(request, plan.checkpoint)
     with work.claim(_identity(request, plan, documents)) as scratch:
         return _run(request, plan, windows, work, scratch)
 
@@ -210,8 +204,8 @@ def _resolve(
 
     A choice that a later step cannot work on is found here, before the pass begins.
     """
-    method, store = request.steps[number - 1], request.dtype or source.dtype
-    state = state_of(source, store)
+    method = request.steps[number - 1]
+    state = state_of(source, request.dtype)
     if not isinstance(method, Resolvable) or method.resolved:
         return method, method.plan(state)
     path = work / f"step-{number}.json"
@@ -220,7 +214,7 @@ def _resolve(
         chosen = make_step(options.pop("step"), options)
     else:
         needed = windows if method.calibrates else None
-        chosen = method.resolve(Walk(source, needed, working_dtype(request, source), store, request.device))
+        chosen = method.resolve(Walk(source, needed, working_dtype(request, source), request.device))
         write_json(path, step_json(chosen))
     plan = chosen.plan(state)
     after = plan.after
@@ -232,9 +226,11 @@ def _resolve(
 def _complete(folder: Path, request: Request, source: Checkpoint, step: StepPlan, manifest: dict[str, Any]) -> None:
     """Write config, manifest and index of a step's folder."""
     state = step.after
-    names = [s.name for s in state.linears.values()]
+    # the projections too: a scheme for all linears must not be taken for theirs
+    projections = projection_linears(source.family, state.config)
+    names = [s.name for s in (*state.linears.values(), *projections)]
     schemes = write_schemes(state.schemes, names) if state.schemes else None
-    config = config_json(source.raw, source.family, state.config, state.plain, schemes, request.dtype)
+    config = config_json(source.raw, source.family, state.config, state.plain, schemes, request.dtype or source.dtype)
     CheckpointWriter(folder, len(step.sources) + 1).finish(config, manifest, source.folder)
 
 
@@ -283,8 +279,8 @@ def _verify(checkpoint: Checkpoint, request: Request) -> None:
     """Run 16 tokens through the reloaded result, block by block: its logits must be finite."""
     tokens = torch.arange(16).remainder(checkpoint.config.vocab_size).unsqueeze(0)
     tokens = tokens[:, : checkpoint.config.max_positions]
-    dtype = compute_dtype(checkpoint, request.dtype)
-    walk = Walk(checkpoint, Calibration(tokens, tokens[:, :1], {}), dtype, dtype, request.device)
+    dtype = compute_dtype(checkpoint, request.dtype, request.device)
+    walk = Walk(checkpoint, Calibration(tokens, tokens[:, :1], {}), dtype, request.device)
     for index in range(len(checkpoint.config.layers)):
         walk.advance(checkpoint.block(index, dtype, request.device))
     walk.finish_states()

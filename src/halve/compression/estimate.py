@@ -34,7 +34,7 @@ def estimate(
     """
     memory = max(_memory(state, tokens if calibrated else 0, itemsize) for state, calibrated in states)
     flops = sum(2.0 * state.parameters * tokens * _PASSES for state, calibrated in states if calibrated)
-    moved = sum(state.parameters * state.dtype.itemsize for state, _ in states)
+    moved = sum(state.linear_bytes for state, _ in states)
     seconds = (flops / _flops_per_s(device) if flops else 0.0) + moved / _READ_BYTES_PER_S
     return Estimate(memory, seconds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -26,12 +27,18 @@ class ModelState:
     family: Family
     config: ModelConfig
     linears: dict[Key, StoredLinear]
-    dtype: torch.dtype  # of everything floating
+    others: dict[str, int]  # bytes of each tensor that is part of none of them, by its name
+    dtype: torch.dtype  # of the model: what a linear that does not say otherwise is stored in
 
     @property
     def linear_bytes(self) -> int:
         """Bytes of all linears, a tied head not counted (it is the embedding)."""
         return sum(s.nbytes(self.dtype) for k, s in self.linears.items() if not (k[1] == "head" and self.config.tied))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.linear_bytes + sum(self.others.values())
 
     @property
     def parameters(self) -> int:
@@ -55,13 +62,24 @@ class ModelState:
         return "head_dim" in self.family.width_fields or square
 
 
-def state_of(checkpoint: Checkpoint, dtype: torch.dtype) -> ModelState:
-    """The state of a folder, from its headers; `dtype`: what its floating tensors are written in."""
+def state_of(checkpoint: Checkpoint, dtype: torch.dtype | None) -> ModelState:
+    """The state of a folder, from its headers; `dtype`: what floating tensors but scales are written in (None: their own)."""
+    family, config, dtypes = checkpoint.family, checkpoint.config, checkpoint.tensors.dtypes
     linears: dict[Key, StoredLinear] = {}
     for shape in checkpoint.linear_shapes():
-        embedding = shape.role == "head" and checkpoint.config.tied
-        linears[shape.layer, shape.role] = StoredLinear.dense(shape) if embedding else checkpoint.stored(shape)
-    return ModelState(checkpoint.family, checkpoint.config, linears, dtype)
+        if shape.role == "head" and config.tied:
+            linear = StoredLinear.dense(shape, dtypes[f"{family.names['embed']}.weight"])
+        else:
+            linear = checkpoint.stored(shape)
+        if dtype is not None:
+            linear = replace(linear, dtype=dtype if linear.spec is None else linear.dtype, bias_dtype=dtype)
+        linears[shape.layer, shape.role] = linear
+    vectors = families.vector_shapes(family, config)
+    vectors |= {
+        f"{s.name}.weight": (s.out_features, s.in_features) for s in families.projection_linears(family, config)
+    }
+    others = {name: math.prod(shape) * (dtype or dtypes[name]).itemsize for name, shape in vectors.items()}
+    return ModelState(family, config, linears, others, dtype or checkpoint.dtype)
 
 
 @dataclass(frozen=True)
@@ -154,7 +172,8 @@ def finish(
     sources = tuple(range(len(state.config.layers))) if sources is None else sources
     if (None, "head") in changed:
         after_config = replace(after_config, tied=False)  # a head of its own; the embedding stays as it was
-    after = replace(state, config=after_config, linears=_renumbered(state, changed, after_config, sources))
+    linears = _renumbered(state, changed, after_config, sources)
+    after = replace(state, config=after_config, linears=linears, others=_others(state, after_config, sources))
     plan = StepPlan(state, after, frozenset(changed), [], sources)
     removed = {key for key in state.linears if plan.left(key) is None}
     if not changed and not removed:
@@ -186,6 +205,18 @@ def _renumbered(
     key = (None, "head")
     linears[key] = changed[key][0] if key in changed else state.linears[key]
     return linears
+
+
+def _others(state: ModelState, config: ModelConfig, sources: tuple[int, ...]) -> dict[str, int]:
+    """What is part of no linear in the model after, under its new names."""
+    block = state.family.names["block"]
+    there = {block.format(layer): block.format(source) for layer, source in enumerate(sources)}
+    others = {name: size for name, size in state.others.items() if not name.startswith(block.split("{")[0])}
+    for name in families.vector_shapes(state.family, config):
+        if name not in others:
+            place = next(place for place in there if name.startswith(f"{place}."))
+            others[name] = state.others[there[place] + name.removeprefix(place)]
+    return others
 
 
 def describe(spec: QuantSpec) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from halve.compression.methods import METHODS, Method
-from halve.errors import RecipeError, reading
+from halve.errors import RecipeError, reading, shown
+
+_LARGEST_RECIPE, _DEEPEST_RECIPE = 1 << 18, 20
 
 
 def parse_step(text: str) -> Method:
@@ -24,9 +27,9 @@ def parse_step(text: str) -> Method:
     for item in _split(rest, ",") if rest else []:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
-            raise RecipeError(f"step {text!r}: {item!r} is not of the form key=value")
+            raise RecipeError(f"step {shown(text)}: {item!r} is not of the form key=value")
         if key.strip() in options:
-            raise RecipeError(f"step {text!r}: option {key.strip()!r} is given twice")
+            raise RecipeError(f"step {shown(text)}: option {key.strip()!r} is given twice")
         options[key.strip()] = value.strip()
     return make_step(name.strip(), options)
 
@@ -34,14 +37,14 @@ def parse_step(text: str) -> Method:
 def make_step(name: str, options: dict[str, Any]) -> Method:
     """The method `name` with `options` (strings, or values as YAML gives them)."""
     if name not in METHODS:
-        raise RecipeError(f"unknown step {name!r}: use one of {', '.join(METHODS)}")
+        raise RecipeError(f"unknown step {shown(name)}: use one of {', '.join(METHODS)}")
     method = METHODS[name]
     hints = typing.get_type_hints(method)
     known = [f.name for f in dataclasses.fields(method)]
     values = {}
     for key, value in options.items():
         if key not in known:
-            raise RecipeError(f"step {name}: unknown option {key!r}: it takes {', '.join(known)}")
+            raise RecipeError(f"step {name}: unknown option {shown(key)}: it takes {', '.join(known)}")
         values[key] = _convert(name, key, value, hints[key])
     return method(**values)
 
@@ -52,7 +55,7 @@ def _convert(step: str, key: str, value: Any, hint: Any) -> Any:
         if value is None or value == "none":
             return None
         hint = members[0]
-    fail = RecipeError(f"step {step}: {key}={value!r} is not {_HUMAN.get(hint, 'a list of patterns')}")
+    fail = RecipeError(f"step {step}: {key}={shown(value)} is not {_HUMAN.get(hint, 'a list of patterns')}")
     if hint is bool:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if isinstance(value, bool):
@@ -64,9 +67,15 @@ def _convert(step: str, key: str, value: Any, hint: Any) -> Any:
         try:
             if isinstance(value, bool) or (hint is int and isinstance(value, float)):
                 raise ValueError
-            return hint(value)
-        except (TypeError, ValueError):
+            number = hint(value)
+            if not math.isfinite(number):
+                raise ValueError
+            return number
+        except (TypeError, ValueError, OverflowError):
             raise fail from None
+    parts = value if hint is not str and isinstance(value, list) else [value]
+    if not all(isinstance(part, str | int | float) for part in parts):
+        raise fail
     if hint is str:
         return _unquoted(str(value))
     if isinstance(value, str):
@@ -156,20 +165,39 @@ def option_text(value: Any) -> str:
 
 def read_recipe(path: Path) -> list[Method]:
     """Steps of a YAML file: a list (or a `steps:` list) of `NAME:key=value` strings or `NAME: {key: value}` mappings."""
-    import yaml
-
-    with reading(f"recipe {path}", RecipeError):
-        content = path.read_bytes()
-    try:
-        data = yaml.safe_load(content.decode())
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe {path}: not UTF-8 text ({error}): convert the file to UTF-8") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from error
+    data = _parse_yaml(path)
     steps = data.get("steps") if isinstance(data, dict) else data
     if not isinstance(steps, list) or not steps:
         raise RecipeError(f"recipe {path}: must be a list of steps, or a mapping with a `steps` list")
     return [_read_step(path, step) for step in steps]
+
+
+def _parse_yaml(path: Path) -> Any:
+    """What a small YAML file holds. Its anchors are not followed: a few lines of them can stand for more than any memory."""
+    import yaml
+
+    with reading(f"recipe {path}", RecipeError), path.open("rb") as file:
+        content = file.read(_LARGEST_RECIPE + 1)
+    if len(content) > _LARGEST_RECIPE:
+        raise RecipeError(f"recipe {path}: longer than {_LARGEST_RECIPE:,} bytes: name a file of steps")
+    try:
+        text = content.decode("utf-8")
+        level = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise RecipeError(f"recipe {path}: uses an alias (*{event.anchor}): write out what it stands for")
+            level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if level > _DEEPEST_RECIPE:
+                raise RecipeError(f"recipe {path}: nested deeper than {_DEEPEST_RECIPE} levels: name a file of steps")
+        return yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path}: not UTF-8 text ({error}): convert the file to UTF-8") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path}: not YAML ({' '.join(str(error).split())}): correct it") from error
+    except RecipeError:
+        raise
+    except ValueError as error:  # a date or a number that there is not
+        raise RecipeError(f"recipe {path}: not YAML ({error}): correct it") from error
 
 
 def _read_step(path: Path, step: Any) -> Method:
@@ -179,7 +207,7 @@ def _read_step(path: Path, step: Any) -> Method:
         ((name, options),) = step.items()
         if options is None or isinstance(options, dict):
             return make_step(str(name), options or {})
-    raise RecipeError(f"recipe {path}: {step!r} is not NAME:key=value text nor a NAME: {{key: value}} mapping")
+    raise RecipeError(f"recipe {path}: {shown(step)} is not NAME:key=value text nor a NAME: {{key: value}} mapping")
 
 
 def step_json(method: Method) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from halve.checkpoint.reader import Checkpoint, compute_dtype
-from halve.checkpoint.stored import to_tensors
-from halve.checkpoint.tensors import SafetensorsFolder
+from halve.checkpoint.stored import BIAS, SCALE, WEIGHT, StoredLinear, to_tensors
+from halve.checkpoint.tensors import FLOATING, SafetensorsFolder, cast
 from halve.checkpoint.writer import CheckpointWriter
 from halve.compression.methods import Method
-from halve.compression.plan import StepPlan
+from halve.compression.plan import StepPlan, state_of
 from halve.compression.walk import BlockView, Walk
 from halve.compression.windows import Calibration, CalibrationOptions
 from halve.model.families import block_linears, projection_linears, vector_shapes
@@ -33,9 +33,23 @@ class Request:
 
 
 def working_dtype(request: Request, source: Checkpoint) -> torch.dtype:
-    """What a step computes in: float16 weights in float32, anything else as the model runs."""
-    store = request.dtype or source.dtype
-    return torch.float32 if store == torch.float16 else compute_dtype(source, request.dtype)
+    """What a step computes in: as the model runs, but no narrower than what it may change, and never in float16."""
+    dtype = compute_dtype(source, request.dtype, request.device)
+    for linear in state_of(source, request.dtype).linears.values():
+        for stored in (linear.dtype if linear.spec is None else None, linear.bias_dtype):
+            dtype = dtype if stored is None else torch.promote_types(dtype, stored)
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def check_fits(request: Request, source: Checkpoint) -> None:
+    """CheckpointError, before any work, when a weight is too large for the dtype asked for; reads all that could be."""
+    if request.dtype is None:
+        return
+    ends = torch.finfo(request.dtype).max
+    for name in source.tensors.shapes:
+        dtype = source.tensors.dtypes[name]
+        if dtype in FLOATING and torch.finfo(dtype).max > ends and not name.endswith(f".{SCALE}"):
+            source.tensor(name, request.dtype)
 
 
 def run_step(
@@ -48,8 +62,8 @@ def run_step(
     number: int,
 ) -> list[dict[str, Any]]:
     """One pass over the blocks that stay; every finished block is a shard in `folder`."""
-    store, dtype = request.dtype or source.dtype, working_dtype(request, source)
-    walk = Walk(source, windows, dtype, store, request.device)
+    dtype = working_dtype(request, source)
+    walk = Walk(source, windows, dtype, request.device)
     layers = len(plan.sources)
     writer = CheckpointWriter(folder, layers + 1)
     rows: list[dict[str, Any]] = []
@@ -62,7 +76,7 @@ def run_step(
         view = walk.block(plan.sources[index])
         with torch.inference_mode():
             edited = method.edit(view, plan)
-        tensors = _block_tensors(source, view, plan, index, store)
+        tensors = _block_tensors(request, source, view, plan, index)
         edited = _with_bytes(edited, view, plan, tensors)
         writer.write(index, tensors, edited)
         rows += edited
@@ -71,17 +85,17 @@ def run_step(
             walk.advance(view.finished(plan, index))
     if writer.done(layers):
         return rows + writer.rows(layers)
-    tensors = _other_tensors(source, store)
+    tensors = _other_tensors(request, source)
     edited = []
     if (None, "head") in plan.touched:
         walk.finish_states()
         view = walk.head()
         with torch.inference_mode():
             edited = method.edit(view, plan)
-        tensors |= to_tensors(view.name("head"), view.linears["head"], store)
+        tensors |= _changed(view, plan, "head")
         edited = _with_bytes(edited, view, plan, tensors)
     elif not source.config.tied:
-        tensors |= to_tensors(source.family.names["head"], source.head(store, "cpu"), store)
+        tensors |= _unchanged(request, source, plan.before.linears[None, "head"], source.family.names["head"])
     writer.write(layers, tensors, edited)
     return rows + edited
 
@@ -94,18 +108,40 @@ def _finished(
     return Checkpoint(folder, source.raw, source.family, plan.after.config, tensors, plan.after.schemes)
 
 
+def _changed(view: BlockView, plan: StepPlan, role: str) -> dict[str, torch.Tensor]:
+    """The tensors of a linear that the step touched, each in the dtype of what it replaces."""
+    left = plan.left(view.key(role))
+    assert left is not None
+    headers = {f"{left.name}.{part}": dtype for part, (_, dtype) in left.parts(plan.after.dtype).items()}
+    tensors = to_tensors(left.name, view.linears[role])
+    return {name: cast(name, t, headers[name]) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _unchanged(request: Request, source: Checkpoint, linear: StoredLinear, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a linear that the step left alone, as they are stored, under its new name."""
+    tensors = {}
+    for part in linear.parts(source.dtype):
+        dtype = request.dtype if part in (WEIGHT, BIAS) else None
+        tensors[f"{name}.{part}"] = source.tensor(f"{linear.name}.{part}", dtype).contiguous()
+    return tensors
+
+
 def _block_tensors(
-    source: Checkpoint, view: BlockView, plan: StepPlan, layer: int, store: torch.dtype
+    request: Request, source: Checkpoint, view: BlockView, plan: StepPlan, layer: int
 ) -> dict[str, torch.Tensor]:
     """Everything a finished block stores at its place `layer`: its linears, and its norms as they were."""
     family, config = source.family, plan.after.config
     tensors: dict[str, torch.Tensor] = {}
     for shape in block_linears(family, config, layer):
-        tensors |= to_tensors(shape.name, view.linears[shape.role], store)
+        key = view.key(shape.role)
+        if key in plan.touched:
+            tensors |= _changed(view, plan, shape.role)
+        else:
+            tensors |= _unchanged(request, source, plan.before.linears[key], shape.name)
     there, here = (family.names["block"].format(i) + "." for i in (plan.sources[layer], layer))
     for name in vector_shapes(family, config):
         if name.startswith(here):
-            tensors[name] = source.tensor(there + name.removeprefix(here), store).contiguous()
+            tensors[name] = source.tensor(there + name.removeprefix(here), request.dtype).contiguous()
     return tensors
 
 
@@ -122,9 +158,9 @@ def _with_bytes(
     return list(rows.values())
 
 
-def _other_tensors(source: Checkpoint, store: torch.dtype) -> dict[str, torch.Tensor]:
+def _other_tensors(request: Request, source: Checkpoint) -> dict[str, torch.Tensor]:
     """Embeddings, positions, final norm and projections, as they were."""
     block = source.family.names["block"].split("{")[0]
     names = [n for n in vector_shapes(source.family, source.config) if not n.startswith(block)]
     names += [f"{s.name}.weight" for s in projection_linears(source.family, source.config)]
-    return {name: source.tensor(name, store).contiguous() for name in names}
+    return {name: source.tensor(name, request.dtype).contiguous() for name in names}

@@ -66,7 +66,6 @@ class BlockView:
         self.block = block
         self.linears = linears
         self.index = index
-        self.store_dtype = walk.store_dtype
 
     def key(self, role: str) -> Key:
         return self.index, role
@@ -84,6 +83,12 @@ class BlockView:
         left = plan.left(self.key(role))
         assert left is not None and left.spec is not None
         return left.spec
+
+    def dtype(self, plan: StepPlan, role: str) -> torch.dtype:
+        """What this linear's floating numbers are stored in: that of what they replace."""
+        left = plan.left(self.key(role))
+        assert left is not None and left.dtype is not None
+        return left.dtype
 
     def replace_weight(self, role: str, weight: Tensor | QuantizedWeight) -> None:
         """Put another weight of the same shape into a linear."""
@@ -139,12 +144,10 @@ class Walk:
         checkpoint: Checkpoint,
         calibration: Calibration | None,
         dtype: torch.dtype,
-        store_dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
-        self.store_dtype = store_dtype
         self.device = device
         self.rotary = make_rotary(checkpoint.config, device)
         self.calibration = calibration

@@ -10,19 +10,25 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
+from halve.errors import CheckpointError, reading
 from halve.files import read_object
 
-# what `--overwrite` may delete: names that programs write, none that a person would give to notes or adapters
-MODEL_FILES = (
-    "config.json generation_config.json halve.json halve-log.jsonl model.safetensors model-?????-of-?????.safetensors "
-    "model.safetensors.index.json pytorch_model.bin pytorch_model-?????-of-?????.bin pytorch_model.bin.index.json "
-    "tokenizer.* tokenizer_config.json special_tokens_map.json added_tokens.json vocab.* merges.txt chat_template.* "
-    "additional_chat_templates/ tekken.json LICENSE LICENSE.txt LICENSE.md NOTICE NOTICE.txt USE_POLICY.md"
+TEMPLATES = "additional_chat_templates/"  # the only folder of a model that is read
+# what goes with the weights wherever they go, fetched and copied: tokenizer, chat templates, terms of use
+COMPANIONS = (
+    "generation_config.json tokenizer.* tokenizer_config.json special_tokens_map.json added_tokens.json vocab.* merges.txt "
+    f"chat_template.* {TEMPLATES} tekken.json spiece.model LICENSE* LICENCE* License* NOTICE* Notice* USE_POLICY*"
 ).split()
+# what `--overwrite` may delete: names that programs write, none that a person would give to notes or adapters
+MODEL_FILES = [
+    *"config.json quantize_config.json halve.json halve-log.jsonl model.safetensors model-?????-of-?????.safetensors".split(),
+    *"model.safetensors.index.json pytorch_model.bin pytorch_model-?????-of-?????.bin pytorch_model.bin.index.json".split(),
+    *COMPANIONS,
+]
 OWNER = "owner"  # of a scratch folder: its mark OWNER.json and its lock OWNER.lock
-# a scratch folder has a mark; what is copied into it from MODEL is chosen by how a name begins, so these are wider
-_SCRATCH_FILES = [*MODEL_FILES, *"*/ *.json *.tmp owner.lock *.safetensors *.bin tokenizer* vocab* merges*".split()]
-_SCRATCH_FILES += "special_tokens_map* added_tokens* generation_config* chat_template*".split()
+_SCRATCH_FILES = [*MODEL_FILES, *"*/ *.json *.jinja *.tmp owner.lock *.safetensors *.bin".split()]
+# what is read of a model's folder, by halve and by the tokenizer's library
+_READ_FILES = [*_SCRATCH_FILES, *"*.txt *.model additional_chat_templates".split()]
 # what does not make a folder hold something: of file systems, and of workers that begin at this moment
 PASSED_OVER = re.compile(
     r"lost\+found|\.request\.lock|\.worker-[0-9a-f]+\.(json|lock)|\.halve-[0-9a-f]{32}|\.[0-9a-f]{32}\.tmp"
@@ -50,6 +56,28 @@ def holds_one_of(places: dict[Path, str], folder: Path) -> str | None:
         if place == folder or folder in place.parents:
             return f"{'is' if place == folder else 'holds'} {what}"
     return None
+
+
+def leads_outside(name: str | Path, folder: Path) -> bool:
+    """Whether a name in a model's folder stands for what lies elsewhere: by `..`, from the root, or through links.
+
+    The blobs beside a snapshot in the hub's cache are its own.
+    """
+    try:
+        real, home = (folder / name).resolve(), folder.resolve()
+    except (OSError, RuntimeError, ValueError):  # a circle of links, or no name of a file
+        return True
+    blobs = home.parent.parent / "blobs"
+    return not (real.is_relative_to(home) or (home.parent.name == "snapshots" and real.is_relative_to(blobs)))
+
+
+def link_outside(folder: Path) -> Path | None:
+    """The first file of a model that is a link to something outside its folder; None without one."""
+    inner = folder / "additional_chat_templates"
+    entries = [*folder.iterdir(), *(inner.iterdir() if inner.is_dir() else ())]
+    links = sorted(entry for entry in entries if entry.is_symlink())
+    named = (link for link in links if any(fnmatch(link.name, name) for name in _READ_FILES))
+    return next((link for link in named if leads_outside(link, folder)), None)
 
 
 def _is_model(folder: Path) -> bool:
@@ -81,6 +109,8 @@ def first_foreign(folder: Path, names: Sequence[str], below: Sequence[str] = (),
         if entry.is_dir() and not entry.is_symlink():
             known = not top or any(fnmatch(f"{entry.name}/", name) for name in names)
             wanted = _SCRATCH_FILES if is_scratch(entry) else below or names
+            if f"{entry.name}/" == TEMPLATES:
+                wanted = ["*.jinja"]
             foreign = first_foreign(entry, wanted, top=False) if known else entry
             if foreign is not None:
                 return foreign
@@ -115,6 +145,26 @@ def why_not_a_model(folder: Path) -> str | None:
 
 def holding(folder: Path, foreign: Path) -> str:
     return f"exists and is not empty, and holds {foreign.relative_to(folder)}, which halve did not write"
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files that go with the weights of a model. Raises CheckpointError for one that cannot be read."""
+    with reading(folder, CheckpointError):
+        files = [path for path in folder.iterdir() if any(fnmatch(path.name, name) for name in COMPANIONS)]
+        if (folder / TEMPLATES).is_dir():
+            files += [path for path in (folder / TEMPLATES).iterdir() if path.suffix == ".jinja"]
+        files = sorted(path for path in files if path.is_file() and path.suffix != ".safetensors")
+        for path in files:
+            path.open("rb").close()
+    return files
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what goes with the weights of a model into another folder."""
+    for path in companions(source):
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def delete(entry: Path) -> None:

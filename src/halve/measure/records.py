@@ -22,7 +22,7 @@ import torch
 
 from halve._version import __version__
 from halve.errors import DataError, reading
-from halve.files import check_output_path, write_text
+from halve.files import check_output_path, parse_json, write_text
 from halve.files.contents import is_record
 from halve.measure.machine import describe_machine
 from halve.texts import files_below
@@ -207,7 +207,7 @@ def checkpoint_recipe(model: str | os.PathLike[str]) -> list[Any]:
         return []
     manifest = _parse(path)
     recipe = manifest.get("recipe", []) if isinstance(manifest, dict) else None
-    if not isinstance(recipe, list):
+    if not isinstance(recipe, list) or not all(isinstance(step, dict) for step in recipe):
         raise DataError(f'{path} is malformed, its "recipe" is not a list of steps: compress the model again')
     return recipe
 
@@ -292,10 +292,7 @@ def _parse(path: Path) -> Any:
     with reading(path, DataError):
         if not path.exists():
             raise DataError(f"{path} does not exist: name a record file or a folder with records")
-        content = path.read_bytes()
-    try:
-        return json.loads(content.decode())
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read ({error}): name a record file") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}): write it again") from error
+        try:
+            return parse_json(path)
+        except ValueError as error:
+            raise DataError(f"{path} is not valid JSON ({error}): write it again") from error

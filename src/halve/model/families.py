@@ -2,71 +2,100 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from dataclasses import fields as dataclass_fields
+from typing import Any
 
-from halve.errors import UnsupportedModelError
+from halve.errors import UnsupportedModelError, shown
 from halve.model.config import LayerConfig, ModelConfig
-from halve.model.fields import Fields, Json, read_rope
+from halve.model.fields import MAX_LAYERS, Fields, Json, Kinds, is_whole, read_rope
 from halve.model.wiring import ATTENTION, HEAD_NORMS, SUBLAYERS, wires
 
 
 def no_windows(f: Fields, layers: int) -> list[int | None]:
-    """Full attention in every layer; a config that asks for windows is refused."""
-    if f.optional("sliding_window") is not None:
-        raise f.fail("sliding_window", "is not part of this architecture")
+    """Full attention in every layer, of architectures that know no windows."""
     return [None] * layers
 
 
 def one_window(f: Fields, layers: int) -> list[int | None]:
-    """Mistral: one window for all layers. The field missing means the class default, 4096; null means none."""
-    f.read |= {"sliding_window", "layer_types"}
-    return [f.raw.get("sliding_window", 4096)] * layers
+    """Mistral: one window for all layers, or for those that `layer_types` names."""
+    window = f.window()
+    if "layer_types" not in f.raw:
+        return [window] * layers
+    if f.raw.get("head_dim") is None:  # transformers takes it for a Ministral, which has no default
+        raise f.fail("head_dim", "is needed beside layer_types", "write hidden_size / num_attention_heads")
+    return _windows_of_kinds(
+        f, f.layer_kinds(layers) or ["sliding_attention" if window else "full_attention"] * layers, window
+    )
 
 
 def windows_by_layer(f: Fields, layers: int) -> list[int | None]:
     """Qwen: where windows are switched on, the layers that `layer_types` names, or else those from `max_window_layers`."""
-    window = f.optional("sliding_window", 4096) if f.flag("use_sliding_window", False) else None
-    f.read.add("sliding_window")
-    first = f.optional("max_window_layers", 28)
-    kinds = f.optional("layer_types")
+    window = f.window() if f.flag("use_sliding_window", False) else None
+    first = f.integer("max_window_layers", 28, least=0)
+    kinds = f.layer_kinds(layers)
     if kinds is None:
-        return [window if window is not None and i >= first else None for i in range(layers)]
-    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
-        raise f.fail("layer_types", f"must name full_attention or sliding_attention for each of {layers} layers")
+        return [window if i >= first else None for i in range(layers)]
+    return _windows_of_kinds(f, kinds, window)
+
+
+def _windows_of_kinds(f: Fields, kinds: list[str], window: int | None) -> list[int | None]:
     if "sliding_attention" in kinds and window is None:
-        raise f.fail("layer_types", "names sliding_attention, but use_sliding_window is not true")
+        null = "sliding_window" in f.raw and f.raw["sliding_window"] is None
+        reason = "sliding_window is null" if null else "use_sliding_window is not true"
+        raise f.fail("layer_types", f"names sliding_attention, but {reason}")
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _heads(f: Fields, family: Family) -> tuple[int, int, int]:
     """Query heads, key/value heads and their size."""
-    heads = f.integer("num_attention_heads")
-    kv_heads = f.integer("num_key_value_heads", family.default_kv_heads or heads)
+    heads, hidden = f.integer("num_attention_heads"), f.integer("hidden_size")
+    null = heads if "num_key_value_heads" in family.nullable else None
+    kv_heads = f.integer("num_key_value_heads", family.default_kv_heads or heads, null)
     if heads % kv_heads:
-        raise f.fail("num_key_value_heads", f"does not divide num_attention_heads={heads}")
-    hidden = f.integer("hidden_size")
-    head_dim = f.integer("head_dim", family.default_head_dim or hidden // heads)
+        raise f.fail("num_key_value_heads", f"({kv_heads}) does not divide num_attention_heads={heads}")
     if f.raw.get("head_dim") is None and family.default_head_dim is None and hidden % heads:
         raise f.fail("num_attention_heads", f"does not divide hidden_size={hidden}, and head_dim is not given")
+    derived = hidden // heads
+    head_dim = f.integer(
+        "head_dim", family.default_head_dim or derived, derived if "head_dim" in family.nullable else None
+    )
+    if head_dim % 2:
+        key = "head_dim" if "head_dim" in f.raw else "num_attention_heads"
+        raise f.fail(key, f"gives heads of {head_dim} channels, which is odd: rotary embedding turns pairs")
     return heads, kv_heads, head_dim
 
 
+_LLAMA_CHECKED: Kinds = {
+    "initializer_range": (float,),
+    "attention_dropout": (int, float, None),
+    "pretraining_tp": (int, None),
+}
+_OPT_CHECKED: Kinds = {
+    "init_std": (float,),
+    **dict.fromkeys(("dropout", "attention_dropout", "layerdrop"), (int, float)),
+}
+
+
 def _llama_like(f: Fields, family: Family) -> ModelConfig:
+    f.check_kinds(_LLAMA_CHECKED)
     heads, kv_heads, head_dim = _heads(f, family)
-    layers = f.integer("num_hidden_layers")
+    layers = f.integer("num_hidden_layers", most=MAX_LAYERS)
     width = f.integer("intermediate_size")
+    positions = f.integer("max_position_embeddings", family.default_positions)
     bias = "attention_bias" in family.bias_fields and f.flag("attention_bias", False)
     return ModelConfig(
         vocab_size=f.integer("vocab_size"),
         hidden_size=f.integer("hidden_size"),
         head_dim=head_dim,
-        max_positions=f.integer("max_position_embeddings", 2048),
+        max_positions=positions,
         layers=tuple(LayerConfig(heads, kv_heads, width, window) for window in family.windows(f, layers)),
-        norm_eps=f.number("rms_norm_eps", 1e-6),
+        norm_eps=f.epsilon("rms_norm_eps", 1e-6),
         activation=f.activation("hidden_act", "silu"),
         tied=f.flag("tie_word_embeddings", False),
-        rope=read_rope(f),
+        rope=read_rope(f, positions),
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias or bias,
         o_bias=bias,
@@ -75,19 +104,21 @@ def _llama_like(f: Fields, family: Family) -> ModelConfig:
 
 
 def _opt(f: Fields, family: Family) -> ModelConfig:
+    f.check_kinds(_OPT_CHECKED)
     hidden = f.integer("hidden_size")
     heads = f.integer("num_attention_heads")
-    if hidden % heads and f.raw.get("halve_layers") is None:
+    if hidden % heads:
         raise f.fail("num_attention_heads", f"does not divide hidden_size={hidden}")
-    embed = f.integer("word_embed_proj_dim", hidden)
+    embed = f.integer("word_embed_proj_dim", hidden, hidden)
     bias = f.flag("enable_bias", True)
     before = f.flag("do_layer_norm_before", True)
+    removed = f.flag("_remove_final_layer_norm", False)
     return ModelConfig(
         vocab_size=f.integer("vocab_size"),
         hidden_size=hidden,
-        head_dim=f.integer("head_dim", hidden // heads),
-        max_positions=f.integer("max_position_embeddings", 2048),
-        layers=(LayerConfig(heads, heads, f.integer("ffn_dim")),) * f.integer("num_hidden_layers"),
+        head_dim=hidden // heads,
+        max_positions=f.integer("max_position_embeddings", family.default_positions),
+        layers=(LayerConfig(heads, heads, f.integer("ffn_dim")),) * f.integer("num_hidden_layers", most=MAX_LAYERS),
         norm_eps=1e-5,
         activation=f.activation("activation_function", "relu"),
         tied=f.flag("tie_word_embeddings", True),
@@ -95,7 +126,7 @@ def _opt(f: Fields, family: Family) -> ModelConfig:
         norm="layer",
         norm_affine=f.flag("layer_norm_elementwise_affine", True),
         norm_first=before,
-        final_norm=before and not f.flag("_remove_final_layer_norm", False),
+        final_norm=before and not removed,
         gated=False,
         qkv_bias=bias,
         o_bias=bias,
@@ -103,6 +134,8 @@ def _opt(f: Fields, family: Family) -> ModelConfig:
         embed_size=0 if embed == hidden else embed,
     )
 
+
+MAX_PARAMETERS = 10**13  # several times the largest model there is
 
 LLAMA_NAMES = {
     "embed": "model.embed_tokens",
@@ -160,6 +193,8 @@ class Family:
     heads_divide_hidden: bool = False
     default_kv_heads: int | None = None  # where the config does not say; None: as many as query heads
     default_head_dim: int | None = None  # the same; None: hidden size / query heads
+    default_positions: int = 2048
+    nullable: frozenset[str] = frozenset()  # of the two fields of heads, those that may be null: as if derived
     qk_norm: bool = False  # norms over each head of queries and keys
     qkv_bias: bool = False  # biases of q, k and v that no field of the config switches
     # of attention_bias (q, k, v, o) and mlp_bias, those the architecture reads
@@ -172,11 +207,26 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(heads_divide_hidden=True, bias_fields=frozenset({"attention_bias", "mlp_bias"})),
-    "mistral": Family(default_kv_heads=8, windows=one_window),
-    "qwen2": Family(qkv_bias=True, windows=windows_by_layer),
+    "llama": Family(
+        heads_divide_hidden=True,
+        bias_fields=frozenset({"attention_bias", "mlp_bias"}),
+        nullable=frozenset({"num_key_value_heads", "head_dim"}),
+    ),
+    "mistral": Family(
+        default_kv_heads=8, default_positions=131072, nullable=frozenset({"head_dim"}), windows=one_window
+    ),
+    "qwen2": Family(
+        default_kv_heads=32,
+        default_positions=32768,
+        nullable=frozenset({"num_key_value_heads"}),
+        qkv_bias=True,
+        windows=windows_by_layer,
+    ),
     "qwen3": Family(
+        default_kv_heads=32,
         default_head_dim=128,
+        default_positions=32768,
+        nullable=frozenset({"num_key_value_heads"}),
         qk_norm=True,
         bias_fields=frozenset({"attention_bias"}),
         windows=windows_by_layer,
@@ -210,30 +260,61 @@ class NormShape:
 def parse_config(raw: Json, origin: str) -> tuple[Family, ModelConfig]:
     """The family and the decoder's config of a config.json.
 
-    Raises UnsupportedModelError for an unknown `model_type` or any field that is neither handled nor harmless.
+    Raises UnsupportedModelError for an unknown `model_type`, a field that transformers reads and that is not handled, and
+    a value that is none for its field.
     """
     kind = raw.get("model_type")
     base = raw.get("halve_model_type") if kind == "halve" else kind
-    if base not in FAMILIES:
+    if not isinstance(base, str) or base not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise UnsupportedModelError(f"{origin}: model_type={base!r} is not supported: use a model of type {known}")
-    if raw.get("auto_map"):
-        raise UnsupportedModelError(f"{origin}: auto_map asks for code from the model's author, which is never run")
+        raise UnsupportedModelError(f"{origin}: model_type={shown(base)} is not supported: use a model of type {known}")
     family, fields = FAMILIES[base], Fields(raw, origin)
+    if raw.get("auto_map"):
+        raise fields.fail("auto_map", "asks for code from the model's author, which is never run", "use another model")
     config = family.parse(fields, family)
-    fields.refuse_unread()
+    fields.refuse_unhandled(config.vocab_size)
     if kind == "halve":
-        config = _with_layers(config, raw, origin)
+        config = replace(config, layers=_halve_layers(fields, len(config.layers)))
+    count = parameters(config)
+    if count > MAX_PARAMETERS:
+        sizes = {key: value for key, value in raw.items() if isinstance(value, int)}
+        largest = max(sizes, key=lambda key: sizes[key])
+        raise fields.fail(largest, f"with the other sizes asks for {count:.1e} weights, more than {MAX_PARAMETERS:.0e}")
     return family, config
 
 
-def _with_layers(config: ModelConfig, raw: Json, origin: str) -> ModelConfig:
+def _halve_layers(f: Fields, count: int) -> tuple[LayerConfig, ...]:
     """The widths of each layer, which a `halve` config spells out."""
-    try:
-        layers = tuple(LayerConfig(**layer) for layer in raw["halve_layers"])
-    except (KeyError, TypeError) as error:
-        raise UnsupportedModelError(f"{origin}: halve_layers is missing or malformed ({error})") from error
-    return replace(config, layers=layers)
+    rows = f.raw.get("halve_layers")
+    if not isinstance(rows, list) or len(rows) != count:
+        raise f.fail("halve_layers", f"must list num_hidden_layers={count} layers", "get an intact copy of the model")
+    return tuple(_halve_layer(f, index, row) for index, row in enumerate(rows))
+
+
+def _halve_layer(f: Fields, index: int, row: Any) -> LayerConfig:
+    names = [part.name for part in dataclass_fields(LayerConfig)]
+    if isinstance(row, dict) and set(names[:3]) <= set(row) <= set(names):
+        heads, kv_heads, width = (row[name] for name in names[:3])
+        window = row.get("sliding_window")
+        whole = all(is_whole(size, 0) for size in (heads, kv_heads, width)) and (window is None or is_whole(window, 1))
+        if whole and (heads % kv_heads == 0 < heads if kv_heads else heads == 0):
+            return LayerConfig(heads, kv_heads, width, window)
+    raise UnsupportedModelError(
+        f"{f.origin}: halve_layers[{index}]={shown(row)} is malformed, it must give {', '.join(names)} as whole numbers "
+        "that fit together: get an intact copy of the model"
+    )
+
+
+def parameters(config: ModelConfig) -> int:
+    """Weights of the model's matrices."""
+    tables = config.vocab_size * (config.embed_size or config.hidden_size) * (1 if config.tied else 2)
+    if config.rope is None:
+        tables += (config.max_positions + config.position_offset) * config.hidden_size
+    return tables + sum(
+        wire.outputs(config, layer) * wire.inputs(config, layer) * count
+        for layer, count in Counter(config.layers).items()
+        for wire in wires(config, layer)
+    )
 
 
 def block_linears(family: Family, config: ModelConfig, index: int) -> list[LinearShape]:

@@ -1,102 +1,221 @@
-"""A config.json read field by field: defaults, checks, and the refusal of whatever nobody read."""
+"""A config.json read field by field as transformers reads it: defaults, checks, and the refusal of what is not handled."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from halve.errors import UnsupportedModelError
+import torch
+
+from halve.errors import UnsupportedModelError, shown
 from halve.model.decoder import ACTIVATIONS
 from halve.model.rotary import RopeConfig
 
 Json = dict[str, Any]
 
-# Fields of a config.json that do not change what the decoder computes.
-HARMLESS = frozenset(
-    """architectures model_type transformers_version torch_dtype dtype use_cache initializer_range init_std
-    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id prefix
-    attention_dropout dropout activation_dropout layerdrop hidden_dropout resid_pdrop
-    pretraining_tp output_attentions output_hidden_states return_dict torchscript gradient_checkpointing
-    quantization_config is_decoder is_encoder_decoder add_cross_attention chunk_size_feed_forward id2label label2id
-    problem_type finetuning_task task_specific_params tokenizer_class cross_attention_hidden_size forced_bos_token_id
-    forced_eos_token_id suppress_tokens begin_suppress_tokens min_length max_length do_sample temperature top_k top_p
-    num_beams num_beam_groups repetition_penalty length_penalty early_stopping no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
-    remove_invalid_values exponential_decay_length_penalty diversity_penalty typical_p tie_encoder_decoder
-    pruned_heads use_bfloat16 tf_legacy_loss is_llama_config rope_interleaved transformers.js_config
-    halve_model_type halve_layers model_name name unsloth_version unsloth_fixed""".split()
-)
+Kinds = dict[str, tuple[type | None, ...]]
+# Fields that transformers checks in every config and that change nothing here: what their value may be.
+CHECKED: Kinds = {
+    "architectures": (list, None),
+    "transformers_version": (str, None),
+    "use_cache": (bool,),
+    "bos_token_id": (int, None),
+    "eos_token_id": (int, list, None),
+    "output_hidden_states": (bool, None),
+    "return_dict": (bool, None),
+    "chunk_size_feed_forward": (int,),
+    "is_encoder_decoder": (bool,),
+    "id2label": (dict, None),
+    "label2id": (dict, None),
+    "problem_type": (str, None),
+}
+# Fields of no family that the code of transformers common to all reads and computes something else by, unless they have
+# this value. Whatever neither this table nor a family names, transformers does not read: it changes nothing.
+NOT_HANDLED: dict[str, Any] = {
+    "is_causal": True,
+    "per_layer_config": None,
+    "kv_sharing_modes": None,
+    "fusion_config": None,
+    "transformers_weights": None,
+    "_heterogeneity_spec": None,
+    "_rope_type_labels": None,
+}
+LARGEST = 2**31 - 1
+MAX_LAYERS = 10_000
+_OWN = "correct it, or get the model's own config.json"
+_WORDS = {bool: "true or false", int: "a whole number", float: "a decimal number", str: "text", None: "null"}
+_WORDS |= {list: "a list", dict: "an object"}
 
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
-ROPE_NEEDS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",)}
+# For each rotary type, its numbers: the least each may be, whether it has to be there.
+_LEAST = 1e-6
+_FACTOR = {"factor": (_LEAST, True)}
+ROPE_NUMBERS: dict[str, dict[str, tuple[float, bool]]] = {
+    "default": {},
+    "linear": _FACTOR,
+    "llama3": {**_FACTOR, "low_freq_factor": (_LEAST, True), "high_freq_factor": (_LEAST, True)},
+    "yarn": {
+        **_FACTOR,
+        **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), (0.0, False)),
+    },
+}
+
+
+def is_number(value: Any, least: float = -math.inf) -> bool:
+    """Whether a JSON value is a number that float32 can hold, and at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= 1e30 and value >= least  # neither true of NaN
+
+
+def is_whole(value: Any, least: int, most: int = LARGEST) -> bool:
+    """Whether a JSON value is an integer between two bounds."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 class Fields:
-    """A config.json that remembers which fields were read, so that the rest can be refused rather than ignored."""
+    """The fields of a config.json; each is checked as it is read."""
 
     def __init__(self, raw: Json, origin: str) -> None:
         self.raw, self.origin = raw, origin
-        self.read: set[str] = set()
 
-    def fail(self, key: str, why: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"{self.origin}: {key}={self.raw.get(key)!r} {why}")
+    def fail(self, key: str, why: str, remedy: str = _OWN) -> UnsupportedModelError:
+        if key not in self.raw:
+            return UnsupportedModelError(f"{self.origin}: {key} is missing and {why}: {remedy}")
+        return UnsupportedModelError(f"{self.origin}: {key}={shown(self.raw[key])} {why}: {remedy}")
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.optional(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.fail(key, "must be a positive integer")
+    def integer(
+        self, key: str, default: int | None = None, null: int | None = None, *, least: int = 1, most: int = LARGEST
+    ) -> int:
+        """A whole number; `default` where it is missing, `null` where it is null (None: it must not be)."""
+        value = self.raw.get(key, default)
+        if value is None and key in self.raw:
+            value = null
+        if not is_whole(value, least, most):
+            kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+            raise self.fail(key, f"must be {kind}, at most {most}")
+        assert value is not None
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.optional(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.fail(key, "must be a number")
-        return float(value)
+    def epsilon(self, key: str, default: float) -> float:
+        value = self.raw.get(key, default)
+        if not isinstance(value, float) or not is_number(value, 0.0):
+            raise self.fail(key, "must be a decimal number, not negative, at most 1e30", "write a number like 1e-6")
+        return value
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.optional(key, default)
+        value = self.raw.get(key, default)
         if not isinstance(value, bool):
             raise self.fail(key, "must be true or false")
         return value
 
-    def optional(self, key: str, default: Any = None) -> Any:
-        """The value; `default` where the field is missing or null."""
-        self.read.add(key)
-        value = self.raw.get(key)
-        return default if value is None else value
-
     def activation(self, key: str, default: str) -> str:
-        value = self.optional(key, default)
-        if value not in ACTIVATIONS:
-            raise self.fail(key, f"is not an activation this decoder computes ({', '.join(ACTIVATIONS)})")
+        value = self.raw.get(key, default)
+        if not isinstance(value, str) or value not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise self.fail(key, "is not an activation this decoder computes", f"use a model with one of {known}")
         return value
 
-    def refuse_unread(self) -> None:
-        """Any other field may change the maths: refused unless it is harmless or switched off."""
-        for key, value in self.raw.items():
-            if key in self.read or key in HARMLESS or key.startswith("_") or value is None or value is False:
-                continue
-            raise self.fail(
-                key, "is not a field this decoder handles: delete it from config.json if it does not change the maths"
-            )
+    def window(self, default: int = 4096) -> int | None:
+        """`sliding_window`: null means none, missing the default of the classes that have it."""
+        missing = "sliding_window" not in self.raw
+        return None if not missing and self.raw["sliding_window"] is None else self.integer("sliding_window", default)
+
+    def layer_kinds(self, layers: int) -> list[str] | None:
+        """`layer_types`: full_attention or sliding_attention for each layer."""
+        kinds = self.raw.get("layer_types")
+        if kinds is None:
+            return None
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
+            raise self.fail("layer_types", f"must name full_attention or sliding_attention for each of {layers} layers")
+        return kinds
+
+    def check_kinds(self, table: Kinds) -> None:
+        """Refuse a value of a kind that its field does not take, of fields that nothing else is read of."""
+        for key, kinds in table.items():
+            if key in self.raw and not any(_is_a(self.raw[key], kind) for kind in kinds):
+                wanted = " or ".join(_WORDS[kind] for kind in kinds)
+                raise self.fail(key, f"must be {wanted}", "correct it, or delete it from config.json")
+
+    def refuse_unhandled(self, vocab_size: int) -> None:
+        """Refuse what makes transformers compute something else, or refuse the config it would be shipped with."""
+        for key, neutral in NOT_HANDLED.items():
+            if key in self.raw and self.raw[key] is not neutral:
+                raise self.fail(
+                    key,
+                    "changes what transformers computes and is not handled by this decoder",
+                    "delete it from config.json if the model was trained without it",
+                )
+        self.check_kinds(CHECKED)
+        if self.raw.get("pad_token_id") is not None:
+            self.integer("pad_token_id", least=-vocab_size, most=vocab_size - 1)
+        for key in ("dtype", "torch_dtype"):
+            name = self.raw.get(key)
+            if name is not None and not (isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype)):
+                raise self.fail(key, "is not a type of numbers", "write float32, bfloat16 or float16")
 
 
-def read_rope(f: Fields) -> RopeConfig:
-    """Rotary parameters, in the older (`rope_theta`, `rope_scaling`) and the newer (`rope_parameters`) spelling."""
-    theta = f.number("rope_theta", 10000.0)
-    f.read |= {"rope_parameters", "rope_scaling"}
-    options = dict(f.raw.get("rope_parameters") or f.raw.get("rope_scaling") or {})
-    kind = options.pop("rope_type", None) or options.pop("type", None) or "default"
-    options.pop("type", None)
-    where = "rope_parameters" if f.raw.get("rope_parameters") else "rope_scaling"
-    theta = float(options.pop("rope_theta", None) or theta)
-    if kind not in ROPE_KINDS:
-        raise f.fail(where, f"has rotary type {kind!r}: this decoder computes {', '.join(ROPE_KINDS)}")
-    partial = options.pop("partial_rotary_factor", None)
-    if partial not in (None, 1, 1.0) or f.optional("partial_rotary_factor", 1.0) != 1.0:
-        raise f.fail("partial_rotary_factor" if partial is None else where, "rotates part of a head: not handled")
-    missing = [k for k in ROPE_NEEDS.get(kind, ()) if not isinstance(options.get(k), int | float)]
-    if missing:
-        raise f.fail(where, f"lacks the number {missing[0]!r} that rotary type {kind!r} needs")
-    if kind == "default":
-        options = {}
-    return RopeConfig(theta, kind, options)
+def _is_a(value: Any, kind: type | None) -> bool:
+    if kind is None or value is None:
+        return kind is value
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def read_rope(f: Fields, max_positions: int) -> RopeConfig:
+    """Rotary parameters. As in transformers `rope_scaling`, where it holds anything, is taken whole and `rope_parameters`
+    not at all; what the one taken does not say of `rope_theta` the config's own field does."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(f.raw.get(key), dict | None):
+            raise f.fail(key, "must be an object or null")
+    where = "rope_scaling" if f.raw.get("rope_scaling") else "rope_parameters"
+    given: Mapping[str, Any] = f.raw.get(where) or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_NUMBERS or any(isinstance(v, dict) for v in given.values()):
+        known = ", ".join(ROPE_NUMBERS)
+        raise f.fail(
+            where, f"has rotary type {shown(kind)}, one for all layers is computed, of {known}", "use another model"
+        )
+    own = f.raw.get("rope_theta", 10000.0)
+    theta = given.get("rope_theta", own)
+    for value, key in (
+        (theta, where if "rope_theta" in given else "rope_theta"),
+        (theta if own is None else own, "rope_theta"),
+    ):
+        if not is_number(value) or value <= 1:
+            raise f.fail(key, "must give rope_theta as a number greater than 1, at most 1e30")
+    for key, part in (("partial_rotary_factor", f.raw), (where, given)):
+        share = part.get("partial_rotary_factor")
+        if share is not None and (share != 1 or isinstance(share, bool)):
+            raise f.fail(key, "rotates part of a head, which is not handled", "use another model")
+    return RopeConfig(float(theta), kind, _rope_options(f, where, kind, given, max_positions))
+
+
+def _rope_options(f: Fields, where: str, kind: str, given: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
+    """The numbers that a rotary type computes with, all that it reads and no other."""
+    options: dict[str, Any] = {}
+    for name, (least, needed) in ROPE_NUMBERS[kind].items():
+        value = given.get(name)
+        if value is None and not needed:
+            continue
+        if value is None:
+            raise f.fail(where, f"lacks the number {name!r} that rotary type {kind!r} needs")
+        if not is_number(value, least):
+            raise f.fail(where, f"has {name}={shown(value)}, which must be a number of at least {least}, at most 1e30")
+        options[name] = float(value)
+    if kind not in ("llama3", "yarn"):
+        return options
+    # transformers lets the field of the config itself win over that among the parameters
+    name = "original_max_position_embeddings"
+    own = name in f.raw
+    original = f.raw[name] if own else given.get(name, max_positions)
+    if not is_number(original, _LEAST):
+        raise f.fail(name if own else where, f"must give {name} as a number of at least {_LEAST}")
+    options[name] = float(original)
+    if kind == "llama3" and options["high_freq_factor"] <= options["low_freq_factor"]:
+        raise f.fail(where, "must have a high_freq_factor greater than low_freq_factor")
+    if kind == "yarn" and "truncate" in given:
+        if not isinstance(given["truncate"], bool | None):
+            raise f.fail(where, f"has truncate={shown(given['truncate'])}, which must be true or false")
+        options["truncate"] = bool(given["truncate"])
+    return options

@@ -57,7 +57,7 @@ def rope_frequencies(config: RopeConfig, head_dim: int, max_positions: int) -> t
     factor = options["factor"]
     if config.kind == "linear":
         return inv_freq / factor, 1.0
-    original = options.get("original_max_position_embeddings") or max_positions
+    original = options.get("original_max_position_embeddings", max_positions)
     if config.kind == "llama3":
         low, high = options["low_freq_factor"], options["high_freq_factor"]
         wavelength = 2 * math.pi / inv_freq
@@ -72,7 +72,7 @@ def rope_frequencies(config: RopeConfig, head_dim: int, max_positions: int) -> t
     if options.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = ((torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(head_dim // 2).float() - low) / ((high - low) or 0.001)).clamp(0, 1)
     scale = options.get("attention_factor")
     if scale is None:
         mscale, mscale_all = options.get("mscale"), options.get("mscale_all_dim")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from halve.errors import DataError, reading
+from halve.files import parse_json
 from halve.files.work import is_scratch_name
 from halve.measure.records import Record, check_record
 from halve.texts import files_below
 
 # files of a model folder that are large and hold nothing of interest
-_PASSED_OVER = ("tokenizer", "config.json", "generation_config", "model.safetensors.index", "vocab", "special_tokens")
+_PASSED_OVER = (
+    "tokenizer",
+    "config.json",
+    "generation_config",
+    "model.safetensors.index",
+    "vocab",
+    "special_tokens",
+    "tekken",
+)
 
 
 @dataclass
@@ -65,17 +73,18 @@ def read_contents(folder: Path) -> Contents:
 
 def _read(path: Path) -> Any:
     with reading(path, DataError):
-        content = path.read_bytes()
-    try:
-        return json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error}): write it again or move it elsewhere") from error
+        try:
+            return parse_json(path)
+        except ValueError as error:
+            raise DataError(f"{path}: not readable as JSON ({error}): write it again or move it elsewhere") from error
 
 
 def _sort_in(contents: Contents, place: Path, value: Any, path: Path) -> None:
     if not isinstance(value, dict):
         return
     if path.name == "halve.json" and isinstance(value.get("steps"), list):
+        if not _is_manifest(value):
+            raise DataError(f"{path}: is malformed, its steps do not say what they did: compress the model again")
         contents.manifests[place.parent] = value
     elif path.name == "layers.json" and "best_first_layer" in value:
         contents.analyses[place] = value
@@ -83,3 +92,17 @@ def _sort_in(contents: Contents, place: Path, value: Any, path: Path) -> None:
         check_record(value, str(path))
         kinds = {"search": contents.searches, "reproduction": contents.reproductions}
         kinds.get(value["kind"], contents.records)[place] = value
+
+
+def _is_manifest(value: dict[str, Any]) -> bool:
+    """Whether a halve.json says of each step what the page tells."""
+    sizes = ("linear_bytes_before", "linear_bytes_after")
+    return isinstance(value.get("calibration"), dict | None) and all(
+        isinstance(step, dict)
+        and isinstance(step.get("step"), str)
+        and isinstance(step.get("resolved", {}), dict)
+        and all(isinstance(step.get(size), int) for size in sizes)
+        and isinstance(step.get("linears"), list)
+        and all(isinstance(line, dict) and {"name", "action"} <= line.keys() for line in step["linears"])
+        for step in value["steps"]
+    )

@@ -109,7 +109,7 @@ def analyse_layers(
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made ({error.strerror or error}): choose another place") from error
 
-    turns, all_tokens = measure_every_run(Walk(checkpoint, calibration, dtype, dtype, device))
+    turns, all_tokens = measure_every_run(Walk(checkpoint, calibration, dtype, device))
     analysis = LayerAnalysis(str(model), turns, turns.pairs, all_tokens, calibration.origin)
     for name in FILES[1:]:  # those of an earlier model do not outlive its layers.json
         (folder / name).unlink(missing_ok=True)

@@ -298,7 +298,7 @@ def test_a_hessian_of_another_layer_is_refused() -> None:
 def walk_of(folder: Path) -> Walk:
     """Six calibration windows of random tokens and two held out, entering a small model in float32."""
     drawn = torch.randint(0, 97, (8, 40), generator=torch.Generator().manual_seed(0))
-    return Walk(open_checkpoint(folder), Calibration(drawn[:6], drawn[6:], {}), torch.float32, torch.float32, "cpu")
+    return Walk(open_checkpoint(folder), Calibration(drawn[:6], drawn[6:], {}), torch.float32, "cpu")
 
 
 def quantize_blocks(folder: Path, method: Gptq) -> tuple[Walk, list[BlockView], list[dict]]:
@@ -407,7 +407,7 @@ def test_every_real_layer_errs_less_than_rounding(assets: Path, name: str) -> No
     folder = assets / "models" / name
     documents = read_documents(assets / "data" / "tinystories_317.txt")
     windows = make_windows(documents, load_tokenizer(folder), CalibrationOptions("stories", 8, 128), 512)
-    walk = Walk(open_checkpoint(folder), windows, torch.float32, torch.float32, "cpu")
+    walk = Walk(open_checkpoint(folder), windows, torch.float32, "cpu")
     for index in range(5):
         view = walk.block(index)
         for stage in view.stages():

@@ -91,27 +91,27 @@ class Gptq:
             hessian = second_moment(stage.inputs(False), linear.in_features, linear.weight.device)
             done = []
             for together in _same_scheme(view, plan, roles):
-                done += self._quantize(view, view.spec(plan, together[0]), together, hessian, stage)
+                done += self._quantize(view, plan, together, hessian, stage)
             for row in done:  # what they took together, their inputs and Hessian included, in equal parts
                 row["seconds"] = (time.monotonic() - started) / len(done)
             rows += done
         return rows
 
     def _quantize(
-        self, view: BlockView, spec: QuantSpec, roles: list[str], hessian: Tensor, stage: Stage
+        self, view: BlockView, plan: StepPlan, roles: list[str], hessian: Tensor, stage: Stage
     ) -> list[dict[str, Any]]:
-        """Quantize linears of one scheme and one input together; one report row each."""
+        """Quantize linears of one scheme, dtype and input together; one report row each."""
         linears = [view.linears[role] for role in roles]
         weight = torch.cat([linear.dense_weight() for linear in linears])
         index = linears[0].input_index
         quantized, info = gptq(
             weight,
             hessian if index is None else hessian[index][:, index],
-            spec,
+            view.spec(plan, roles[0]),
             damping=self.damping,
             act_order=self.act_order,
             scale=self.scale,
-            scale_dtype=view.store_dtype,
+            scale_dtype=view.dtype(plan, roles[0]),
             name=" + ".join(view.name(role) for role in roles),
         )
         held_out = _held_out_error(weight, quantized, index, stage.inputs(True))
@@ -137,12 +137,12 @@ def check_options(damping: float, scale: str) -> None:
 
 
 def _same_scheme(view: BlockView, plan: StepPlan, roles: list[str]) -> list[list[str]]:
-    """`roles` (they read one input) in groups that share a scheme and kept inputs, so that one factor serves each."""
-    groups: dict[tuple[QuantSpec, tuple[int, ...] | None], list[str]] = {}
+    """`roles` (they read one input) in groups that share a scheme, dtype and kept inputs, so that one factor serves each."""
+    groups: dict[tuple[QuantSpec, torch.dtype, tuple[int, ...] | None], list[str]] = {}
     for role in roles:
         index = view.linears[role].input_index
         kept = None if index is None else tuple(index.tolist())
-        groups.setdefault((view.spec(plan, role), kept), []).append(role)
+        groups.setdefault((view.spec(plan, role), view.dtype(plan, role), kept), []).append(role)
     return list(groups.values())
 
 

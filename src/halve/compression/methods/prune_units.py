@@ -196,7 +196,7 @@ class PruneUnits:
                 score = score + _unit_sums(row_norms(view.linears[role]), rows)
         else:
             assert moment is not None
-            weight = reader.dense_weight(torch.float64)
+            weight = view.linears[self.reader].dense_weight(torch.float64)
             if self.score == "obs" and not self.refit:
                 return obs.remove_fixed(weight, moment, per_unit, count)
             if self.score == "obs":
@@ -227,7 +227,7 @@ class PruneUnits:
         narrow = narrow_inputs(reader, columns)
         row: dict[str, Any] = {"name": view.name(self.reader)}
         if moments:
-            narrow, measured = self._fit(view, reader, narrow, moments, columns)
+            narrow, measured = self._fit(view, plan, narrow, moments, columns)
             row |= measured
         view.replace(self.reader, narrow)
         for role, rows in producers.items():
@@ -235,10 +235,10 @@ class PruneUnits:
         return [row]
 
     def _fit(
-        self, view: BlockView, reader: Linear, narrow: Linear, moments: list[Tensor], columns: Tensor
+        self, view: BlockView, plan: StepPlan, narrow: Linear, moments: list[Tensor], columns: Tensor
     ) -> tuple[Linear, dict[str, float]]:
         """The narrower reader, refitted if asked; relative output errors on calibration and held-out inputs."""
-        weight = reader.dense_weight(torch.float64)
+        weight = view.linears[self.reader].dense_weight(torch.float64)
         judges = dict(zip(("output_error", "held_out_output_error"), moments, strict=True))
         change = -weight
         change[:, columns] = 0
@@ -246,7 +246,7 @@ class PruneUnits:
         if not self.refit:
             return narrow, row
         raised, _, used = obs.damped(moments[0], self.damping, view.name(self.reader))
-        fitted = obs.refit(weight, raised, columns).to(view.store_dtype)
+        fitted = obs.refit(weight, raised, columns).to(view.dtype(plan, self.reader))
         change[:, columns] = fitted.double() - weight[:, columns]
         before = {f"{name}_before_refit": value for name, value in row.items()}
         after = {name: obs.relative_error(change, weight, judge) for name, judge in judges.items()}

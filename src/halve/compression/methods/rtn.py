@@ -47,7 +47,7 @@ class Rtn:
         for role in view.touched(plan):
             linear, spec = view.linears[role], view.spec(plan, role)
             assert not isinstance(linear.weight, QuantizedWeight)
-            quantized = quantize(linear.weight, spec, view.store_dtype)
+            quantized = quantize(linear.weight, spec, view.dtype(plan, role))
             rows.append({"name": view.name(role), **weight_error(linear, quantized)})
             view.replace_weight(role, quantized)
         return rows

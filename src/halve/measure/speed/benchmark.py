@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from halve.checkpoint.reader import DTYPES, check_device, compute_dtype
+from halve.checkpoint.reader import DTYPES, check_device
 from halve.errors import HalveError
 from halve.kernels.cpu import load_library
 from halve.measure.machine import bandwidth_gb_per_s, describe_device, dtype_name, last_level_cache_bytes
@@ -132,7 +132,7 @@ def make_record(
         recipe=[] if placement.random_weights else checkpoint.manifest.get("recipe", []),
         device=placement.device,
         device_name=describe_device(placement.device),
-        dtype=dtype_name(compute_dtype(checkpoint, placement.dtype)),
+        dtype=dtype_name(model.dtype),
         backend=placement.backend,
         kernels=dict(Counter(str(linear.kernel) for _, linear in model.linears())),
         decode_kernel=timed.passes[options.prompt_tokens][-1].decode_kernel,

@@ -65,7 +65,7 @@ def estimate_needs(
 ) -> Needs:
     """`request`: model, folder and calibration of the run; `questions`: those of the right way, none without weights."""
     device = request.device
-    dtype = compute_dtype(checkpoint, request.dtype)
+    dtype = compute_dtype(checkpoint, request.dtype, device)
     dense = state_of(checkpoint, dtype)
     embedding = checkpoint.config.vocab_size * checkpoint.config.hidden_size
     dense_bytes = dense.linear_bytes + embedding * dtype.itemsize
