@@ -186,7 +186,9 @@ def test_csv_holds_unrounded_values() -> None:
 
 def test_markdown_and_columns_by_name() -> None:
     chosen = compare([speed("a|b"), perplexity("c", 1.5)]).only(["model", "decode_ms_median"])
-    assert chosen.markdown() == "| model | decode (ms) |\n| --- | ---: |\n| a\\|b | 25.00 |\n| c | - |\n"
+    table, _, notes = chosen.markdown().partition("\n\n")
+    assert table == "| model | decode (ms) |\n| --- | ---: |\n| a\\|b | 25.00 |\n| c | - |"
+    assert notes.startswith("<sub>perplexity: windows, w.txt, window 512</sub>\n\n<sub>Speed measured on: Chip")
     with pytest.raises(DataError, match="no column speed: use some of model, latency_ms"):
         compare([speed("a")]).only(["speed"])
 

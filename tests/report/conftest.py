@@ -15,16 +15,23 @@ from halve.studies.layers import LayerAnalysis
 HOSTILE = "<script>alert(1)</script>&\"'"
 RTN, GPTQ = {"step": "rtn", "bits": 8}, {"step": "gptq", "bits": 4, "group_size": 16}
 
+_OTHERS = ("ttft_ms", "prefill_tokens_per_s", "floor_ms", "floor_share", "bandwidth_gb_per_s")
+
 
 def evaluation(model: str, recipe: list[Any], accuracy: float, **more: Any) -> dict[str, Any]:
     figures = {"accuracy": accuracy, "accuracy_ci95": [accuracy - 0.04, accuracy + 0.04], "questions": 500}
+    figures |= {"answered": 500, "perplexity": None, "nll_nats_per_token": None, "tokens": None}
     setup = {"task": "multiple-choice", "protocol": "pmi", "template": "race", "data": "exam.jsonl", "chance": 0.25}
+    setup |= {"data_sha256": "00", "limit": None, "dtype": "bfloat16"}
     return new_record("evaluation", model, command=f"halve evaluate {model}", recipe=recipe, **figures, **setup, **more)
 
 
 def speed(model: str, recipe: list[Any], nbytes: int, tokens_per_s: float) -> dict[str, Any]:
     figures = {"weight_bytes": nbytes, "decode_tokens_per_s": tokens_per_s, "decode_ms_median": 1e3 / tokens_per_s}
-    about = {"device_name": "Chip", "not_measured": {"accuracy": "a benchmark measures speed and memory only"}}
+    figures |= dict.fromkeys(("decode_ms_p10", "decode_ms_p90"), 1e3 / tokens_per_s) | dict.fromkeys(_OTHERS, 1.0)
+    about = {"device_name": "Chip", "dtype": "bfloat16", "random_weights": False, "batch": 1, "runs": 5}
+    about |= {"prompt_tokens": 128, "new_tokens": 64, "step_weight_bytes": nbytes}
+    about |= {"not_measured": {"accuracy": "a benchmark measures speed and memory only"}}
     return new_record("benchmark", model, command="halve benchmark", recipe=recipe, **figures, **about)
 
 

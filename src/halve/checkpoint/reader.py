@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halve.checkpoint.gptq_format import GptqTensors
 from halve.checkpoint.hub import fetch
+from halve.checkpoint.manifest import Provenance, read_manifest
 from halve.checkpoint.naming import check_parts, refuse_adapter, under_own_names
 from halve.checkpoint.schemes import read_schemes
 from halve.checkpoint.stored import PACKED, WEIGHT, StoredLinear, tensor_names
@@ -75,10 +76,10 @@ class Checkpoint:
         return self.tensors.dtypes[f"{self.family.names['embed']}.weight"]
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        """halve.json, empty for a model this project did not write."""
+    def manifest(self) -> Provenance:
+        """halve.json, empty for a model this project did not write. Raises DataError."""
         path = self.folder / "halve.json"
-        return read_json(path) if path.exists() else {}
+        return read_manifest(path) if path.exists() else {}
 
     def linear_shapes(self) -> Iterator[LinearShape]:
         """Every linear that methods may touch: block by block, then the head."""

@@ -15,7 +15,8 @@ from typing import Any
 from uuid import uuid4
 
 from halve._version import __version__
-from halve.errors import OutputError
+from halve.errors import DataError, OutputError
+from halve.files.typed import finite, parse_json
 
 
 @contextmanager
@@ -43,14 +44,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write a JSON file whole or not at all; a number that is not finite becomes null, any character can be read back."""
+    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = parse_json(path)
+    except DataError:
         return None
     return value if isinstance(value, dict) else None
 

@@ -55,7 +55,9 @@ def show_accuracy(value: float | str, low: float | None = None, high: float | No
     return f"{show_percent(value)}{interval}"
 
 
-def show_difference(value: float, p_value: float) -> str:
-    """Percentage points and the p-value of the paired test."""
+def show_difference(value: float, p_value: float | None) -> str:
+    """Percentage points and the p-value of the paired test, where there was one."""
+    if p_value is None:
+        return f"{100 * value:+.1f}"
     chance = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
     return f"{100 * value:+.1f} ({chance})"

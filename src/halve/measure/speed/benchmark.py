@@ -19,9 +19,10 @@ import torch
 from halve.checkpoint.reader import DTYPES, check_device, compute_dtype
 from halve.errors import HalveError
 from halve.kernels.cpu import load_library
+from halve.measure.kinds import BenchmarkRecord
 from halve.measure.machine import bandwidth_gb_per_s, describe_device, dtype_name, last_level_cache_bytes
 from halve.measure.pictures import check_picture_path
-from halve.measure.records import BenchmarkRecord, new_record
+from halve.measure.records import new_record
 from halve.measure.speed.profiling import profile_run
 from halve.measure.speed.timed_model import BenchmarkOptions, ExtraTiming, Placement, TimedModel
 from halve.measure.speed.timing import PassTimes, spread, step_floor_ms

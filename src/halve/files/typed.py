@@ -1,0 +1,152 @@
+"""JSON files read through the type that says what is in them: what is wrong is found here and named, nowhere else."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Set
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from halve.errors import DataError, reading
+
+_DEEPEST = 100  # levels of a file of ours: a handful
+_LARGEST = 2**64  # a seed, or bytes
+_NAMES = {
+    str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null",
+    list: "a list", tuple: "a list", dict: "an object",
+}  # fmt: skip
+_Fault = tuple[str, str]  # where, and what is wrong there
+_REMEDY = "make it again, or move it elsewhere"
+
+
+def parse_json(path: Path) -> Any:
+    """What a JSON file holds, of any type.
+
+    Raises DataError when it is missing or not JSON, and for what JSON allows and no program of ours writes: NaN and
+    infinities, numbers beyond 64 bits, hundreds of levels.
+    """
+    with reading(path, DataError):
+        if not path.exists():
+            raise DataError(f"{path} does not exist: name a file that is there")
+        content = path.read_bytes()
+    try:
+        value = json.loads(content.decode(), parse_constant=float, parse_int=_whole)
+        fault = _odd(value)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}): {_REMEDY}") from error
+    except RecursionError:
+        fault = "", f"has more than {_DEEPEST} levels"
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read ({error}): {_REMEDY}") from error
+    if fault is not None:
+        raise _malformed(path, fault)
+    return value
+
+
+def check_type(value: Any, kind: Any, source: str | Path, optional: Set[str] = frozenset()) -> None:
+    """Raise DataError unless `value`, out of JSON, is of the type `kind`: a TypedDict, and what its annotations may say.
+
+    A tuple is a list of that length, a float may be written as a whole number, Annotated[float, (low, high)] has limits.
+    Keys that the type does not name are free, and those in `optional` may be missing.
+    """
+    fault = _fault_in_object(value, kind, "", optional) if is_typeddict(kind) else _fault(value, kind, "")
+    if fault is not None:
+        raise _malformed(source, fault)
+
+
+def finite(value: Any, lost: dict[str, str] | None = None, where: str = "") -> Any:
+    """A value for JSON, which knows no infinity: such a number becomes null, and `lost` gets its place and its name."""
+    if isinstance(value, float) and not math.isfinite(value):
+        if lost is not None:
+            lost[where] = str(value)
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): finite(v, lost, f"{where}.{k}" if where else str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v, lost, f"{where}.{i}") for i, v in enumerate(value)]
+    return value
+
+
+def _malformed(source: str | Path, fault: _Fault) -> DataError:
+    where, what = fault
+    named = f'"{where}"' if where else "it"
+    return DataError(f"{source} is malformed, {named} {what}: {_REMEDY}")
+
+
+def _whole(digits: str) -> float:
+    return int(digits) if len(digits) < 1000 else math.inf  # Python refuses to read thousands of digits
+
+
+def _odd(value: Any) -> _Fault | None:
+    left: list[tuple[Any, str, int]] = [(value, "", 0)]
+    while left:
+        one, where, level = left.pop()
+        if level > _DEEPEST:
+            return "", f"has more than {_DEEPEST} levels"
+        if isinstance(one, float) and not math.isfinite(one):
+            return where, f"is {one}"
+        if isinstance(one, int) and abs(one) > _LARGEST:
+            return where, f"is a number of {len(str(one))} digits"
+        inner = one.items() if isinstance(one, dict) else enumerate(one) if isinstance(one, list) else ()
+        left += [(v, f"{where}.{key}" if where else str(key), level + 1) for key, v in inner]
+    return None
+
+
+def _fault(value: Any, kind: Any, where: str) -> _Fault | None:
+    """The first thing about `value` that is not as `kind` says."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return None
+    if origin is NotRequired:
+        return _fault(value, arguments[0], where)
+    if origin is Annotated:
+        fault, (low, high) = _fault(value, arguments[0], where), arguments[1]
+        if fault is None and not low <= value <= high:
+            fault = where, f"is {value:g}, expected {low:g} to {high:g}"
+        return fault
+    if origin in (Union, UnionType):
+        faults = [_fault(value, one, where) for one in arguments]
+        inner = [fault for fault in faults if fault is not None and fault[0] != where]
+        return None if None in faults else inner[0] if inner else _unlike(value, kind, where)
+    if is_typeddict(kind):
+        return _fault_in_object(value, kind, where)
+    if origin is tuple:
+        if not isinstance(value, list) or len(value) != len(arguments):
+            return where, f"is not a list of {len(arguments)}"
+        return _first(((n, value[n], argument) for n, argument in enumerate(arguments)), where)
+    held = origin or kind
+    if not isinstance(value, (int, float) if held is float else held) or (isinstance(value, bool) and held is not bool):
+        return _unlike(value, kind, where)
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return _first(((key, one, arguments[-1]) for key, one in entries if arguments), where)
+
+
+def _fault_in_object(value: Any, kind: Any, where: str, optional: Set[str] = frozenset()) -> _Fault | None:
+    if not isinstance(value, Mapping):
+        return _unlike(value, dict, where)
+    hints = _hints(kind)
+    for key, hint in hints.items() if kind.__total__ else ():
+        if key not in value and key not in optional and get_origin(hint) is not NotRequired:
+            return where, f'lacks "{key}"'
+    return _first(((key, value[key], hint) for key, hint in hints.items() if key in value), where)
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _first(entries: Iterable[tuple[Any, Any, Any]], where: str) -> _Fault | None:
+    """The first fault of (key, value, type) among the entries of a list or an object."""
+    faults = (_fault(value, kind, f"{where}.{key}" if where else str(key)) for key, value, kind in entries)
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _unlike(value: Any, kind: Any, where: str) -> _Fault:
+    is_union = get_origin(kind) in (Union, UnionType)
+    kinds = [get_origin(one) or one for one in (get_args(kind) if is_union else [kind])]
+    expected = " or ".join(_NAMES[dict if is_typeddict(one) else one] for one in kinds)
+    return where, f"is {_NAMES[type(value)]}, expected {expected}"
