@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Set
 from functools import cache
+from itertools import repeat
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
@@ -108,20 +109,40 @@ def _fault(value: Any, kind: Any, where: str) -> _Fault | None:
             fault = where, f"is {value:g}, expected {low:g} to {high:g}"
         return fault
     if origin in (Union, UnionType):
+        like = [one for one in arguments if _is_like(value, one)]
+        return _fault(value, like[0], where) if like else _unlike(value, kind, where)
+    if origin is Annotated:
+        fault, (low, high) = _fault(value, arguments[0], where), arguments[1]
+        if fault is None and not low <= value <= high:
+            fault = where, f"is {value:g}, expected {low:g} to {high:g}"
+        return fault
+    if origin in (Union, UnionType):
         faults = [_fault(value, one, where) for one in arguments]
         inner = [fault for fault in faults if fault is not None and fault[0] != where]
         return None if None in faults else inner[0] if inner else _unlike(value, kind, where)
     if is_typeddict(kind):
         return _fault_in_object(value, kind, where)
-    if origin is tuple:
-        if not isinstance(value, list) or len(value) != len(arguments):
-            return where, f"is not a list of {len(arguments)}"
-        return _first(((n, value[n], argument) for n, argument in enumerate(arguments)), where)
-    held = origin or kind
-    if not isinstance(value, (int, float) if held is float else held) or (isinstance(value, bool) and held is not bool):
+    if not _is_like(value, kind):
         return _unlike(value, kind, where)
+    if origin is tuple and len(value) != len(arguments):
+        return where, f"is not a list of {len(arguments)}"
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return _first(((key, one, arguments[-1]) for key, one in entries if arguments), where)
+    kinds = arguments if origin is tuple else repeat(arguments[-1] if arguments else Any)
+    return _first(((key, one, inner) for (key, one), inner in zip(entries, kinds, strict=False)), where)
+
+
+def _is_like(value: Any, kind: Any) -> bool:
+    """Whether the value is of that type, whatever is inside it."""
+    like = _outer(kind)
+    held = {float: (int, float), tuple: list}.get(like, like)
+    return like is Any or (isinstance(value, held) and not (isinstance(value, bool) and like is not bool))
+
+
+def _outer(kind: Any) -> Any:
+    """The type without what it says of its inside and of limits."""
+    if get_origin(kind) in (Annotated, NotRequired):
+        return _outer(get_args(kind)[0])
+    return dict if is_typeddict(kind) else get_origin(kind) or kind
 
 
 def _fault_in_object(value: Any, kind: Any, where: str, optional: Set[str] = frozenset()) -> _Fault | None:
@@ -146,7 +167,5 @@ def _first(entries: Iterable[tuple[Any, Any, Any]], where: str) -> _Fault | None
 
 
 def _unlike(value: Any, kind: Any, where: str) -> _Fault:
-    is_union = get_origin(kind) in (Union, UnionType)
-    kinds = [get_origin(one) or one for one in (get_args(kind) if is_union else [kind])]
-    expected = " or ".join(_NAMES[dict if is_typeddict(one) else one] for one in kinds)
-    return where, f"is {_NAMES[type(value)]}, expected {expected}"
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return where, f"is {_NAMES[type(value)]}, expected {' or '.join(_NAMES[_outer(one)] for one in kinds)}"

@@ -160,7 +160,7 @@ class Winner(Trial):
     """The trial that a search has chosen, examined again on questions no trial has seen."""
 
     checkpoint: NotRequired[str]
-    held_out_accuracy: NotRequired[Share | None]
+    held_out_accuracy: Share
     held_out_accuracy_ci95: NotRequired[Interval | None]
     held_out_difference_to_dense: NotRequired[Change | None]
     held_out_difference_p_value: NotRequired[Share | None]
