@@ -312,8 +312,11 @@ KINDS: dict[str, type] = {
     "search": SearchRecord,
     "reproduction": ReproductionRecord,
 }
-# what records have only since a later version than the first
-LATER = frozenset(
-    "device backend kernels decode_kernel seed long_prompt_tokens ttft_ms_p10 ttft_ms_p90 long_prompt peak_memory_bytes "
-    "bandwidth_kind notes not_measured".split()
-)
+# what records have only since a later version than the first, by kind
+LATER = {
+    "evaluation": frozenset({"device"}),
+    "benchmark": frozenset(
+        "backend kernels decode_kernel seed long_prompt_tokens ttft_ms_p10 ttft_ms_p90 long_prompt peak_memory_bytes "
+        "bandwidth_kind notes not_measured".split()
+    ),
+}

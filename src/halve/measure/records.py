@@ -213,5 +213,5 @@ def looks_like_record(value: Any) -> bool:
 
 def check_record(record: Any, source: str | os.PathLike[str]) -> None:
     """Raise DataError unless `record` is what its kind says, at every level; `source` is named then."""
-    kind = record.get("kind") if isinstance(record, dict) else None
-    check_type(record, KINDS.get(str(kind), Circumstances), os.fspath(source), LATER)
+    kind = str(record.get("kind")) if isinstance(record, dict) else ""
+    check_type(record, KINDS.get(kind, Circumstances), os.fspath(source), LATER.get(kind, frozenset()))
