@@ -22,7 +22,7 @@ def evaluation(model: str, recipe: list[Any], accuracy: float, **more: Any) -> d
     figures = {"accuracy": accuracy, "accuracy_ci95": [accuracy - 0.04, accuracy + 0.04], "questions": 500}
     figures |= {"answered": 500, "perplexity": None, "nll_nats_per_token": None, "tokens": None}
     setup = {"task": "multiple-choice", "protocol": "pmi", "template": "race", "data": "exam.jsonl", "chance": 0.25}
-    setup |= {"data_sha256": "00", "limit": None, "dtype": "bfloat16"}
+    setup |= {"data_sha256": "00", "limit": None, "dtype": "bfloat16", "not_measured": {}}
     return new_record("evaluation", model, command=f"halve evaluate {model}", recipe=recipe, **figures, **setup, **more)
 
 
@@ -30,7 +30,7 @@ def speed(model: str, recipe: list[Any], nbytes: int, tokens_per_s: float) -> di
     figures = {"weight_bytes": nbytes, "decode_tokens_per_s": tokens_per_s, "decode_ms_median": 1e3 / tokens_per_s}
     figures |= dict.fromkeys(("decode_ms_p10", "decode_ms_p90"), 1e3 / tokens_per_s) | dict.fromkeys(_OTHERS, 1.0)
     about = {"device_name": "Chip", "dtype": "bfloat16", "random_weights": False, "batch": 1, "runs": 5}
-    about |= {"prompt_tokens": 128, "new_tokens": 64, "step_weight_bytes": nbytes}
+    about |= {"device": "cpu", "prompt_tokens": 128, "new_tokens": 64, "step_weight_bytes": nbytes}
     about |= {"not_measured": {"accuracy": "a benchmark measures speed and memory only"}}
     return new_record("benchmark", model, command="halve benchmark", recipe=recipe, **figures, **about)
 

@@ -123,11 +123,16 @@ def benchmark(record: AnyRecord) -> None:
         f"  decode    {record['decode_ms_median']:.2f} ms a token, p10 {low:.2f}, p90 {high:.2f} "
         f"({record['decode_tokens_per_s']:.1f} tokens/s)"
     )
-    say(f"  floor     {record['floor_share']:.0%} of what {record['bandwidth_gb_per_s']:.1f} GB/s allow")
-    peak = record["peak_memory_bytes"]
-    say(
-        f"  memory    {'peak not measured' if peak is None else _size(peak) + ' peak'}, {_size(record['weight_bytes'])} weights"
-    )
+    floor = f"{record['floor_share']:.0%} of what {record['bandwidth_gb_per_s']:.1f} GB/s allow"
+    if record.get("floor_beside_share") is not None:
+        near, low, high = (record[f"floor_beside_share{end}"] for end in ("", "_p10", "_p90"))
+        floor += f"; of what the bandwidth beside each run allows {near:.0%}, p10 {low:.0%}, p90 {high:.0%}"
+    say(f"  floor     {floor}")
+    peak, long = record["peak_memory_bytes"], record.get("long_prompt") or {}
+    peaks = "peak not measured" if peak is None else f"{_size(peak)} peak at {record['prompt_tokens']} prompt tokens"
+    if long.get("peak_memory_bytes") is not None:
+        peaks += f", {_size(long['peak_memory_bytes'])} at {long['prompt_tokens']}"
+    say(f"  memory    {peaks}, {_size(record['weight_bytes'])} weights")
     kernels = ", ".join(f"{name} x{count}" for name, count in record["kernels"].items())
     say(f"  kernels   {kernels}; decode {record['decode_kernel']}")
     for note in record["notes"]:

@@ -99,6 +99,15 @@ class System1Times(TypedDict):
     tokens_per_s: Amount | None
 
 
+class LongPrompt(TypedDict):
+    """The figures of a benchmark with its long prompt, and the peak memory with that prompt included."""
+
+    prompt_tokens: int
+    ttft_ms: Amount
+    decode_ms_median: Amount
+    peak_memory_bytes: NotRequired[Count]
+
+
 class BenchmarkRecord(Circumstances):
     """Speed and memory of one model; docs/benchmark.md explains the figures."""
 
@@ -127,7 +136,12 @@ class BenchmarkRecord(Circumstances):
     floor_share: Amount
     bandwidth_gb_per_s: Amount
     bandwidth_kind: str
-    long_prompt: dict[str, Any] | None
+    bandwidths_beside_gb_per_s: list[Amount]
+    floor_beside_share_p10: NotRequired[Amount]
+    floor_beside_share: NotRequired[Amount]
+    floor_beside_share_p90: NotRequired[Amount]
+    peak_memory_prompt_tokens: int
+    long_prompt: LongPrompt | None
     weight_bytes: Count
     step_weight_bytes: Count
     peak_memory_bytes: Count | None
@@ -317,6 +331,6 @@ LATER = {
     "evaluation": frozenset({"device"}),
     "benchmark": frozenset(
         "backend kernels decode_kernel seed long_prompt_tokens ttft_ms_p10 ttft_ms_p90 long_prompt peak_memory_bytes "
-        "bandwidth_kind notes not_measured".split()
+        "bandwidth_kind notes not_measured bandwidths_beside_gb_per_s peak_memory_prompt_tokens".split()
     ),
 }

@@ -18,7 +18,7 @@ from halve.escapes import csv_cell, markdown, plain
 from halve.measure.quality.statistics import paired_records
 from halve.measure.quality.tasks import figure_of
 from halve.measure.records import AnyRecord, Measurement
-from halve.measure.units import show_accuracy, show_bytes, show_difference, show_perplexity, show_share
+from halve.measure.units import show_accuracy, show_bytes, show_difference, show_floor_share, show_perplexity
 
 MISSING = "-"
 Row = dict[str, Any]  # column key -> number or text; a missing figure has no key
@@ -108,8 +108,9 @@ SPEED_COLUMNS = (
     Column("speed to the first row", ("decode_speed_to_first",), "{:.2f}x".format),
     Column("TTFT (ms)", ("ttft_ms",), "{:.1f}".format),
     Column("peak memory", ("peak_memory_bytes",), show_bytes),
+    Column("peak memory, long prompt", ("long_prompt_peak_memory_bytes",), show_bytes),
     Column("weights", ("weight_bytes",), show_bytes),
-    Column("share of floor", ("floor_share",), show_share),
+    Column("share of floor", ("floor_share", "floor_beside_share_p10", "floor_beside_share_p90"), show_floor_share),
 )
 
 
@@ -310,6 +311,7 @@ def _fill_speed(row: Row, benchmark: AnyRecord | None, first: str) -> None:
     for column in SPEED_COLUMNS:
         for key in column.keys:
             row[key] = benchmark.get(key)
+    row["long_prompt_peak_memory_bytes"] = (benchmark.get("long_prompt") or {}).get("peak_memory_bytes")
     # the key under which a study records its own timing of a whole one-token call, see studies/system1/protocol.py
     row["latency_ms"] = (benchmark.get("system1") or {}).get("latency_ms")
     # a ratio is taken only from runs that took turns on one machine
@@ -341,6 +343,7 @@ def _fill_quality(row: Row, label: str, own: _Row, first: _Row, notes: list[str]
 
 def circumstances(records: Iterable[AnyRecord]) -> list[str]:
     """Sentences about where the speeds among the records were measured."""
+    records = list(records)
     places: dict[str, None] = {}
     for record in records:
         if record["kind"] == "benchmark":
@@ -348,6 +351,10 @@ def circumstances(records: Iterable[AnyRecord]) -> list[str]:
             cores = f"{machine.get('cores')} cores, {machine.get('threads')} used by PyTorch"
             places[f"{record.get('device_name')}, {cores}, torch {record['torch_version']}"] = None
     notes = [f"Speed measured on: {'; '.join(places)}."] if places else []
+    peaks = {r["peak_memory_prompt_tokens"] for r in records
+             if r.get("peak_memory_bytes") is not None and r.get("peak_memory_prompt_tokens") is not None}  # fmt: skip
+    if peaks:
+        notes.append(f"Peak memory: with a prompt of {' or '.join(map(str, sorted(peaks)))} tokens.")
     if len(places) > 1:
         notes.append("Rows come from different machines or settings: their times are not comparable.")
     return notes

@@ -37,6 +37,11 @@ def show_share(value: float) -> str:
     return show_percent(value, 0) if value >= 0.0995 else f"{100 * value:.2g} %"
 
 
+def show_floor_share(value: float, low: float | None = None, high: float | None = None) -> str:
+    """A share of the bandwidth floor, and p10 and p90 of the runs' shares by the bandwidth beside each."""
+    return show_share(value) + ("" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]")
+
+
 def show_fraction(value: float) -> str:
     """A fraction that somebody chose, in per cent with the digits it was given: 0.025 is 2.5 %."""
     return f"{100 * value:g} %"
