@@ -40,7 +40,7 @@ _STYLE: dict[Any, Any] = {
     "axes.grid": True,
 }
 Painter = Callable[["Axes"], None]
-_LONGEST_TEXT = 200  # characters
+_LONGEST_TEXT, LONGEST_NAME = 200, 40  # characters: of a title, and of one of many names
 _MARK = b"Software\0halve"  # in the head of every PNG that halve writes
 
 
@@ -100,7 +100,14 @@ def lines(
 
         for name, points in series.items():
             colour = None if among is None else COLOURS[among.index(name) % len(COLOURS)]
-            axes.plot(list(points), list(points.values()), marker="o", markersize=3, label=name, color=colour)
+            axes.plot(
+                list(points),
+                list(points.values()),
+                marker="o",
+                markersize=3,
+                label=plain(name, LONGEST_NAME),
+                color=colour,
+            )
         axes.set(xlabel=x, ylabel=y)
         from_zero_over_whole_numbers(axes)
         if percent:

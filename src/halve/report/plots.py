@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from halve.escapes import plain
-from halve.measure.pictures import COLOURS, GREY, Painter, log_scale, new_figure, plain_texts
+from halve.measure.pictures import COLOURS, GREY, LONGEST_NAME, Painter, log_scale, new_figure, plain_texts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,6 @@ _STYLE: dict[Any, Any] = {
     "grid.color": _RULE,
 }
 SIZE = (4.3, 3.1)  # inches: narrow enough to be read on a phone
-_LONGEST_NAME = 40  # characters beside a point
 _numbers = itertools.count(1)
 
 
@@ -62,7 +61,12 @@ def draw_multiples(painters: Sequence[Painter], x: str, y: str, description: str
         for axes in grid[len(painters) :]:
             axes.set_axis_off()
         entries = {}
-        for axes in grid[: len(painters)]:
+        painted = grid[: len(painters)]
+        # painting one of them has ended the common scaling
+        painted[0].set_ylim(0, 1.05 * max(axes.dataLim.ymax for axes in painted) or None)
+        for axes in painted[-columns:]:
+            axes.tick_params(labelbottom=True)
+        for axes in painted:
             handles, labels = axes.get_legend_handles_labels()
             entries |= dict(zip(labels, handles, strict=True))
         figure.supxlabel(x, fontsize="medium")
@@ -134,14 +138,15 @@ def _label(axes: Axes, marks: Sequence[Mark]) -> None:
     scale = 72 / figure.dpi
     places = [axes.transData.transform((m.x, m.y)) * scale for m in marks]
     taken += [(px - 3, py - 3, px + 3, py + 3) for px, py in places]
-    left, right = (axes.get_window_extent().x0 * scale, axes.get_window_extent().x1 * scale)
+    left, bottom, right, top = (end * scale for end in axes.get_window_extent().extents)
     for mark, (px, py) in zip(marks, places, strict=True):
-        name = plain(mark.name, _LONGEST_NAME)
+        name = plain(mark.name, LONGEST_NAME)
         size = width * len(name)
         for dx, dy, side in _OFFSETS:
             x0 = px + dx - {"left": 0.0, "center": size / 2, "right": size}[side]
             box = (x0, py + dy, x0 + size, py + dy + height)
-            if x0 < left - 4 or x0 + size > right + 4 or any(_overlap(box, other) for other in taken):
+            inside = x0 >= left - 4 and box[2] <= right + 4 and box[1] >= bottom and box[3] <= top + 4
+            if not inside or any(_overlap(box, other) for other in taken):
                 continue
             taken.append(box)
             axes.annotate(
