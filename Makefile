@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test quick check docs clean
+.PHONY: demo test quick newest lowest check docs clean
 
 demo: $(READY)
 	$(BIN)/halve demo demo-out --overwrite
@@ -14,6 +14,13 @@ test: $(READY)
 
 quick: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+# the tests with the newest, and with the lowest, versions that pyproject.toml allows; PyTorch stays the pinned one
+newest lowest:
+	$(PYTHON) -m venv --clear .venv-$@
+	$(PYTHON) -m tools.versions $@ > .venv-$@/constraints.txt
+	.venv-$@/bin/python -m pip install --quiet --constraint .venv-$@/constraints.txt '.[dev]'
+	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -n 2 $(SELECTION)
 
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks tools
@@ -31,4 +38,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) .venv-newest .venv-lowest demo-out
