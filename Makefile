@@ -16,11 +16,18 @@ quick: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 # the tests with the newest, and with the lowest, versions that pyproject.toml allows; PyTorch stays the pinned one
-newest lowest:
-	$(PYTHON) -m venv --clear .venv-$@
-	$(PYTHON) -m tools.versions $@ > .venv-$@/constraints.txt
-	.venv-$@/bin/python -m pip install --quiet --constraint .venv-$@/constraints.txt '.[dev]'
-	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -n 2 $(SELECTION)
+define tested_with
+	$(PYTHON) -m venv --clear .venv-$(1)
+	$(PYTHON) -m tools.versions $(1) > .venv-$(1)/constraints.txt
+	.venv-$(1)/bin/python -m pip install --quiet --constraint .venv-$(1)/constraints.txt '.[dev]'
+	OMP_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -n 2 $(SELECTION)
+endef
+
+newest:
+	$(call tested_with,newest)
+
+lowest:
+	$(call tested_with,lowest)
 
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks tools

@@ -11,11 +11,10 @@ import pytest
 from halve.compression.compress import compress
 from halve.measure.records import new_record, write_record
 from halve.studies.layers import LayerAnalysis
+from tests.common import BENCHMARK
 
 HOSTILE = "<script>alert(1)</script>&\"'"
 RTN, GPTQ = {"step": "rtn", "bits": 8}, {"step": "gptq", "bits": 4, "group_size": 16}
-
-_OTHERS = ("ttft_ms", "prefill_tokens_per_s", "floor_ms", "floor_share", "bandwidth_gb_per_s")
 
 
 def evaluation(model: str, recipe: list[Any], accuracy: float, **more: Any) -> dict[str, Any]:
@@ -28,11 +27,8 @@ def evaluation(model: str, recipe: list[Any], accuracy: float, **more: Any) -> d
 
 def speed(model: str, recipe: list[Any], nbytes: int, tokens_per_s: float) -> dict[str, Any]:
     figures = {"weight_bytes": nbytes, "decode_tokens_per_s": tokens_per_s, "decode_ms_median": 1e3 / tokens_per_s}
-    figures |= dict.fromkeys(("decode_ms_p10", "decode_ms_p90"), 1e3 / tokens_per_s) | dict.fromkeys(_OTHERS, 1.0)
-    about = {"device_name": "Chip", "dtype": "bfloat16", "random_weights": False, "batch": 1, "runs": 5}
-    about |= {"device": "cpu", "prompt_tokens": 128, "new_tokens": 64, "step_weight_bytes": nbytes}
-    about |= {"not_measured": {"accuracy": "a benchmark measures speed and memory only"}}
-    return new_record("benchmark", model, command="halve benchmark", recipe=recipe, **figures, **about)
+    figures |= {"not_measured": {"accuracy": "a benchmark measures speed and memory only"}}
+    return new_record("benchmark", model, command="halve benchmark", recipe=recipe, **BENCHMARK | figures)
 
 
 def trial(fraction: float, accuracy: float, nbytes: int) -> dict[str, Any]:
