@@ -96,7 +96,7 @@ class System1Times(TypedDict):
     """What the study `system1` has timed besides; no other key of a study is read."""
 
     latency_ms: Amount | None
-    tokens_per_s: Amount | None
+    tokens_per_s: Change | None  # by a difference of two times, which noise can turn
 
 
 class LongPrompt(TypedDict):
@@ -239,7 +239,7 @@ class ReproducedFigures(TypedDict):
     """A model of a published table, measured here in one of two ways."""
 
     latency_ms: Amount | None
-    tokens_per_s: Amount | None
+    tokens_per_s: Change | None
     peak_memory_bytes: Amount | None
     weight_bytes: Amount | None
     accuracy: NotRequired[Share | None]
@@ -252,7 +252,7 @@ class PublishedFigures(TypedDict, total=False):
     """What was published of a model."""
 
     latency_ms: Amount | None
-    tokens_per_s: Amount | None
+    tokens_per_s: Change | None
     peak_memory_bytes: Amount | None
     accuracy: Share | None
 
