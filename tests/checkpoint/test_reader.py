@@ -66,7 +66,7 @@ def test_no_config(folder: Path) -> None:
 
 def test_config_is_not_json(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not valid JSON"):
+    with pytest.raises(CheckpointError, match="not readable as JSON"):
         open_checkpoint(folder)
 
 

@@ -14,6 +14,7 @@ from halve._version import __version__
 from halve.cli import measure, models, studies
 from halve.cli.output import complain, to_any_terminal
 from halve.errors import HalveError
+from halve.escapes import lines
 from halve.measure.machine import ask_for_huge_pages
 
 app = typer.Typer(
@@ -85,8 +86,8 @@ def main() -> None:
         )  # torch's allocator has no class of it
         if cpu or isinstance(error, MemoryError | torch.OutOfMemoryError):
             _fail(f"out of memory ({error}): use a smaller model, batch or window, or a machine with more")
-        traceback.print_exc()
-        print("halve: this is a fault of halve itself: please report it with the text above", file=sys.stderr)
+        print(lines(traceback.format_exc()), end="", file=sys.stderr)
+        complain("this is a fault of halve itself: please report it with the text above")
         sys.exit(1)
     else:
         sys.exit(code if isinstance(code, int) else 0)
