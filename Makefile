@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test quick check sanitize docs clean
+.PHONY: demo test quick newest lowest check sanitize docs clean
 
 demo: $(READY)
 	$(BIN)/halve demo demo-out --overwrite
@@ -14,6 +14,20 @@ test: $(READY)
 
 quick: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+# the tests with the newest, and with the lowest, versions that pyproject.toml allows; PyTorch stays the pinned one
+define tested_with
+	$(PYTHON) -m venv --clear .venv-$(1)
+	$(PYTHON) -m tools.versions $(1) > .venv-$(1)/constraints.txt
+	.venv-$(1)/bin/python -m pip install --quiet --constraint .venv-$(1)/constraints.txt '.[dev]'
+	OMP_NUM_THREADS=1 .venv-$(1)/bin/python -m pytest -n 2 $(SELECTION)
+endef
+
+newest:
+	$(call tested_with,newest)
+
+lowest:
+	$(call tested_with,lowest)
 
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks tools
@@ -34,4 +48,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) .venv-newest .venv-lowest demo-out

@@ -24,6 +24,14 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("opt", {}),
 ]
 
+# figures that every benchmark's record has
+BENCHMARK: dict[str, Any] = {
+    "device": "cpu", "device_name": "Chip", "dtype": "bfloat16", "random_weights": False, "batch": 1, "runs": 5,
+    "prompt_tokens": 128, "new_tokens": 64, "weight_bytes": 1000, "step_weight_bytes": 1000,
+    **dict.fromkeys(("decode_ms_median", "decode_ms_p10", "decode_ms_p90", "decode_tokens_per_s", "ttft_ms"), 1.0),
+    **dict.fromkeys(("prefill_tokens_per_s", "floor_ms", "floor_share", "bandwidth_gb_per_s"), 1.0),
+}  # fmt: skip
+
 
 @torch.no_grad()
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ from halve import analyse_layers, benchmark, compress, convert, evaluate, load_m
 from halve.compression.recipe import read_recipe
 from halve.errors import CheckpointError, DataError, HalveError, reading
 from halve.measure.quality.race import read_questions
-from halve.measure.records import read_records
+from halve.measure.records import find_records
 from halve.texts import read_documents
 from tests.common import write_word_tokenizer
 
@@ -112,11 +112,11 @@ def test_weights_to_be_converted(refuse, model: Path, tmp_path: Path, name: str)
     [
         ("text.txt", read_documents),
         ("questions.jsonl", read_questions),
-        ("record.json", lambda path: read_records([path])),
+        ("record.json", lambda path: find_records([path])),
         ("recipe.yaml", read_recipe),
         ("folder", read_documents),
         ("folder", read_questions),
-        ("folder", lambda path: read_records([path])),
+        ("folder", lambda path: find_records([path])),
         ("folder", write_page),
     ],
 )

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from multiprocessing import parent_process
 from typing import TYPE_CHECKING, TypeVar
 
+from halve.escapes import plain
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -28,7 +30,7 @@ def progress(description: str, total: float | None = None) -> Iterator[Advance]:
         yield lambda amount: None
         return
     display = _open[0] if _open else _start()
-    task = display.add_task(description, total=total)
+    task = display.add_task(plain(description), total=total)
     try:
         yield lambda amount: display.advance(task, amount)
     finally:
@@ -60,7 +62,7 @@ def _start() -> Progress:
     )
 
     display = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

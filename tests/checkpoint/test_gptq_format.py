@@ -210,7 +210,7 @@ def test_what_changes_the_numbers_is_refused(make_hf, tmp_path: Path, option: st
         ("qzeros", lambda t: t[:, 1:].contiguous(), "has shape"),
         ("qzeros", lambda t: t[1:].contiguous(), "has shape"),
         ("scales", torch.Tensor.int, "torch.int32, it must be floating"),
-        ("scales", lambda t: t[1:].contiguous(), "has shape"),
+        ("scales", lambda t: t[:, 1:].contiguous(), "has shape"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name_on_opening(make_hf, tmp_path: Path, part, change, message) -> None:

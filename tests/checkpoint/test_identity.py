@@ -21,7 +21,6 @@ READ += [
 ]
 OTHERS = [
     "README.md",
-    "model.safetensors",
     "consolidated.safetensors",
     "adapter_model.safetensors",
     "figures.json",
@@ -49,8 +48,8 @@ def test_what_is_read_or_copied_and_the_commit(folder: Path) -> None:
     assert found == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in READ}
 
 
-def test_without_an_index_one_file_holds_the_weights(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").unlink()
+def test_one_file_holds_the_weights_before_an_index(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("one")  # also beside an index, which is then not read
     found = model_identity(folder)
     assert {name for name in found if name.endswith(".safetensors")} == {"model.safetensors"}
 

@@ -330,5 +330,5 @@ def test_weights_and_inputs_of_a_device_without_numbers_are_refused() -> None:
         lambda: prune_linear(quantize_linear(there, bits=8, group_size=-1).to("meta"), input_fraction=0.5),
         lambda: quantize_linear(there, torch.ones(3, 8, device="meta"), bits=8, group_size=-1),
     ):
-        with pytest.raises(HalveError, match=r"device 'meta' .*: use cpu or cuda"):
+        with pytest.raises(HalveError, match=r"device 'meta' .*: use cpu or cuda|has no weights yet"):
             use()

@@ -198,7 +198,9 @@ def test_a_study_replaces_only_its_like(tmp_path: Path) -> None:
     record = {"kind": "evaluation", "halve_version": "1"}
 
     def claim(identity: dict, overwrite: bool) -> None:
-        with StudyFolder(tmp_path / "out", ("trials/",), keep={}, overwrite=overwrite).claim(identity) as folder:
+        with StudyFolder(tmp_path / "out", ("trials/",), keep={}, overwrite=overwrite).claim(
+            {"study": "search"} | identity
+        ) as folder:
             make(folder / "trials", {"a.json": json.dumps(record | identity)})
 
     claim({"floor": 1}, False)
@@ -227,7 +229,7 @@ def test_a_study_replaces_only_its_like(tmp_path: Path) -> None:
 def test_files_of_the_user_in_a_study_keep_it_from_being_replaced(tmp_path: Path, name: str) -> None:
     def claim(floor: int, overwrite: bool = False) -> None:
         place = StudyFolder(tmp_path / "out", ("trials/", "winner/", "pareto.png"), keep={}, overwrite=overwrite)
-        with place.claim({"floor": floor}) as folder:
+        with place.claim({"study": "search", "floor": floor}) as folder:
             make(folder / "trials", {".dense.lock": ""})
             make(folder / "winner", OURS)
 

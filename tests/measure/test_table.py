@@ -139,6 +139,72 @@ def test_other_devices_and_random_weights_are_other_rows() -> None:
     assert any("not comparable" in note for note in result.notes)
 
 
+def shown_rows(*records: dict[str, object]) -> list[dict[str, str]]:
+    return texts(compare(records))
+
+
+def test_other_data_of_one_name_are_another_column() -> None:
+    result = compare([perplexity("m", 5.0, data_sha256="aa" * 32), perplexity("m", 6.0, data_sha256="bb" * 32)])
+    (row,) = texts(result)
+    assert (row["perplexity 1"], row["perplexity 2"]) == ("5.000", "6.000")
+    assert result.notes[0] == "perplexity 1: windows, w.txt, window 512, sha256 aaaaaaaaaaaa"
+    assert "sha256 bbbbbbbbbbbb" in result.csv().splitlines()[0] and "sha256 bbbbbbbbbbbb" in result.markdown()
+
+
+def test_questions_of_other_data_are_not_compared_with_the_first_row() -> None:
+    result = compare([exam("a", {"1": "10"}), exam("b", {"1": "11"}, data_sha256="11")])
+    assert [column.title for column in result.columns] == ["model", "accuracy 1", "accuracy 2"]
+
+
+DTYPES = {"bfloat16": 5.0, "float32": 6.0}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_each_dtype_keeps_its_own_figures(order: int) -> None:
+    made = [perplexity("m", value, dtype=dtype, device="cpu") for dtype, value in DTYPES.items()]
+    made += [speed("m", dtype=dtype, device="cpu", ttft_ms=100 * value) for dtype, value in DTYPES.items()]
+    found = {row["model"]: (row["perplexity"], row["TTFT (ms)"]) for row in shown_rows(*made[::order])}
+    assert found == {"m (dtype bfloat16)": ("5.000", "500.0"), "m (dtype float32)": ("6.000", "600.0")}
+
+
+def test_a_benchmark_is_not_joined_with_the_evaluation_in_another_dtype() -> None:
+    made = [perplexity("m", value, dtype=dtype, device="cpu") for dtype, value in DTYPES.items()]
+    rows = shown_rows(*made, speed("m", dtype="bfloat16", device="cpu", ttft_ms=9.0))
+    found = {row["model"]: (row["perplexity"], row["TTFT (ms)"]) for row in rows}
+    assert found == {"m (dtype bfloat16)": ("5.000", "9.0"), "m (dtype float32)": ("6.000", "-")}
+
+
+def test_columns_say_in_what_each_was_measured() -> None:
+    one = [perplexity("m", 6.0, dtype="float32", device="cpu"), speed("m", dtype="bfloat16", device="cpu")]
+    result = compare(one)
+    (row,) = texts(result)
+    assert (row["perplexity"], row["quality in"], row["speed in"]) == ("6.000", "float32, cpu", "bfloat16, Chip")
+    assert "Quality measured in float32, speed in bfloat16." in result.notes
+    assert "float32, cpu" in result.csv() and "float32, cpu" in result.markdown()
+    rows = shown_rows(*one, perplexity("n", 7.0, dtype="bfloat16", device="cuda"))
+    assert [row["quality in"] for row in rows] == ["float32, cpu", "bfloat16, cuda"]
+    (alike,) = shown_rows(
+        perplexity("m", 6.0, dtype="float32", device="cpu"), speed("m", dtype="float32", device="cpu")
+    )
+    assert "quality in" not in alike
+
+
+def test_a_folder_made_again_is_another_model() -> None:
+    first, second = ([{"step": "rtn", "bits": bits}] for bits in (8, 4))
+    rows = shown_rows(perplexity("OUT", 5.0, recipe=first), perplexity("OUT", 6.0, recipe=second))
+    assert [(row["model"], row["perplexity"]) for row in rows] == [
+        ("OUT (rtn bits=8)", "5.000"), ("OUT (rtn bits=4)", "6.000"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["task", "protocol", "template", "data", "data_sha256", "window", "limit", "sampling"])
+def test_whatever_was_asked_differently_is_another_column(key: str) -> None:
+    changed = {"seed": 1} if key == "sampling" else 3 if key in ("window", "limit") else "other"
+    result = compare([exam("m", {"1": "1"}), exam("m", {"1": "0"}, **{key: changed})])
+    assert [text["accuracy 1"][:5] + text["accuracy 2"][:5] for text in texts(result)] == ["100.00.0 %"]
+    assert len(set(result.notes[:2])) == 2
+
+
 def test_equal_folder_names_are_told_apart_by_their_paths() -> None:
     assert [row["model"] for row in compare([speed("x/m"), speed("y/m")]).rows] == ["x/m", "y/m"]
 
@@ -186,7 +252,9 @@ def test_csv_holds_unrounded_values() -> None:
 
 def test_markdown_and_columns_by_name() -> None:
     chosen = compare([speed("a|b"), perplexity("c", 1.5)]).only(["model", "decode_ms_median"])
-    assert chosen.markdown() == "| model | decode (ms) |\n| --- | ---: |\n| a\\|b | 25.00 |\n| c | - |\n"
+    table, _, notes = chosen.markdown().partition("\n\n")
+    assert table == "| model | decode (ms) |\n| --- | ---: |\n| a\\|b | 25.00 |\n| c | - |"
+    assert notes.startswith("<sub>perplexity: windows, w.txt, window 512</sub>\n\n<sub>Speed measured on: Chip")
     with pytest.raises(DataError, match="no column speed: use some of model, latency_ms"):
         compare([speed("a")]).only(["speed"])
 

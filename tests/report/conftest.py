@@ -11,6 +11,7 @@ import pytest
 from halve.compression.compress import compress
 from halve.measure.records import new_record, write_record
 from halve.studies.layers import LayerAnalysis
+from tests.common import BENCHMARK
 
 HOSTILE = "<script>alert(1)</script>&\"'"
 RTN, GPTQ = {"step": "rtn", "bits": 8}, {"step": "gptq", "bits": 4, "group_size": 16}
@@ -18,14 +19,16 @@ RTN, GPTQ = {"step": "rtn", "bits": 8}, {"step": "gptq", "bits": 4, "group_size"
 
 def evaluation(model: str, recipe: list[Any], accuracy: float, **more: Any) -> dict[str, Any]:
     figures = {"accuracy": accuracy, "accuracy_ci95": [accuracy - 0.04, accuracy + 0.04], "questions": 500}
+    figures |= {"answered": 500, "perplexity": None, "nll_nats_per_token": None, "tokens": None}
     setup = {"task": "multiple-choice", "protocol": "pmi", "template": "race", "data": "exam.jsonl", "chance": 0.25}
+    setup |= {"data_sha256": "00", "limit": None, "dtype": "bfloat16", "not_measured": {}}
     return new_record("evaluation", model, command=f"halve evaluate {model}", recipe=recipe, **figures, **setup, **more)
 
 
 def speed(model: str, recipe: list[Any], nbytes: int, tokens_per_s: float) -> dict[str, Any]:
     figures = {"weight_bytes": nbytes, "decode_tokens_per_s": tokens_per_s, "decode_ms_median": 1e3 / tokens_per_s}
-    about = {"device_name": "Chip", "not_measured": {"accuracy": "a benchmark measures speed and memory only"}}
-    return new_record("benchmark", model, command="halve benchmark", recipe=recipe, **figures, **about)
+    figures |= {"not_measured": {"accuracy": "a benchmark measures speed and memory only"}}
+    return new_record("benchmark", model, command="halve benchmark", recipe=recipe, **BENCHMARK | figures)
 
 
 def trial(fraction: float, accuracy: float, nbytes: int) -> dict[str, Any]:

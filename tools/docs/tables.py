@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from halve.errors import DataError
+from halve.escapes import markdown
 from halve.measure.records import Record, read_record
-from halve.measure.table import MISSING, circumstances, compare
+from halve.measure.table import MISSING, circumstances, compare, markdown_table
 from halve.measure.units import show_bytes, show_percent, show_share
 from halve.studies.system1.tables import fraction_table, model_table
 
@@ -56,7 +57,7 @@ def compare_table(records: list[Record], columns: str | None) -> str:
     comparison = compare(records)
     if columns is not None:
         comparison = comparison.only([key.strip() for key in columns.split(",")])
-    return comparison.markdown() + _footnotes(comparison.notes)
+    return comparison.markdown()
 
 
 def figures_table(records: list[Record], columns: str | None) -> str:
@@ -71,10 +72,8 @@ def figures_table(records: list[Record], columns: str | None) -> str:
             raise DataError(f"no record has a figure {key}: correct the key")
     for record in records:
         rows.append([show(key, look_up(record, key)) for key in keys])
-    header = [title.strip() or key.strip() for key, _, title in pairs]
-    ruler = ["---", *["---:"] * (len(header) - 1)]
-    lines = ["| " + " | ".join(cells) + " |\n" for cells in [header, ruler, *rows]]
-    return "".join(lines) + _footnotes(circumstances(records))
+    titles = [title.strip() or key.strip() for key, _, title in pairs]
+    return markdown_table(titles, rows, circumstances(records))
 
 
 def reproduction_table(records: list[Record], columns: str | None) -> str:
@@ -83,7 +82,7 @@ def reproduction_table(records: list[Record], columns: str | None) -> str:
     if columns not in kinds or len(records) != 1 or records[0]["kind"] != "reproduction":
         raise DataError(f"reproduction needs one record of halve reproduce and columns={' or '.join(kinds)}")
     table = kinds[columns](records[0])
-    return table.markdown() + _footnotes(table.notes)
+    return table.markdown()
 
 
 KINDS: dict[str, Callable[[list[Record], str | None], str]] = {
@@ -109,11 +108,11 @@ def show(key: str, value: Any) -> str:
     if value is None:
         return MISSING
     if key == "model":
-        return Path(value).name
+        return markdown(Path(value).name)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if not isinstance(value, int | float):
-        return str(value).replace("|", r"\|")
+        return markdown(value)
     if key.endswith("accuracy"):
         return show_percent(value)
     if key.endswith("_bytes"):
@@ -121,7 +120,3 @@ def show(key: str, value: Any) -> str:
     if key.endswith("_share"):
         return show_share(value)
     return f"{value:,}" if isinstance(value, int) or (abs(value) >= 1000 and value.is_integer()) else f"{value:.4g}"
-
-
-def _footnotes(notes: list[str]) -> str:
-    return "".join(f"\n<sub>{note}</sub>\n" for note in notes)

@@ -15,11 +15,12 @@ from halve.checkpoint.config import with_dtype
 from halve.checkpoint.foreign import gptq_file, quantization_of, refuse_by_names
 from halve.checkpoint.gptq_format import GptqTensors
 from halve.checkpoint.hub import fetch
+from halve.checkpoint.manifest import Provenance, read_manifest
 from halve.checkpoint.naming import check_parts, refuse_adapter, under_own_names
 from halve.checkpoint.schemes import read_schemes
 from halve.checkpoint.stored import BIAS, PACKED, WEIGHT, StoredLinear, tensor_names
 from halve.checkpoint.tensors import FLOATING, RandomTensors, SafetensorsFolder, TensorSource, cast, expect, read_json
-from halve.errors import CheckpointError, HalveError, reading, shown
+from halve.errors import CheckpointError, HalveError, reading
 from halve.files.contents import link_outside
 from halve.model import families
 from halve.model.config import ModelConfig
@@ -53,19 +54,6 @@ def find_model(model: str | Path, *, weights: bool = True) -> Path:
     return found
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """halve.json of a model folder, empty without one; CheckpointError when it is malformed."""
-    path = folder / "halve.json"
-    manifest = read_json(path) if path.exists() else {}
-    for key in ("recipe", "steps"):
-        value = manifest.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(step, dict) for step in value):
-            raise CheckpointError(
-                f"{path}: {key}={shown(value)} is not a list of steps: delete the file, or get an intact copy"
-            )
-    return manifest
-
-
 @dataclass
 class Checkpoint:
     """An opened model: everything is checked against the config, no weight is in memory yet."""
@@ -85,9 +73,10 @@ class Checkpoint:
         return dtype if dtype in FLOATING else self.tensors.dtypes[f"{self.family.names['embed']}.weight"]
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        """halve.json, empty for a model this project did not write."""
-        return read_manifest(self.folder)
+    def manifest(self) -> Provenance:
+        """halve.json, empty for a model this project did not write. Raises DataError."""
+        path = self.folder / "halve.json"
+        return read_manifest(path) if path.exists() else {}
 
     def linear_shapes(self) -> Iterator[LinearShape]:
         """Every linear that methods may touch: block by block, then the head."""
@@ -224,7 +213,7 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
         names = [shape.name for shape in checkpoint.linear_shapes()]
         checkpoint.schemes = read_schemes(quantization, names, origin)
     checkpoint.check()
-    read_manifest(folder)  # it is added to when all is done: what is wrong with it is told before
+    _ = checkpoint.manifest  # it is added to when all is done: what is wrong with it is told before
     return checkpoint
 
 

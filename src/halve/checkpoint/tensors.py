@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from halve.errors import CheckpointError, reading, shown
-from halve.files import parse_json
 from halve.files.contents import leads_outside
+from halve.files.typed import parse_json
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,

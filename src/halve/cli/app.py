@@ -12,7 +12,9 @@ import typer
 
 from halve._version import __version__
 from halve.cli import measure, models, studies
+from halve.cli.output import complain, to_any_terminal
 from halve.errors import HalveError
+from halve.escapes import lines
 from halve.measure.machine import ask_for_huge_pages
 
 app = typer.Typer(
@@ -60,6 +62,7 @@ def main() -> None:
     What is raised otherwise is a fault of halve: it is shown whole, with a word on what to do about it.
     """
     ask_for_huge_pages()
+    to_any_terminal()
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="halve", standalone_mode=False)
     except HalveError as error:
@@ -69,7 +72,7 @@ def main() -> None:
         message = getattr(error, "format_message", error.__str__)()
         _fail(message + (f" (see `{context.command_path} --help`)" if context else ""))
     except (typer.Abort, KeyboardInterrupt):
-        print("halve: interrupted", file=sys.stderr)
+        complain("interrupted")
         sys.exit(1)
     except BrokenPipeError:  # whoever read what is printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,13 +86,13 @@ def main() -> None:
         )  # torch's allocator has no class of it
         if cpu or isinstance(error, MemoryError | torch.OutOfMemoryError):
             _fail(f"out of memory ({error}): use a smaller model, batch or window, or a machine with more")
-        traceback.print_exc()
-        print("halve: this is a fault of halve itself: please report it with the text above", file=sys.stderr)
+        print(lines(traceback.format_exc()), end="", file=sys.stderr)
+        complain("this is a fault of halve itself: please report it with the text above")
         sys.exit(1)
     else:
         sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str) -> NoReturn:
-    print("halve: " + " ".join(message.split()), file=sys.stderr)
+    complain(message)
     sys.exit(2)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from halve.cli.options import Device, Dtype, Json, Model, Protocol, Seed, Task, Template, dtype_of
+from halve.cli.output import complain, say
 from halve.errors import HalveError
 from halve.studies.system1.protocol import protocol_named
 
@@ -60,7 +61,7 @@ def evaluate(
     )
     terminal.evaluation(record)
     if json is not None:
-        print(f"wrote {write_record(json, record)}")
+        say(f"wrote {write_record(json, record)}")
 
 
 def benchmark(
@@ -118,7 +119,7 @@ def benchmark(
     for record in records:
         terminal.benchmark(record)
     for target, record in zip(targets, records, strict=False):
-        print(f"wrote {write_record(target, record)}")
+        say(f"wrote {write_record(target, record)}")
 
 
 def compare(
@@ -129,12 +130,15 @@ def compare(
     csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
 ) -> None:
     """Put records of evaluations and benchmarks into one table, a row a model, tested against the first row."""
-    from halve.measure.records import read_records
+    from halve.measure.records import find_records
     from halve.measure.table import compare as run
 
     if markdown and csv:
         raise HalveError("--markdown and --csv were both given: use one of them")
-    table = run(read_records(records))
+    found = find_records(records)
+    for why in found.left_out:
+        complain(f"left out: {why}")
+    table = run(found.records)
     if markdown or csv:
         print(table.markdown() if markdown else table.csv(), end="")
     else:

@@ -22,6 +22,7 @@ from halve.cli.options import (
     Window,
     dtype_of,
 )
+from halve.cli.output import say, stream
 from halve.errors import HalveError
 from halve.measure.units import show_bytes
 
@@ -104,16 +105,13 @@ def generate(
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype=dtype_of(dtype), device=device)
 
-    def stream(piece: str) -> None:
-        print(piece, end="", flush=True)
-
     single = len(prompt) == 1
     if single:
         stream(prompt[0])
     results = generate_text(
         loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling, on_text=stream if single else None
     )
-    print("" if single else "\n\n".join(p + r.text for p, r in zip(prompt, results, strict=True)))
+    stream("\n" if single else "\n\n".join(p + r.text for p, r in zip(prompt, results, strict=True)) + "\n")
 
 
 def fetch(model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id (owner/name).")]) -> None:
@@ -125,14 +123,14 @@ def fetch(model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id (ow
 
     folder = run(model)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{model}: {show_bytes(size, 2)} in {folder}")
+    say(f"{model}: {show_bytes(size, 2)} in {folder}")
 
 
 def convert(model: Model, out: Out, overwrite: Overwrite = False) -> None:
     """Turn a folder of pickled .bin weights into safetensors (most OPT checkpoints need it)."""
     from halve.checkpoint.convert import convert as run
 
-    print(f"wrote {run(model, out, overwrite=overwrite)}")
+    say(f"wrote {run(model, out, overwrite=overwrite)}")
 
 
 def steps() -> None:

@@ -21,6 +21,7 @@ from halve.cli.options import (
     dtype_of,
     listed,
 )
+from halve.cli.output import complain, say
 from halve.errors import HalveError
 from halve.measure.quality.protocols import PROTOCOLS
 from halve.measure.quality.tasks import QUESTION_TASKS
@@ -39,15 +40,16 @@ def demo(
     from halve.demo.run import speed_table
 
     run(out, overwrite=overwrite).print()
-    print(
+    say(
         "A model this small is bound by overhead, not by memory: its speeds and peak memory say little, its accuracy and "
         "bytes are what this table shows."
     )
     speeds = speed_table()
     if speeds is not None:
-        print("\nSpeed at the shape of Llama-3.2-1B (random weights), from the records of this checkout:")
+        print()
+        say("Speed at the shape of Llama-3.2-1B (random weights), from the records of this checkout:")
         speeds.print()
-    print(f"models, records, accuracy-size.png and the page report.html are in {out}")
+    say(f"models, records, accuracy-size.png and the page report.html are in {out}")
 
 
 def layers(
@@ -66,7 +68,7 @@ def layers(
     from halve.studies.layers import analyse_layers
 
     analyse_layers(model, data, out, samples=samples, window=window, mark=mark, seed=seed, device=device)
-    print(f"tables and plot are in {out}")
+    say(f"tables and plot are in {out}")
 
 
 def search(
@@ -237,9 +239,10 @@ def reproduce(
         return
     record = reproduce_system1(model, out, on_needs=terminal.needs, overwrite=overwrite, **options)
     for title, table in tables(record):
-        print(f"\n{title}")
+        print()
+        say(title)
         table.print()
-    print(f"models, records and reproduce.json are in {out}")
+    say(f"models, records and reproduce.json are in {out}")
 
 
 def report(
@@ -256,4 +259,5 @@ def report(
     """Write one self-contained HTML page about everything in FOLDER: tables, plots, recipes, machine."""
     from halve.report.page import write_page
 
-    print(f"wrote {write_page(folder, out, title=title)}")
+    page = write_page(folder, out, title=title, on_left_out=lambda why: complain(f"left out: {why}"))
+    say(f"wrote {page}")

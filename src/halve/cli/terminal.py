@@ -6,10 +6,11 @@ import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from halve.cli.output import console, say
+from halve.escapes import plain
 from halve.measure.quality.tasks import figure_of
 from halve.measure.records import AnyRecord
 from halve.measure.units import show_bytes, show_duration
@@ -29,11 +30,11 @@ _size = partial(show_bytes, decimals=2)
 
 def plan(recipe: RecipePlan, steps: list[Method]) -> None:
     """What every step will do, one line per kind of linear, and the sizes before and after."""
-    console = Console()
+    screen = console()
     for number, (method, step) in enumerate(zip(steps, recipe.steps, strict=True), 1):
-        console.print(_step_table(f"step {number}: {method.name}", step))
+        screen.print(_step_table(f"step {number}: {method.name}", step))
     ratio = recipe.bytes_after / recipe.bytes_before
-    console.print(
+    screen.print(
         f"weights: {_size(recipe.bytes_before)} -> {_size(recipe.bytes_after)} ({ratio:.0%}); "
         f"disk while working: {_size(recipe.disk_bytes)}; memory: about {_size(recipe.estimate.memory_bytes)}; "
         f"time: about {show_duration(recipe.estimate.seconds)}"
@@ -55,17 +56,17 @@ def _step_table(title: str, step: StepPlan) -> Table:
     table.add_column("before", justify="right", no_wrap=True)
     table.add_column("after", justify="right", no_wrap=True)
     for (name, what), (count, before, after) in kinds.items():
-        table.add_row(name, str(count), what, _size(before), _size(after))
+        table.add_row(plain(name), str(count), plain(what), _size(before), _size(after))
     return table
 
 
 def steps(methods: dict[str, type]) -> None:
     """Every step with its description, options and defaults."""
-    console = Console()
+    screen = console()
     for name, method in methods.items():
         options = ",".join(f"{f.name}={_text(f.default)}" for f in dataclasses.fields(method))
-        console.print(f"[bold]{name}[/bold]:{escape(options)}", soft_wrap=True, highlight=False)
-        console.print(f"    {escape(' '.join((method.__doc__ or '').split()))}\n", highlight=False)
+        screen.print(Text.assemble((name, "bold"), f":{options}"), soft_wrap=True)
+        screen.print(f"    {' '.join((method.__doc__ or '').split())}\n")
 
 
 def _text(default: object) -> str:
@@ -74,7 +75,7 @@ def _text(default: object) -> str:
 
 def needs(what: Needs) -> None:
     """Memory, disk and time of a study, before it begins."""
-    print(
+    say(
         f"needs about {_size(what.memory_bytes)} of memory ({_size(what.together_bytes)} to time all models side by side), "
         f"{_size(what.disk_bytes)} of disk, and at most about {show_duration(what.seconds)}"
     )
@@ -82,14 +83,13 @@ def needs(what: Needs) -> None:
 
 def result(done: Result) -> None:
     """What every step left of the linears, where the result is, and what is worth knowing about it."""
-    console = Console()
     for step in done.manifest["steps"][-len(done.plan.steps) :]:
         sizes = " -> ".join(_size(step[f"linear_bytes_{when}"]) for when in ("before", "after"))
         counts = " -> ".join(f"{step[f'parameters_{when}']:,}" for when in ("before", "after"))
-        console.print(f"{step['step']}: linears {sizes}, parameters {counts}", soft_wrap=True, highlight=False)
+        say(f"{step['step']}: linears {sizes}, parameters {counts}")
     for note in done.notes:
-        console.print(f"note: {note}")
-    console.print(f"wrote {done.out}", soft_wrap=True)
+        say(f"note: {note}")
+    say(f"wrote {done.out}")
 
 
 def evaluation(record: AnyRecord) -> None:
@@ -102,39 +102,45 @@ def evaluation(record: AnyRecord) -> None:
         if record.get("accuracy_ci95"):
             low, high = record["accuracy_ci95"]
             text += f" (95 % interval {low:.1%} to {high:.1%})"
-        print(f"accuracy {text}: {record['answered']} of {record['questions']} questions answered", end="")
-        print(f", {record.get('overflow', 0)} did not fit the context, {record.get('cut', 0)} articles cut", end="")
-        print(f" [{', '.join(asked)}]")
+        say(
+            f"accuracy {text}: {record['answered']} of {record['questions']} questions answered, "
+            f"{record.get('overflow', 0)} did not fit the context, {record.get('cut', 0)} articles cut [{', '.join(asked)}]"
+        )
     elif figure == "perplexity":
-        print(
+        say(
             f"perplexity {record['perplexity']:.4f} ({record['nll_nats_per_token']:.4f} nats/token over "
             f"{record['tokens']:,} tokens) [{record['protocol']}, window {record.get('window')}]"
         )
     else:
-        print(f"{figure} {record[figure]:g} [{', '.join(asked)}]")
+        say(f"{figure} {record[figure]:g} [{', '.join(asked)}]")
 
 
 def benchmark(record: AnyRecord) -> None:
     """The figures of one benchmark, and what was not measured."""
-    print(f"{record['model']} on {record['device']}:")
+    say(f"{record['model']} on {record['device']}:")
     ttft, low, high = record["ttft_ms"], record["decode_ms_p10"], record["decode_ms_p90"]
-    print(f"  prefill   {ttft:.1f} ms to the first token ({record['prefill_tokens_per_s']:.0f} tokens/s)")
-    print(
+    say(f"  prefill   {ttft:.1f} ms to the first token ({record['prefill_tokens_per_s']:.0f} tokens/s)")
+    say(
         f"  decode    {record['decode_ms_median']:.2f} ms a token, p10 {low:.2f}, p90 {high:.2f} "
         f"({record['decode_tokens_per_s']:.1f} tokens/s)"
     )
-    print(f"  floor     {record['floor_share']:.0%} of what {record['bandwidth_gb_per_s']:.1f} GB/s allow")
-    peak = record["peak_memory_bytes"]
-    print(
-        f"  memory    {'peak not measured' if peak is None else _size(peak) + ' peak'}, {_size(record['weight_bytes'])} weights"
-    )
+    floor = f"{record['floor_share']:.0%} of what {record['bandwidth_gb_per_s']:.1f} GB/s allow"
+    if record.get("floor_beside_share") is not None:
+        near, low, high = (record[f"floor_beside_share{end}"] for end in ("", "_p10", "_p90"))
+        floor += f"; of what the bandwidth beside each run allows {near:.0%}, p10 {low:.0%}, p90 {high:.0%}"
+    say(f"  floor     {floor}")
+    peak, long = record["peak_memory_bytes"], record.get("long_prompt") or {}
+    peaks = "peak not measured" if peak is None else f"{_size(peak)} peak at {record['prompt_tokens']} prompt tokens"
+    if long.get("peak_memory_bytes") is not None:
+        peaks += f", {_size(long['peak_memory_bytes'])} at {long['prompt_tokens']}"
+    say(f"  memory    {peaks}, {_size(record['weight_bytes'])} weights")
     kernels = ", ".join(f"{name} x{count}" for name, count in record["kernels"].items())
-    print(f"  kernels   {kernels}; decode {record['decode_kernel']}")
+    say(f"  kernels   {kernels}; decode {record['decode_kernel']}")
     for note in record["notes"]:
         if note.startswith("PyTorch's own operations ran"):
-            print(f"  {note}")
+            say(f"  {note}")
     for what, why in record.get("not_measured", {}).items():
-        print(f"  not measured: {what} ({why})")
+        say(f"  not measured: {what} ({why})")
 
 
 def trial(row: dict[str, Any]) -> None:
@@ -142,30 +148,30 @@ def trial(row: dict[str, Any]) -> None:
     verdict = "clears the floor" if row["feasible"] else "below the floor"
     measured = f"{_size(row['bytes'])} on disk, {_size(row['memory'])} in memory"
     measured += f", {row['ms']:.2f} ms a token" if "ms" in row else ""
-    print(f"{_point(row)}: accuracy {row['accuracy']:.1%}, {measured}, {verdict}", flush=True)
+    say(f"{_point(row)}: accuracy {row['accuracy']:.1%}, {measured}, {verdict}")
 
 
 def search(record: dict[str, Any], out: Path) -> None:
     """The Pareto front of a search, its winner, and what there is to know about it."""
-    console, objective = Console(), record["objective"]
+    objective = record["objective"]
     table = Table(title=f"{len(record['trials'])} trials; none is better in both", title_justify="left")
     for title in ("recipe", "accuracy", OBJECTIVES[objective], "floor"):
         table.add_column(title, justify="left" if title == "recipe" else "right")
     for row in record["pareto"]:
         shown = f"{row['objective']:.2f}" if objective == "ms" else _size(row["objective"])
-        table.add_row(_point(row), f"{row['accuracy']:.1%}", shown, "yes" if row["feasible"] else "no")
-    console.print(table)
+        table.add_row(plain(_point(row)), f"{row['accuracy']:.1%}", shown, "yes" if row["feasible"] else "no")
+    console().print(table)
     winner, dense = record["winner"], record["dense"]
     low, high = winner["held_out_accuracy_ci95"]
-    print(
+    say(
         f"winner: {_point(winner)}: {_size(winner['bytes'])} on disk, {winner['bytes_share']:.0%} of the dense model; "
         f"accuracy {winner['held_out_accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
         f"{record['held_out_data']['questions']} questions no trial has seen, dense {dense['held_out_accuracy']:.1%}: "
         f"{'confirmed' if winner['confirmed'] else 'NOT confirmed'} above {record['floor']['held_out_accuracy']:.1%}"
     )
     for note in record["notes"]:
-        print(f"note: {note}")
-    print(
+        say(f"note: {note}")
+    say(
         f"the winner is in {out / 'winner'}, everything measured in {out / 'search.json'}, the plot in {out / 'pareto.png'}"
     )
 

@@ -60,6 +60,7 @@ class DropIn(nn.Module):
     def unprepared(self, dtype: torch.dtype) -> Linear:
         """The layer with dense weights and bias in `dtype`, no kernel chosen."""
         device = next(self.buffers()).device
+        check_device(device)
         return self.stored.to_linear(self.get_buffer, dtype, device)
 
     def linear(self, dtype: torch.dtype) -> Linear:

@@ -11,11 +11,12 @@ import torch
 
 from halve.compression.compress import compress
 from halve.files.study import StudyFolder
+from halve.measure.kinds import EvaluationRecord
 from halve.measure.machine import usable_cores
 from halve.measure.pictures import GREY, new_figure, with_interval, write_png
 from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded, prepare
 from halve.measure.quality.options import EvaluationOptions
-from halve.measure.records import EvaluationRecord, Record, read_records, write_record
+from halve.measure.records import Record, find_records, write_record
 from halve.measure.speed.benchmark import benchmark_side_by_side
 from halve.measure.speed.timed_model import BenchmarkOptions, Placement
 from halve.measure.table import Comparison, compare
@@ -98,7 +99,7 @@ def _fill(out: Path) -> Comparison:
             record["side_by_side"]["models"] = [m.name for m in models]
             write_record(records / f"{model.name}-speed.json", record | {"model": model.name})
             advance(1)
-    measured = read_records([records])
+    measured = find_records([records]).records
     table = compare(sorted(measured, key=lambda r: [m.name for m in models].index(r["model"]))).only(COLUMNS)
     plot(measured, out / "accuracy-size.png")
     write_page(out, title="The bundled reader, compressed")
@@ -151,4 +152,4 @@ def plot(records: list[Record], path: Path) -> None:
 def speed_table() -> Comparison | None:
     """The records of the Llama-3.2-1B shape on CPU, where this checkout has them."""
     paths = sorted(SPEED_RECORDS.glob("cpu/*.json")) if SPEED_RECORDS.is_dir() else []
-    return compare(read_records(paths)) if paths else None
+    return compare(find_records(paths).records) if paths else None

@@ -16,8 +16,7 @@ from uuid import uuid4
 
 from halve._version import __version__
 from halve.errors import OutputError
-
-_JSON_BYTES, _JSON_LEVELS = 64 << 20, 100
+from halve.files.typed import finite, parse_json
 
 
 @contextmanager
@@ -45,32 +44,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def parse_json(path: Path) -> Any:
-    """The JSON in a file.
-
-    Raises OSError when it cannot be read and ValueError, whose one line says why, when it is not JSON, longer than 64 MiB or
-    nested deeper than 100 levels, which no program that writes such files comes near.
-    """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise ValueError("a pipe or a device")  # it may never end
-    with path.open("rb") as file:
-        data = file.read(_JSON_BYTES + 1)
-    if len(data) > _JSON_BYTES:
-        raise ValueError(f"longer than {_JSON_BYTES:,} bytes")
-    try:
-        value = json.loads(data.decode("utf-8"))
-    except RecursionError:
-        raise ValueError(f"nested deeper than {_JSON_LEVELS} levels") from None
-    level = [value]
-    for _ in range(_JSON_LEVELS):
-        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
-        level = [item for items in inner for item in items]
-        if not level:
-            return value
-    raise ValueError(f"nested deeper than {_JSON_LEVELS} levels")
+    """Write a JSON file whole or not at all; a number that is not finite becomes null, any character can be read back."""
+    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

@@ -6,24 +6,27 @@ Every record has the keys of `Circumstances`; evaluations and benchmarks add the
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import torch
 
 from halve._version import __version__
-from halve.errors import DataError, reading
-from halve.files import check_output_path, parse_json, write_text
+from halve.checkpoint.manifest import read_manifest
+from halve.errors import DataError
+from halve.files import check_output_path, write_json
 from halve.files.contents import is_record
+from halve.files.typed import check_type, finite, read_value
+from halve.measure.kinds import KINDS, LATER, Circumstances
 from halve.measure.machine import describe_machine
 from halve.texts import files_below
 
@@ -31,113 +34,6 @@ Record = dict[str, Any]  # of any kind, while it is made
 AnyRecord = Mapping[str, Any]  # of any kind, to read
 
 
-class Circumstances(TypedDict):
-    """On what, with what and how a figure was obtained: the keys of every record."""
-
-    kind: str
-    model: str
-    command: str
-    recipe: list[Any]
-    date: str
-    halve_version: str
-    torch_version: str
-    versions: dict[str, str]
-    commit: str | None
-    machine: dict[str, Any]
-
-
-class EvaluationRecord(Circumstances):
-    """One task asked of one model; docs/evaluation.md explains the figures. What a task does not measure is None."""
-
-    device: str
-    dtype: str
-    bos_ids: NotRequired[list[int]]
-    weight_bytes: NotRequired[int]
-    disk_bytes: NotRequired[int]
-    task: str
-    protocol: str
-    data: str
-    data_sha256: str
-    limit: int | None
-    not_measured: dict[str, str]
-    # questions
-    template: NotRequired[str | None]
-    accuracy: float | None
-    accuracy_ci95: list[float] | None
-    questions: int | None
-    articles: NotRequired[int]
-    answered: int | None
-    correct: NotRequired[int]
-    chance: NotRequired[float]
-    overflow: NotRequired[int]
-    cut: NotRequired[int]  # articles, or documents
-    log_likelihood: NotRequired[dict[str, Any]]
-    sampling: NotRequired[dict[str, Any]]
-    by_kind: NotRequired[dict[str, Any]]
-    answers: NotRequired[dict[str, str]]
-    # text
-    perplexity: float | None
-    nll_nats_per_token: float | None
-    bits_per_byte: NotRequired[float | None]
-    tokens: int | None
-    window: NotRequired[int]
-    windows: NotRequired[int]
-    documents: NotRequired[int]
-
-
-class BenchmarkRecord(Circumstances):
-    """Speed and memory of one model; docs/benchmark.md explains the figures."""
-
-    device: str
-    device_name: str
-    dtype: str
-    backend: str
-    kernels: dict[str, int]
-    decode_kernel: str
-    random_weights: bool
-    batch: int
-    seed: int
-    runs: int
-    prompt_tokens: int
-    new_tokens: int
-    long_prompt_tokens: int
-    ttft_ms: float
-    ttft_ms_p10: float
-    ttft_ms_p90: float
-    prefill_tokens_per_s: float
-    decode_ms_median: float
-    decode_ms_p10: float
-    decode_ms_p90: float
-    decode_tokens_per_s: float
-    floor_ms: float
-    floor_share: float
-    bandwidth_gb_per_s: float
-    bandwidth_kind: str
-    long_prompt: dict[str, Any] | None
-    weight_bytes: int
-    step_weight_bytes: int
-    peak_memory_bytes: int | None
-    peak_memory_loading_bytes: NotRequired[int]
-    peak_memory_running_bytes: NotRequired[int]
-    peak_memory_reserved_bytes: NotRequired[int]
-    peak_memory_above_baseline_bytes: NotRequired[int]
-    loaded_memory_bytes: NotRequired[int]
-    baseline_memory_bytes: NotRequired[int]
-    side_by_side: NotRequired[dict[str, Any]]
-    profile: NotRequired[dict[str, Any]]
-    notes: list[str]
-    not_measured: dict[str, str]
-
-
-REQUIRED: dict[str, type] = {
-    "kind": str,
-    "halve_version": str,
-    "torch_version": str,
-    "machine": dict,
-    "command": str,
-    "model": str,
-    "recipe": list,
-}
 _PACKAGES = ("transformers", "safetensors", "triton", "compressed-tensors")
 
 
@@ -172,6 +68,45 @@ def new_record(
     }
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What one record measured: where two are equal the same thing was measured again, where they differ it was not.
+
+    `what`, by the record's keys: of an evaluation what was asked, of a benchmark how it was run. A value that a record
+    does not have is None.
+    """
+
+    kind: str
+    model: str
+    random_weights: bool
+    recipe: str  # a folder may have been made again
+    dtype: str | None
+    device: str | None
+    what: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, record: AnyRecord) -> Measurement:
+        """The measurement of an evaluation or a benchmark."""
+        what = {key: record.get(key) for key in _MEASURED[record["kind"]]}
+        if record["kind"] == "benchmark":
+            what["threads"] = record["machine"].get("threads")
+        return cls(
+            record["kind"],
+            os.path.normpath(record["model"]),
+            bool(record.get("random_weights")),
+            json.dumps(record["recipe"], sort_keys=True),
+            record.get("dtype"),
+            record.get("device"),
+            tuple((key, json.dumps(value) if isinstance(value, dict) else value) for key, value in what.items()),
+        )
+
+
+_MEASURED = {
+    "evaluation": ("task", "protocol", "template", "data", "data_sha256", "window", "limit", "sampling"),
+    "benchmark": ("device_name", "backend", "prompt_tokens", "new_tokens", "batch"),
+}
+
+
 def source_commit() -> str | None:
     """The git commit this package runs from, with "-dirty" when files differ from it; None outside a checkout."""
     folder = Path(__file__).resolve().parents[1]
@@ -203,13 +138,7 @@ def _installed(packages: Iterable[str]) -> dict[str, str]:
 def checkpoint_recipe(model: str | os.PathLike[str]) -> list[Any]:
     """The steps a model folder was made with, from its halve.json; [] for a folder or hub id without one."""
     path = Path(model) / "halve.json"
-    if not path.is_file():
-        return []
-    manifest = _parse(path)
-    recipe = manifest.get("recipe", []) if isinstance(manifest, dict) else None
-    if not isinstance(recipe, list) or not all(isinstance(step, dict) for step in recipe):
-        raise DataError(f'{path} is malformed, its "recipe" is not a list of steps: compress the model again')
-    return recipe
+    return read_manifest(path).get("recipe", []) if path.is_file() else []
 
 
 def check_record_path(path: str | os.PathLike[str]) -> Path:
@@ -221,78 +150,68 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Pat
     """Write one record as JSON, complete or not at all.
 
     JSON has no infinity: a figure that is not finite becomes null, and its value is kept under "not_finite".
-    Raises OutputError when the place cannot be written, DataError when the record lacks a required key.
+    Raises OutputError when the place cannot be written, DataError when the record lacks a key of every record.
     """
     path = check_record_path(path)
-    check_record(record, str(path))
+    check_type(record, Circumstances, path)
     lost: dict[str, str] = {}
-    finite = _finite(dict(record), "", lost)
+    written = finite(record, lost)
     if lost:
-        finite["not_finite"] = lost
-    text = json.dumps(finite, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(path, text)
+        written["not_finite"] = lost
+    write_json(path, written)
     return path
 
 
-def _finite(value: Any, where: str, lost: dict[str, str]) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        lost[where] = str(value)
-        return None
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v, f"{where}.{k}" if where else str(k), lost) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v, f"{where}.{i}", lost) for i, v in enumerate(value)]
-    return value
-
-
 def read_record(path: str | os.PathLike[str]) -> Record:
-    """Read one record; raises DataError when the file is missing, is not JSON, or is no record."""
-    record = _parse(Path(path))
-    if not isinstance(record, dict):
-        raise DataError(f"{path} is no record of halve, it holds a JSON {type(record).__name__}: name a record file")
-    check_record(record, str(path))
+    """Read one record; raises DataError when the file is missing, is not JSON, or is not what its kind says."""
+    record = read_value(Path(path))
+    check_record(record, path)
     return record
 
 
-def read_records(paths: Iterable[str | os.PathLike[str]]) -> list[Record]:
+@dataclass
+class Found:
+    """The records of some files and folders, and what was left out because of what is wrong with it, in words."""
+
+    records: list[Record] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def find_records(paths: Iterable[str | os.PathLike[str]]) -> Found:
     """All records in files and folders, in the order given; inside a folder, by path.
 
-    Other JSON files in a folder (a model's config, say) are passed over; a file named itself has to be a record.
-    Raises DataError for one that is malformed, or when there is none at all.
+    In a folder JSON files that are no records (a model's config, say) are passed over, and what is malformed is left out; a
+    file named itself has to be a record. Raises DataError for one that is not, or when there is none at all.
     """
-    records, places = [], [Path(p) for p in paths]
+    found, places = Found(), [Path(p) for p in paths]
     for place in places:
         if not place.is_dir():
-            records.append(read_record(place))
+            found.records.append(read_record(place))
             continue
         for path in files_below(place, ".json"):
-            parsed = _parse(path)
-            if isinstance(parsed, dict) and "halve_version" in parsed and "kind" in parsed:
-                check_record(parsed, str(path))
-                records.append(parsed)
-    if not records:
+            try:
+                parsed = read_value(path)
+                if looks_like_record(parsed):
+                    check_record(parsed, path)
+                    found.records.append(parsed)
+            except DataError as error:
+                found.left_out.append(str(error))
+    if not found.records:
         named = ", ".join(map(str, places)) or "nothing"
-        raise DataError(f"no record found in {named}: make one with halve evaluate or halve benchmark and --json FILE")
-    return records
+        why = f" ({found.left_out[0]})" if found.left_out else ""
+        raise DataError(
+            f"no record found in {named}{why}: make one with halve evaluate or halve benchmark and --json FILE"
+        )
+    return found
 
 
-def check_record(record: Mapping[str, Any], source: str) -> None:
-    """Raise DataError unless `record` has every required key with its type."""
-    for key, kind in REQUIRED.items():
-        if key not in record:
-            raise DataError(f'{source} is no record of halve, it lacks "{key}": write it again with --json')
-        if not isinstance(record[key], kind):
-            actual = type(record[key]).__name__
-            raise DataError(
-                f'{source} is malformed, "{key}" is a {actual}, expected {kind.__name__}: write it again with --json'
-            )
+def looks_like_record(value: Any) -> bool:
+    """Whether a value out of JSON is meant to be a record, whatever may be wrong with it."""
+    told = {"kind", "halve_version", "command", "machine", "commit"}
+    return isinstance(value, dict) and len(told & value.keys()) > 1
 
 
-def _parse(path: Path) -> Any:
-    with reading(path, DataError):
-        if not path.exists():
-            raise DataError(f"{path} does not exist: name a record file or a folder with records")
-        try:
-            return parse_json(path)
-        except ValueError as error:
-            raise DataError(f"{path} is not valid JSON ({error}): write it again") from error
+def check_record(record: Any, source: str | os.PathLike[str]) -> None:
+    """Raise DataError unless `record` is what its kind says, at every level; `source` is named then."""
+    kind = str(record.get("kind")) if isinstance(record, dict) else ""
+    check_type(record, KINDS.get(kind, Circumstances), os.fspath(source), LATER.get(kind, frozenset()))

@@ -37,6 +37,11 @@ def show_share(value: float) -> str:
     return show_percent(value, 0) if value >= 0.0995 else f"{100 * value:.2g} %"
 
 
+def show_floor_share(value: float, low: float | None = None, high: float | None = None) -> str:
+    """A share of the bandwidth floor, and p10 and p90 of the runs' shares by the bandwidth beside each."""
+    return show_share(value) + ("" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]")
+
+
 def show_fraction(value: float) -> str:
     """A fraction that somebody chose, in per cent with the digits it was given: 0.025 is 2.5 %."""
     return f"{100 * value:g} %"
@@ -55,7 +60,9 @@ def show_accuracy(value: float | str, low: float | None = None, high: float | No
     return f"{show_percent(value)}{interval}"
 
 
-def show_difference(value: float, p_value: float) -> str:
-    """Percentage points and the p-value of the paired test."""
+def show_difference(value: float, p_value: float | None) -> str:
+    """Percentage points and the p-value of the paired test, where there was one."""
+    if p_value is None:
+        return f"{100 * value:+.1f}"
     chance = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
     return f"{100 * value:+.1f} ({chance})"

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halve.errors import DataError, reading
-from halve.files import parse_json
+from halve.checkpoint.manifest import Manifest
+from halve.errors import DataError
+from halve.files.typed import check_type, read_value
 from halve.files.work import is_scratch_name
-from halve.measure.records import Record, check_record
+from halve.measure.records import Record, check_record, looks_like_record
+from halve.studies.layers import check_analysis, is_analysis
 from halve.texts import files_below
 
 # files of a model folder that are large and hold nothing of interest
@@ -33,7 +35,8 @@ class Contents:
     searches: dict[Path, Record] = field(default_factory=dict)
     reproductions: dict[Path, Record] = field(default_factory=dict)
     analyses: dict[Path, dict[str, Any]] = field(default_factory=dict)  # of halve layers
-    manifests: dict[Path, dict[str, Any]] = field(default_factory=dict)  # by model folder
+    manifests: dict[Path, Manifest] = field(default_factory=dict)  # by model folder
+    left_out: dict[Path, str] = field(default_factory=dict)  # malformed files, with what is wrong
 
     @property
     def everything(self) -> dict[Path, Record]:
@@ -54,7 +57,10 @@ def _named(search: Path, trials: Sequence[dict[str, Any]]) -> set[Path]:
 
 
 def read_contents(folder: Path) -> Contents:
-    """Read every JSON file below `folder` that halve wrote. Raises DataError when there is none, or one is malformed."""
+    """Read every JSON file below `folder` that halve wrote; one that is malformed is left out, with what is wrong.
+
+    Raises DataError when nothing can be shown.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder: name one with records, models, or a study")
     contents = Contents()
@@ -63,46 +69,27 @@ def read_contents(folder: Path) -> Contents:
         unfinished = any(is_scratch_name(part) or part.startswith(".") for part in place.parts[:-1])
         if unfinished or path.name.startswith(_PASSED_OVER):
             continue
-        _sort_in(contents, place, _read(path), path)
+        try:
+            _sort_in(contents, place, path)
+        except DataError as error:
+            contents.left_out[place] = str(error).removeprefix(f"{path} ")
     if not (contents.everything or contents.analyses or contents.manifests):
+        why = "".join(f"; {place} {wrong}" for place, wrong in list(contents.left_out.items())[:1])
         raise DataError(
-            f"{folder}: holds no record, no model of halve and no study: make records with --json, or name another folder"
+            f"{folder}: holds no record, no model of halve and no study{why}: make records with --json, or name another folder"
         )
     return contents
 
 
-def _read(path: Path) -> Any:
-    with reading(path, DataError):
-        try:
-            return parse_json(path)
-        except ValueError as error:
-            raise DataError(f"{path}: not readable as JSON ({error}): write it again or move it elsewhere") from error
-
-
-def _sort_in(contents: Contents, place: Path, value: Any, path: Path) -> None:
-    if not isinstance(value, dict):
-        return
-    if path.name == "halve.json" and isinstance(value.get("steps"), list):
-        if not _is_manifest(value):
-            raise DataError(f"{path}: is malformed, its steps do not say what they did: compress the model again")
+def _sort_in(contents: Contents, place: Path, path: Path) -> None:
+    value = read_value(path)
+    if path.name == "halve.json":
+        check_type(value, Manifest, path)
         contents.manifests[place.parent] = value
-    elif path.name == "layers.json" and "best_first_layer" in value:
+    elif path.name == "layers.json" and is_analysis(value):
+        check_analysis(value, path)
         contents.analyses[place] = value
-    elif "kind" in value and "halve_version" in value:
-        check_record(value, str(path))
+    elif looks_like_record(value):
+        check_record(value, path)
         kinds = {"search": contents.searches, "reproduction": contents.reproductions}
         kinds.get(value["kind"], contents.records)[place] = value
-
-
-def _is_manifest(value: dict[str, Any]) -> bool:
-    """Whether a halve.json says of each step what the page tells."""
-    sizes = ("linear_bytes_before", "linear_bytes_after")
-    return isinstance(value.get("calibration"), dict | None) and all(
-        isinstance(step, dict)
-        and isinstance(step.get("step"), str)
-        and isinstance(step.get("resolved", {}), dict)
-        and all(isinstance(step.get(size), int) for size in sizes)
-        and isinstance(step.get("linears"), list)
-        and all(isinstance(line, dict) and {"name", "action"} <= line.keys() for line in step["linears"])
-        for step in value["steps"]
-    )

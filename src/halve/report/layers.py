@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Sequence
 
+from halve.checkpoint.manifest import StepReport
 from halve.measure.pictures import lines
 from halve.report import plots
 
@@ -17,19 +18,25 @@ MEASURES = {
 }
 
 
-def error_series(step: dict[str, Any]) -> tuple[str, dict[str, dict[int, float]]] | None:
+Series = dict[str, dict[int, float]]  # by role and layer
+_LARGEST_DRAWN = 1e18
+
+
+def error_series(step: StepReport) -> tuple[str, Series] | None:
     """The most telling measure of a manifest's step, by role and layer; None when it measured nothing by layer."""
     for key, title in MEASURES.items():
-        series: dict[str, dict[int, float]] = {}
+        series: Series = {}
         for row in step["linears"]:
-            place = re.search(r"\.(\d+)\.", row["name"])
-            if place and isinstance(row.get(key), int | float):
-                series.setdefault(row["name"].rsplit(".", 1)[-1], {})[int(place[1])] = row[key]
+            place, error = re.search(r"\.([0-9]{1,9})\.", row["name"]), row.get(key)
+            if place and isinstance(error, int | float) and abs(error) < _LARGEST_DRAWN:
+                series.setdefault(row["name"].rsplit(".", 1)[-1], {})[int(place[1])] = float(error)
         if series:
             return title, series
     return None
 
 
-def error_plot(title: str, series: dict[str, dict[int, float]], described: str) -> str:
-    """One line for each kind of linear over the layers, in per cent."""
-    return plots.draw(lines(series, x="layer", y=title, percent=True), described)
+def error_plot(title: str, panels: Sequence[Series], described: str) -> str:
+    """One line for each kind of linear over the layers, in per cent: side by side for several steps, on the same axes."""
+    roles = list(dict.fromkeys(role for series in panels for role in series))
+    painters = [lines(series, x="", y="", percent=True, among=roles) for series in panels]
+    return plots.draw_multiples(painters, "layer", title, described)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halve.checkpoint.manifest import Manifest, StepReport
 from halve.compression.methods import METHODS
 from halve.compression.recipe import option_text
-from halve.measure.records import Record
-from halve.measure.table import Comparison, Row, compare, evaluation_setup
+from halve.measure.records import Measurement, Record
+from halve.measure.table import Comparison, Row, compare, evaluation_setups
 from halve.measure.units import byte_unit, show_bytes
 from halve.report import layers, plots
 from halve.report.blocks import Block, FactsBlock, Plot, PlotsBlock, Section, TableBlock
@@ -18,6 +19,7 @@ from halve.report.contents import Contents
 from halve.report.plots import Mark
 from halve.studies.layer_plots import by_run, by_sublayer
 
+_LARGEST_DRAWN = 1e18  # the perplexity of a broken model is beyond what an axis can show, or infinite
 _ALWAYS = ("bits", "group_size", "fraction", "count")  # options worth saying even at their defaults
 
 
@@ -40,13 +42,12 @@ def results(contents: Contents) -> Section:
 
 def _plots(table: Comparison, records: Sequence[Record]) -> list[Plot]:
     made = []
-    quality = [c for c in table.columns if c.title.startswith(("accuracy", "perplexity"))]
+    quality = [column for column in table.columns if column.setup]
+    evaluated = {Measurement.of(r): r for r in records if r["kind"] == "evaluation"}
+    chances = {setup: evaluated[key].get("chance") for key, setup in evaluation_setups(evaluated).items()}
     speed, size = "decode_tokens_per_s", "weight_bytes"
     for column in quality:
-        setup = column.keys[0].partition(" (")[2].removesuffix(")")
-        chance = next(
-            (r.get("chance") for r in records if r["kind"] == "evaluation" and evaluation_setup(r) == setup), None
-        )
+        setup, chance = column.setup, chances[column.setup]
         y = f"{column.title} (%)" if column.title.startswith("accuracy") else column.title
         for key, x in ((size, "weights"), (speed, "decode (tokens/s)")):
             if column.title.startswith("perplexity") and key == speed:
@@ -70,13 +71,15 @@ def _plot(
     for number, row in enumerate(rows):
         figures = [row.get(key) for key in (x_key, *keys, "", "")][:4]
         place, value, low, high = (v if isinstance(v, int | float) else None for v in figures)
-        if place is not None and value is not None:
+        if place is not None and value is not None and abs(value) < _LARGEST_DRAWN:
             ends = [None if end is None else end * factor for end in (low, high)]
             marks.append(Mark(row["model"], place / scale, value * factor, *ends, kind=min(number, 1)))
     if len(marks) < 2:
         return []
     level = None if chance is None or factor == 1 else 100 * chance
-    paint = plots.scatter(marks, x=x, y=y, line=level, line_label="chance" if level is not None else "")
+    paint = plots.scatter(
+        marks, x=x, y=y, line=level, line_label="chance" if level is not None else "", log=y.startswith("perplexity")
+    )
     return [Plot(plots.draw(paint, caption), caption)]
 
 
@@ -108,7 +111,7 @@ def recipes(contents: Contents) -> Section:
     rows = []
     for place, manifest in contents.manifests.items():
         for step in manifest["steps"]:
-            name = place.name if place.name else str(manifest.get("base_model", "model"))
+            name = place.name if place.name else manifest["base_model"]
             done = [line for line in step["linears"] if line["action"] != "skipped"]
             rows.append([
                 name,
@@ -130,16 +133,18 @@ def recipes(contents: Contents) -> Section:
     return section
 
 
-def _calibration(manifest: dict[str, Any], step: dict[str, Any]) -> str:
-    origin = manifest.get("calibration")
+def _calibration(manifest: Manifest, step: StepReport) -> str:
+    origin = manifest["calibration"]
     method = METHODS.get(step["step"])
     if not origin or (method is not None and getattr(method, "calibrates", None) is False):
         return "-"
     return f"{origin.get('windows')} windows of {origin.get('window_tokens')} tokens of {origin.get('source')}"
 
 
-def step_text(step: dict[str, Any]) -> str:
+def step_text(step: Mapping[str, Any] | str) -> str:
     """A step of a manifest or record as it is written on the command line, most options at their defaults left out."""
+    if isinstance(step, str):
+        return step
     name = str(step["step"])
     method = METHODS.get(name)
     defaults = {f.name: f.default for f in dataclasses.fields(method)} if method else {}
@@ -155,14 +160,19 @@ def step_text(step: dict[str, Any]) -> str:
 def errors(contents: Contents) -> Section:
     """What every layer lost, by kind of linear."""
     section = Section("errors", "Error per layer")
-    shown = []
+    by_measure: dict[str, dict[str, layers.Series]] = {}
     for place, manifest in contents.manifests.items():
         for step in manifest["steps"]:
-            series = layers.error_series(step)
-            if series is not None:
-                title, by_role = series
-                caption = f"{place.name or manifest.get('base_model')}: {step_text(step.get('resolved') or step)}"
-                shown.append(Plot(layers.error_plot(title, by_role, f"{title}, {caption}"), caption))
+            found = layers.error_series(step)
+            if found is not None:
+                title, series = found
+                panels = by_measure.setdefault(title, {})
+                name = f"{place.name or manifest['base_model']}: {step_text(step.get('resolved') or step)}"
+                panels[name if name not in panels else f"{place}: {name}"] = series
+    shown = []
+    for title, panels in by_measure.items():
+        caption = "; ".join(panels if len(panels) == 1 else (f"{n}: {name}" for n, name in enumerate(panels, 1)))
+        shown.append(Plot(layers.error_plot(title, list(panels.values()), title), caption))
     if shown:
         section.blocks.append(PlotsBlock(shown))
     return section
@@ -208,4 +218,7 @@ def provenance(contents: Contents) -> Section:
             missing |= {(str(what), str(why)): None for what, why in items if what not in passed_over}
     if missing:
         section.blocks.append(TableBlock(["not measured", "why"], [list(pair) for pair in missing], text_columns=2))
+    if contents.left_out:
+        rows = [[str(place), wrong] for place, wrong in contents.left_out.items()]
+        section.blocks.append(TableBlock(["left out", "what is wrong"], rows, text_columns=2))
     return section

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from halve._version import __version__
+from halve.escapes import plain
 from halve.files import check_output_path, write_text
 from halve.report import models, studies
 from halve.report.blocks import Section
@@ -24,14 +26,24 @@ _SECTIONS = (
 )
 
 
-def write_page(folder: str | Path, out: str | Path | None = None, *, title: str | None = None) -> Path:
+def write_page(
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    title: str | None = None,
+    on_left_out: Callable[[str], None] | None = None,
+) -> Path:
     """Write a page about the records, models and studies below `folder` to `out` (default: `folder`/report.html).
 
-    Nothing is loaded from anywhere: style and plots (SVG) are inside. Returns the path. Raises DataError when the folder
+    Nothing is loaded from anywhere: style and plots (SVG) are inside. Returns the path. What is malformed is left out, and
+    named on the page; `on_left_out` is called with a sentence about each. Raises DataError when the folder
     holds nothing to show, OutputError when the page cannot be written.
     """
     folder = Path(folder)
     contents = read_contents(folder)
+    if on_left_out is not None:
+        for place, wrong in contents.left_out.items():
+            on_left_out(f"{folder / place} {wrong}")
     target = check_output_path(folder / FILE if out is None else out, "a page", _is_page)
     write_text(target, render(contents, title or folder.resolve().name))
     return target
@@ -47,10 +59,14 @@ def render(contents: Contents, title: str) -> str:
     from markupsafe import Markup, escape
 
     environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=False
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=False,
+        finalize=lambda value: value if isinstance(value, Markup) else plain(value),
     )
     # lists of options are long words: they may break behind a comma
-    environment.filters["breakable"] = lambda text: Markup(str(escape(text)).replace(",", ",<wbr>"))
+    environment.filters["breakable"] = lambda text: Markup(str(escape(plain(text))).replace(",", ",<wbr>"))
     sections = [section for section in (make(contents) for make in _SECTIONS) if section.blocks]
     return environment.get_template("report.html.j2").render(
         title=title,

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from halve.measure.pictures import COLOURS, GREY, Painter, new_figure
+from halve.escapes import plain
+from halve.measure.pictures import COLOURS, GREY, LONGEST_NAME, Painter, log_scale, new_figure, plain_texts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,9 +48,37 @@ def draw(paint: Painter, description: str, size: tuple[float, float] = SIZE) -> 
         return _svg(figure, description)
 
 
+def draw_multiples(painters: Sequence[Painter], x: str, y: str, description: str) -> str:
+    """The SVG of several pairs of axes with the same limits and one legend, numbered from 1; a single one is large."""
+    columns = 1 if len(painters) == 1 else 2
+    rows = -(-len(painters) // columns)
+    with new_figure((SIZE[0], 0.9 + (2.2 if columns == 1 else 1.2 * rows)), _STYLE) as figure:
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+        for number, (axes, paint) in enumerate(zip(grid, painters, strict=False), 1):
+            paint(axes)
+            if columns > 1:
+                axes.set_title(str(number), loc="left", pad=2)
+        for axes in grid[len(painters) :]:
+            axes.set_axis_off()
+        entries = {}
+        painted = grid[: len(painters)]
+        # painting one of them has ended the common scaling
+        painted[0].set_ylim(0, 1.05 * max(axes.dataLim.ymax for axes in painted) or None)
+        for axes in painted[-columns:]:
+            axes.tick_params(labelbottom=True)
+        for axes in painted:
+            handles, labels = axes.get_legend_handles_labels()
+            entries |= dict(zip(labels, handles, strict=True))
+        figure.supxlabel(x, fontsize="medium")
+        figure.supylabel(y, fontsize="medium")
+        figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=4, handlelength=1.4)
+        return _svg(figure, description)
+
+
 def _svg(figure: Figure, description: str) -> str:
     from html import escape
 
+    plain_texts(figure)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -64,14 +93,15 @@ def _svg(figure: Figure, description: str) -> str:
     text = text.replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
     text = re.sub(r"font: (\d+\.?\d*)px [^;\"]*", r"font-size: \1px", text)  # the page's own fonts
     text = re.sub(r"font-family: [^;\"]*; ?", "", text)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(plain(description))}" ', 1)
 
 
 def scatter(
     marks: Sequence[Mark], *, x: str, y: str, kinds: Mapping[int, str] | None = None, line: float | None = None,
-    line_label: str = "",
+    line_label: str = "", log: bool = False,
 ) -> Painter:  # fmt: skip
-    """Points with intervals and names. `kinds`: legend text of each kind; `line`: a dotted level, such as chance."""
+    """Points with intervals and names. `kinds`: legend text of each kind; `line`: a dotted level, such as chance; `log`: y
+    by factors, where all are above 0."""
 
     def paint(axes: Axes) -> None:
         for kind in dict.fromkeys(mark.kind for mark in marks):
@@ -89,6 +119,8 @@ def scatter(
             axes.axhline(line, color=GREY, linestyle=":", label=line_label or None)
         axes.margins(0.14)
         axes.set(xlabel=x, ylabel=y)
+        if log and all(mark.y > 0 for mark in marks):
+            log_scale(axes)
         if kinds or line_label:
             axes.legend(loc="best")
         _label(axes, marks)
@@ -106,17 +138,19 @@ def _label(axes: Axes, marks: Sequence[Mark]) -> None:
     scale = 72 / figure.dpi
     places = [axes.transData.transform((m.x, m.y)) * scale for m in marks]
     taken += [(px - 3, py - 3, px + 3, py + 3) for px, py in places]
-    left, right = (axes.get_window_extent().x0 * scale, axes.get_window_extent().x1 * scale)
+    left, bottom, right, top = (end * scale for end in axes.get_window_extent().extents)
     for mark, (px, py) in zip(marks, places, strict=True):
-        size = width * len(mark.name)
+        name = plain(mark.name, LONGEST_NAME)
+        size = width * len(name)
         for dx, dy, side in _OFFSETS:
             x0 = px + dx - {"left": 0.0, "center": size / 2, "right": size}[side]
             box = (x0, py + dy, x0 + size, py + dy + height)
-            if x0 < left - 4 or x0 + size > right + 4 or any(_overlap(box, other) for other in taken):
+            inside = x0 >= left - 4 and box[2] <= right + 4 and box[1] >= bottom and box[3] <= top + 4
+            if not inside or any(_overlap(box, other) for other in taken):
                 continue
             taken.append(box)
             axes.annotate(
-                mark.name, (mark.x, mark.y), (dx, dy), textcoords="offset points", ha=side, va="bottom", fontsize=8
+                name, (mark.x, mark.y), (dx, dy), textcoords="offset points", ha=side, va="bottom", fontsize=8
             )
             break
 

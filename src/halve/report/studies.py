@@ -74,7 +74,7 @@ def _winner(winner: dict[str, Any] | None) -> list[tuple[str, str]]:
         verdict = {True: ", confirmed", False: ", NOT confirmed"}.get(winner.get("confirmed", ""), "")
         facts.append(("accuracy, held out", show_accuracy(winner["held_out_accuracy"], *interval) + verdict))
     if winner.get("held_out_difference_to_dense") is not None:
-        test = winner["held_out_difference_to_dense"], winner["held_out_difference_p_value"]
+        test = winner["held_out_difference_to_dense"], winner.get("held_out_difference_p_value")
         facts.append(("to the dense model", show_difference(*test)))
     return facts
 

@@ -7,7 +7,7 @@ import io
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from halve.checkpoint.tokenizer import load_tokenizer
 from halve.compression.distances import LayerDistances, best_start, measure_every_run
 from halve.compression.walk import Walk
 from halve.compression.windows import CalibrationOptions, make_windows
-from halve.errors import OutputError
+from halve.errors import DataError, OutputError
 from halve.files import read_object, resolve_out, write_json, write_text
+from halve.files.typed import check_type
 from halve.studies.layer_plots import write_plots
 from halve.texts import read_documents
 
+_Distance = Annotated[float, (0, 1.001)]  # rounded
 FILES = ("layers.json", "distances.csv", "sublayers.csv", "layers.png")
 
 
@@ -118,6 +120,44 @@ def analyse_layers(
     write_text(folder / "sublayers.csv", analysis.sublayers_csv())
     write_plots(analysis.as_json(), folder / "layers.png", mark)
     return analysis
+
+
+class TurnJson(TypedDict):
+    """How far one layer or sublayer turns the stream."""
+
+    last_token: _Distance
+
+
+class AnalysisJson(TypedDict):
+    """What layers.json holds, as far as it is read."""
+
+    model: str
+    data: NotRequired[dict[str, Any]]
+    sublayers: dict[str, dict[str, TurnJson]]
+    best_first_layer: dict[str, int]
+    last_token: list[list[_Distance]]
+
+
+def is_analysis(value: Any) -> bool:
+    """Whether a value out of JSON is meant to be what `analyse_layers` writes."""
+    return (
+        isinstance(value, dict) and len({"distance", "best_first_layer", "last_token", "sublayers"} & value.keys()) > 1
+    )
+
+
+def check_analysis(value: Any, source: str | Path) -> None:
+    """Raise DataError unless `value` holds the distances of all pairs of layers, and what follows from them."""
+    check_type(value, AnalysisJson, source)
+    points = len(value["last_token"])
+    fault = None
+    if any(len(row) != points for row in value["last_token"]):
+        fault = f'"last_token" is not {points} rows of {points}'
+    elif any(not 0 <= value["best_first_layer"].get(str(n), -1) < points - n for n in range(1, points - 1)):
+        fault = '"best_first_layer" does not name a layer for every count'
+    elif not {layer for turns in value["sublayers"].values() for layer in turns} <= {str(n) for n in range(points - 1)}:
+        fault = '"sublayers" are not by layer'
+    if fault is not None:
+        raise DataError(f"{source} is malformed, {fault}: run halve layers again")
 
 
 def _claim(folder: Path, model: Path) -> Path:

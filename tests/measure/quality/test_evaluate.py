@@ -17,13 +17,13 @@ from halve.checkpoint.tokenizer import load_tokenizer
 from halve.cli import terminal
 from halve.cli.app import main
 from halve.errors import DataError
+from halve.measure.kinds import EvaluationRecord
 from halve.measure.quality import options as options_module
 from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded, prepare
 from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.protocols import ChoiceProtocol
 from halve.measure.quality.protocols.letter import letter_prompt
 from halve.measure.quality.task import Evaluation, Task
-from halve.measure.records import EvaluationRecord
 
 CIRCUMSTANCES = ("date", "command")
 

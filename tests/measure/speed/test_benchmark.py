@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from halve.cli import terminal as show
 from halve.errors import HalveError, OutputError
 from halve.kernels import cpu
 from halve.measure import machine
-from halve.measure.records import BenchmarkRecord, read_record, write_record
+from halve.measure.kinds import BenchmarkRecord
+from halve.measure.records import read_record, write_record
 from halve.measure.speed import benchmark as module
 from halve.measure.speed import timed_model, timing
 from halve.measure.speed.benchmark import benchmark, benchmark_side_by_side
@@ -65,6 +67,8 @@ def test_a_real_run_has_every_figure(folder: Path, tmp_path: Path) -> None:
     assert math.isclose(record["prefill_tokens_per_s"], 16_000 / record["ttft_ms"])
     assert record["long_prompt"]["prompt_tokens"] == 200
     assert record["long_prompt"]["ttft_ms"] > 0
+    assert record["long_prompt"]["peak_memory_bytes"] >= record["peak_memory_bytes"]
+    assert (record["peak_memory_prompt_tokens"], len(record["bandwidths_beside_gb_per_s"])) == (16, 5)
     # Python with PyTorch alone is above 100 MB, this model is below 1 MB
     assert 1e8 < record["baseline_memory_bytes"] <= record["peak_memory_bytes"] < 2e9
     assert 0.2 < record["bandwidth_gb_per_s"] < 5_000
@@ -82,6 +86,30 @@ def test_floor_counts_weights_one_embedding_row_keys_and_values(folder: Path) ->
     assert record["floor_share"] == pytest.approx(record["floor_ms"] / record["decode_ms_median"])
     assert record["not_measured"]["long_prompt"] == "not asked for"
     assert (record["peak_memory_bytes"], record["peak_memory_above_baseline_bytes"]) == (180, 80)
+
+
+def test_the_floor_takes_the_best_bandwidth_and_says_how_it_varied(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four runs of equal steps, the bandwidth before, between and after them: 4, 8, 2, 2 and 6 GB/s."""
+    samples = iter([4.0, 8.0, 2.0, 2.0, 6.0])
+    monkeypatch.setattr(module, "bandwidth_gb_per_s", lambda device: next(samples))
+    monkeypatch.setattr(timed_model, "peak_memory", lambda *_, **__: {"peak": 180})
+    monkeypatch.setattr(timed_model, "time_pass", lambda *_: PassTimes(10.0, [1.0] * 3))
+    record = benchmark(folder, prompt_tokens=10, new_tokens=4, runs=4, long_prompt_tokens=0)
+    assert record["bandwidth_gb_per_s"] == 8.0
+    assert record["bandwidths_beside_gb_per_s"] == [8.0, 8.0, 2.0, 6.0]  # the better one of before and after
+    share = record["floor_share"]
+    assert share == pytest.approx(record["floor_ms"] / 1.0)
+    # the same bytes against 8, 8, 2 and 6 GB/s: 1, 1, 4 and 4/3 times the share; the median is between 1 and 4/3
+    assert record["floor_beside_share"] == pytest.approx(share * 7 / 6)
+    assert record["floor_beside_share_p10"] == pytest.approx(share)
+    assert any(
+        note.startswith("the machine was busy: the bandwidth beside the runs was 2.0 to 8.0")
+        for note in record["notes"]
+    )
+    show.benchmark(record)
+    assert "of what the bandwidth beside each run allows" in capsys.readouterr().out
 
 
 def test_sliding_windows_bound_the_keys_read(make_hf: Callable[..., Path]) -> None:
@@ -193,19 +221,23 @@ def test_random_weights_need_a_config_only(folder: Path, tmp_path: Path) -> None
     assert record["command"].endswith("--device cpu --dtype fp32 --random-weights")
 
 
+SHORT: dict[str, Any] = {
+    "prompt_tokens": 8, "new_tokens": 4, "long_prompt_tokens": 0, "long_budget_s": 0.0, "dtype": "float32", "backend": "auto",
+    "random_weights": True, "threads": 1,
+}  # fmt: skip
+
+
 def test_peak_memory_counts_the_model_and_not_the_caller(folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     wide = {"vocab_size": 12_000, "hidden_size": 512, "intermediate_size": 1024}
     (tmp_path / "config.json").write_text(json.dumps(config | wide))
     weights = (2 * 12_000 * 512 + 3 * (2 * 512 * 32 + 2 * 512 * 16 + 3 * 512 * 1024)) * 4  # 4 heads of 8, 2 of them k/v
     ballast = torch.ones(256 << 20, dtype=torch.uint8)
-    held = peak_memory(
-        tmp_path, prompt_tokens=8, new_tokens=4, dtype="float32", backend="auto", random_weights=True, threads=1
-    )
+    held = peak_memory(tmp_path, **SHORT | {"long_prompt_tokens": 120, "long_budget_s": None})
     above = held["peak"] - held["baseline"]
     assert weights < above < 2 * weights + 50e6
     assert held["baseline"] <= held["loaded"] <= held["peak"]
-    assert held["peak_loading"] <= held["peak"]
+    assert held["peak_loading"] <= held["peak"] <= held["peak_long"] < held["peak"] + 100e6
     assert ballast.sum() > 0  # kept alive until here
 
 
@@ -225,15 +257,7 @@ def test_a_failed_memory_measurement_is_said_and_costs_nothing_else(
 
 def test_a_failing_worker_gives_its_last_line(tmp_path: Path) -> None:
     with pytest.raises(HalveError, match=r"ended with code 1: .*no such folder"):
-        peak_memory(
-            tmp_path / "none",
-            prompt_tokens=1,
-            new_tokens=1,
-            dtype=None,
-            backend="auto",
-            random_weights=False,
-            threads=1,
-        )
+        peak_memory(tmp_path / "none", **SHORT)
 
 
 @pytest.mark.usefixtures("quick")

@@ -19,7 +19,7 @@ def test_the_map_names_every_room_top_layer_first() -> None:
     rows = layout.make_map("", pages.ROOT).splitlines()[2:]
     rooms = [row.split("[")[1].split("]")[0] for row in rows]
     assert {room.split("/")[0].removesuffix(".py") for room in rooms} == set().union(*LAYERS)
-    assert rooms[0] == "cli/" and rooms[-1] == "progress.py"
+    assert rooms[0] == "cli/" and rooms[-1] == "escapes.py"
     assert "compression/methods/" in rooms
     levels = [int(row.split("|")[1]) for row in rows]
     assert levels == sorted(levels, reverse=True)

@@ -9,6 +9,7 @@ import pytest
 
 from halve.errors import DataError
 from halve.measure.records import new_record, write_record
+from tests.common import BENCHMARK
 from tools.docs import __main__, pages, tables
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -30,11 +31,8 @@ def root(tmp_path: Path) -> Path:
             "benchmark",
             f"models/{name}",
             command="halve",
-            decode_ms_median=decode,
-            long_prompt={"ttft_ms": 1234.5678} if name == "a" else None,
-            weight_bytes=2_000_000,
-            floor_share=0.5,
-            device_name="Chip",
+            **BENCHMARK | {"decode_ms_median": decode, "weight_bytes": 2_000_000, "floor_share": 0.5},
+            long_prompt={"prompt_tokens": 9, "ttft_ms": 1234.5678, "decode_ms_median": 1.0} if name == "a" else None,
         )
         write_record(tmp_path / "results" / f"{name}.json", record)
     return tmp_path

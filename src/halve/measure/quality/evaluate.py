@@ -17,13 +17,14 @@ from halve.checkpoint.identity import model_identity, versions
 from halve.checkpoint.reader import check_device, find_model, load_model
 from halve.checkpoint.tokenizer import load_tokenizer
 from halve.decode.text_stream import TokenizerLike
+from halve.measure.kinds import EvaluationRecord
 from halve.measure.machine import dtype_name
 from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.protocols import ChoiceProtocol
 from halve.measure.quality.resume import ProgressFile
 from halve.measure.quality.task import Evaluation
 from halve.measure.quality.tasks import TASKS
-from halve.measure.records import EvaluationRecord, checkpoint_recipe, new_record
+from halve.measure.records import checkpoint_recipe, new_record
 from halve.model.decoder import Model
 
 

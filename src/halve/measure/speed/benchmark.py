@@ -19,14 +19,16 @@ import torch
 from halve.checkpoint.reader import DTYPES, check_device
 from halve.errors import HalveError
 from halve.kernels.cpu import load_library
+from halve.measure.kinds import BenchmarkRecord
 from halve.measure.machine import bandwidth_gb_per_s, describe_device, dtype_name, last_level_cache_bytes
 from halve.measure.pictures import check_picture_path
-from halve.measure.records import BenchmarkRecord, new_record
+from halve.measure.records import new_record
 from halve.measure.speed.profiling import profile_run
 from halve.measure.speed.timed_model import BenchmarkOptions, ExtraTiming, Placement, TimedModel
-from halve.measure.speed.timing import PassTimes, spread, step_floor_ms
-from halve.model.decoder import Model
+from halve.measure.speed.timing import spread, step_floor_ms
 from halve.progress import progress
+
+_BUSY = 0.8  # a bandwidth below this share of the best: another program was at the memory bus
 
 
 def benchmark(
@@ -90,23 +92,22 @@ def measure_in_turns(
     profile_plot: Path | None = None,
 ) -> list[BenchmarkRecord]:
     """Load, warm up and time models in turn; one record each. For `benchmark_side_by_side`, and scripts that make models."""
-    with progress("benchmark", len(models) * (2 + options.runs) + 2) as advance:
+    with progress("benchmark", len(models) * (2 + options.runs)) as advance:
         for timed in models:
             timed.load(options, placement)
             advance(1)
-        bandwidth = bandwidth_gb_per_s(placement.device)
-        advance(1)
         for timed in models:
             timed.warm_up(options)
             advance(1)
+        # between all runs, and the best one counts: another program may be at the memory bus for some of them
+        bandwidths = [bandwidth_gb_per_s(placement.device)]
         for _ in range(options.runs):
             for timed in models:
                 timed.measure(options)
+                bandwidths.append(bandwidth_gb_per_s(placement.device))
+                timed.bandwidths.append(max(bandwidths[-2:]))
                 advance(1)
-        # measured before and after, best taken: another program may have been at the memory bus for one of them
-        bandwidth = max(bandwidth, bandwidth_gb_per_s(placement.device))
-        advance(1)
-    records = [make_record(timed, options, placement, bandwidth, command) for timed in models]
+    records = [make_record(timed, options, placement, max(bandwidths), command) for timed in models]
     if profile_plot is not None:
         records[0]["profile"] = profile_run(
             models[0].model, options.prompt_tokens, options.new_tokens, options.seed, profile_plot
@@ -119,12 +120,13 @@ def measure_in_turns(
 def make_record(
     timed: TimedModel, options: BenchmarkOptions, placement: Placement, bandwidth: float, command: str
 ) -> BenchmarkRecord:
-    """The record of a measured model; `bandwidth` in GB/s, measured in the same run."""
+    """The record of a measured model; `bandwidth` in GB/s, the best seen in the same run."""
     model, checkpoint = timed.model, timed.checkpoint
     figures = {
-        prompt_tokens: _speed(model, prompt_tokens, options.new_tokens, times, bandwidth)
-        for prompt_tokens, times in timed.passes.items()
+        prompt_tokens: _speed(timed, prompt_tokens, options.new_tokens, bandwidth) for prompt_tokens in timed.passes
     }
+    if "peak_long" in timed.memory and options.long in figures:
+        figures[options.long]["peak_memory_bytes"] = timed.memory["peak_long"]
     record = new_record(
         "benchmark",
         timed.name,
@@ -144,7 +146,9 @@ def make_record(
         weight_bytes=model.weight_bytes(),
         step_weight_bytes=model.step_bytes(),
         **_memory_figures(timed),
+        peak_memory_prompt_tokens=options.prompt_tokens,
         bandwidth_gb_per_s=bandwidth,
+        bandwidths_beside_gb_per_s=timed.bandwidths,
         bandwidth_kind="copy, reads and writes counted" if placement.device.startswith("cuda") else "read",
         notes=_notes(timed, placement),
         not_measured=timed.not_measured,
@@ -152,15 +156,14 @@ def make_record(
     return cast(BenchmarkRecord, record)
 
 
-def _speed(
-    model: Model, prompt_tokens: int, new_tokens: int, times: list[PassTimes], bandwidth: float
-) -> dict[str, Any]:
+def _speed(timed: TimedModel, prompt_tokens: int, new_tokens: int, bandwidth: float) -> dict[str, Any]:
     """Figures of one prompt length: medians over the runs, decode percentiles over the steps of all runs."""
+    times = timed.passes[prompt_tokens]
     ttft_p10, ttft, ttft_p90 = spread([t.ttft_ms for t in times])
     step_p10, step, step_p90 = spread([ms for t in times for ms in t.steps_ms])
     _, decode_rate, _ = spread([1e3 * len(t.steps_ms) / sum(t.steps_ms) for t in times])
-    floor = step_floor_ms(model, prompt_tokens, new_tokens, bandwidth)
-    return {
+    floor = step_floor_ms(timed.model, prompt_tokens, new_tokens, bandwidth)
+    figures = {
         "prompt_tokens": prompt_tokens,
         "ttft_ms": ttft,
         "ttft_ms_p10": ttft_p10,
@@ -173,6 +176,13 @@ def _speed(
         "floor_ms": floor,
         "floor_share": floor / step,
     }
+    if timed.bandwidths:
+        # each run against the bandwidth beside it: how far a busy machine moves the share
+        beside = zip(timed.bandwidths, times, strict=True)
+        shares = [floor * bandwidth / near / spread(one.steps_ms)[1] for near, one in beside]
+        names = ("floor_beside_share_p10", "floor_beside_share", "floor_beside_share_p90")
+        figures |= dict(zip(names, spread(shares), strict=True))
+    return figures
 
 
 def _extra_figures(timed: TimedModel) -> dict[str, dict[str, float] | None]:
@@ -209,6 +219,9 @@ def _notes(timed: TimedModel, placement: Placement) -> list[str]:
         return notes
     if "peak" in timed.memory:
         notes.append("peak memory is the resident memory of a separate process, Python and PyTorch included")
+    if timed.bandwidths and min(timed.bandwidths) < _BUSY * max(timed.bandwidths):
+        low, high = min(timed.bandwidths), max(timed.bandwidths)
+        notes.append(f"the machine was busy: the bandwidth beside the runs was {low:.1f} to {high:.1f} GB/s")
     if isinstance(reason := load_library(), str):
         notes.append(f"PyTorch's own operations ran: {reason}")
     cache = last_level_cache_bytes()

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ def peak_memory(
     *,
     prompt_tokens: int,
     new_tokens: int,
+    long_prompt_tokens: int,
+    long_budget_s: float | None,
     dtype: str | None,
     backend: str,
     random_weights: bool,
@@ -30,13 +33,16 @@ def peak_memory(
 ) -> dict[str, int]:
     """Bytes of resident memory of a fresh process at its stages.
 
-    baseline (after the imports), loaded (after loading), peak_loading (highest until then), peak (highest of all).
+    baseline (after the imports), loaded (after loading), peak_loading (highest until then), peak (highest of all), peak_long
+    (highest with the long prompt after the other; not there for 0 tokens, and where it would take longer than the budget).
     Raises HalveError with the last line the process wrote when it fails, for example when it is killed for memory.
     """
     request = {
         "model": os.fspath(model),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
+        "long_prompt_tokens": long_prompt_tokens,
+        "long_budget_s": long_budget_s,
         "dtype": dtype,
         "backend": backend,
         "random_weights": random_weights,
@@ -76,9 +82,18 @@ def _work(request: dict[str, Any]) -> dict[str, int]:
         random_weights=request["random_weights"],
     )
     stages["loaded"] = resident_bytes()
-    generate(model, [[0] * request["prompt_tokens"]], max_new_tokens=request["new_tokens"])
+    prompt, long, new, budget_s = (
+        request[k] for k in ("prompt_tokens", "long_prompt_tokens", "new_tokens", "long_budget_s")
+    )
+    start = time.perf_counter()
+    generate(model, [[0] * prompt], max_new_tokens=new)
+    long_s = (time.perf_counter() - start) * long / prompt
     figures = {name: stage["now"] for name, stage in stages.items() if "now" in stage}
-    return {**figures, "peak_loading": stages["loaded"]["peak"], "peak": resident_bytes()["peak"]}
+    figures |= {"peak_loading": stages["loaded"]["peak"], "peak": resident_bytes()["peak"]}
+    if long and (budget_s is None or long_s <= budget_s):
+        generate(model, [[0] * long], max_new_tokens=new)
+        figures["peak_long"] = resident_bytes()["peak"]
+    return figures
 
 
 if __name__ == "__main__":

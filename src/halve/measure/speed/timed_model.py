@@ -87,6 +87,7 @@ class TimedModel:
     passes: dict[int, list[PassTimes]] = field(default_factory=dict)  # by prompt length
     extra: ExtraTiming | None = None
     extra_rounds: list[tuple[float, ...]] = field(default_factory=list)  # the times of `extra`, by round
+    bandwidths: list[float] = field(default_factory=list)  # GB/s of the machine beside every round
     _model: Model | None = None
     _cuda_bytes: int = 0  # what the allocator holds for this model
 
@@ -135,6 +136,8 @@ class TimedModel:
                 self.name,
                 prompt_tokens=options.prompt_tokens,
                 new_tokens=options.new_tokens,
+                long_prompt_tokens=options.long if len(self.passes) > 1 else 0,
+                long_budget_s=LONG_PROMPT_BUDGET_S if options.long_prompt_tokens is None else None,
                 dtype=None if placement.dtype is None else dtype_name(placement.dtype),
                 backend=placement.backend,
                 random_weights=placement.random_weights,
@@ -177,12 +180,16 @@ class TimedModel:
     def warm_up(self, options: BenchmarkOptions) -> None:
         """A round whose times are thrown away; on CUDA its first pass gives the peak memory."""
         prompt = random_prompt(self.model, options.prompt_tokens, options.seed)
-        if self.model.device.type == "cuda":
+        on_cuda = self.model.device.type == "cuda"
+        if on_cuda:
             self._watch_cuda_memory(prompt, options)
         else:
             time_pass(self.model, prompt, 2)
         if options.long_prompt_tokens is None and options.long in self.passes:
             self._leave_out_a_slow_prompt(prompt, options)
+        if on_cuda and len(self.passes) > 1:
+            long = self._cuda_peak(random_prompt(self.model, options.long, options.seed), options)
+            self.memory["peak_long"] = max(long, self.memory["peak_loading"])
         self.measure(options)
         for times in (*self.passes.values(), self.extra_rounds):
             times.clear()
@@ -198,15 +205,21 @@ class TimedModel:
             )
 
     def _watch_cuda_memory(self, prompt: list[int], options: BenchmarkOptions) -> None:
-        """Note the allocator's peak during one prompt and its continuation, other models' bytes taken off."""
-        device = self.model.device
-        others = torch.cuda.memory_allocated(device) - self._cuda_bytes
+        """Note what the allocator held and reserved during one prompt and its continuation, other models' bytes taken off."""
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        time_pass(self.model, prompt, options.new_tokens)
-        running = torch.cuda.max_memory_allocated(device) - others
+        running, device = self._cuda_peak(prompt, options), self.model.device
         self.memory |= {
             "peak_running": running,
             "peak": max(running, self.memory["peak_loading"]),
-            "peak_reserved": torch.cuda.max_memory_reserved(device) - others,
+            "peak_reserved": torch.cuda.max_memory_reserved(device) - self._cuda_bytes_of_others(),
         }
+
+    def _cuda_peak(self, prompt: list[int], options: BenchmarkOptions) -> int:
+        """The most bytes the allocator held for this model during one prompt and its continuation."""
+        others = self._cuda_bytes_of_others()
+        torch.cuda.reset_peak_memory_stats(self.model.device)
+        time_pass(self.model, prompt, options.new_tokens)
+        return torch.cuda.max_memory_allocated(self.model.device) - others
+
+    def _cuda_bytes_of_others(self) -> int:
+        return torch.cuda.memory_allocated(self.model.device) - self._cuda_bytes

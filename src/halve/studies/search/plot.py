@@ -35,7 +35,7 @@ def by_objective(record: dict[str, Any]) -> Painter:
         )
         axes.plot([place(dense)], [100 * dense["accuracy"]], "^", color=GREY, label="dense")
         _paint_trials(axes, record, place)
-        title = OBJECTIVES[objective]
+        title = OBJECTIVES.get(objective, objective)
         axes.set(xlabel=f"{title} ({unit})" if unit else title)
 
     return paint

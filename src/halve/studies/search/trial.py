@@ -18,10 +18,11 @@ from halve.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from halve.compression.compress import Request, compress, plan_recipe
 from halve.compression.methods import Method
 from halve.compression.windows import CalibrationOptions
+from halve.measure.kinds import EvaluationRecord
 from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded
 from halve.measure.quality.multiple_choice import ChoiceOptions, choice_evaluation
 from halve.measure.quality.race import QuestionSet
-from halve.measure.records import AnyRecord, EvaluationRecord, read_record, write_record
+from halve.measure.records import AnyRecord, read_record, write_record
 from halve.measure.speed.benchmark import benchmark
 from halve.studies.search.options import SearchOptions
 from halve.studies.search.vary import Point, Varied, apply, label

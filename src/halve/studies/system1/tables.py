@@ -43,8 +43,8 @@ def model_table(record: Record) -> Comparison:
             if record["random_weights"]:
                 row["accuracy"] = _NOT_MEASURED
             else:
-                row["accuracy"] = "undefined" if figures["accuracy"] is None else figures["accuracy"]
-                row["answered"] = f"{figures['answered']} of {figures['questions']}"
+                row["accuracy"] = "undefined" if figures.get("accuracy") is None else figures["accuracy"]
+                row["answered"] = f"{figures.get('answered')} of {figures.get('questions')}"
             rows.append(row)
     return Comparison(MODEL_COLUMNS, rows, _notes(record))
 
@@ -76,9 +76,9 @@ def tables(record: Record) -> list[tuple[str, Comparison]]:
 
 def _largest(search: dict[str, Any]) -> str:
     tried = search["tried"]
-    if search["largest"] is None:
-        return f"{_accuracy(tried[0])} unpruned"
-    at = next(point for point in tried if point["fraction"] == search["largest"])
+    at = next((point for point in tried if point["fraction"] == search["largest"]), None)
+    if at is None:
+        return f"{_accuracy(tried[0])} unpruned" if tried else _NOT_MEASURED
     after = [f"{show_fraction(p['fraction'])}: {_accuracy(p)}" for p in tried if p["fraction"] > search["largest"]]
     first = f"{show_fraction(at['fraction'])}: {_accuracy(at)}" if at["fraction"] else f"none: {_accuracy(at)} unpruned"
     return "; ".join([first, *after[:1]])
