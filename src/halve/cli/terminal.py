@@ -12,7 +12,7 @@ from rich.table import Table
 
 from halve.measure.quality.tasks import figure_of
 from halve.measure.records import AnyRecord
-from halve.measure.units import show_bytes, show_duration
+from halve.measure.units import show_bytes, show_difference, show_duration, show_kl, show_percent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -111,6 +111,31 @@ def evaluation(record: AnyRecord) -> None:
         )
     else:
         print(f"{figure} {record[figure]:g} [{', '.join(asked)}]")
+    if record.get("base"):
+        _divergence(record)
+
+
+def _divergence(record: AnyRecord) -> None:
+    """What changed from the base, a line for predictions and one for perplexity or answers."""
+    kept = record["base"]["kept"]
+    interval = record["kl_nats_per_token_interval"]
+    around = f" (95 % interval {show_kl(interval[0])} to {show_kl(interval[1])})" if interval else ""
+    print(
+        f"against {record['base']['model']}: KL {show_kl(record['kl_nats_per_token'])} nats/token{around}"
+        f"{f', a lower bound by {kept:,} kept tokens' if kept else ''}, "
+        f"99 % of them below {show_kl(record['kl_nats_percentiles']['99'])}; "
+        f"same top token {show_percent(record['same_top_share'])}, expected acceptance {show_percent(record['expected_acceptance'])}"
+    )
+    if record.get("perplexity_ratio"):
+        interval = record["perplexity_ratio_interval"]
+        around = f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
+        print(f"perplexity {record['perplexity_ratio']:.4f} times the base's {record['base_perplexity']:.4f}{around}")
+    else:
+        difference = show_difference(record["accuracy_difference"], record["accuracy_difference_p_value"])
+        print(
+            f"accuracy {difference} points from the base's {show_percent(record['base_accuracy'])}; the same answer to "
+            f"{show_percent(record['agreement'])}, right to wrong {record['right_to_wrong']}, wrong to right {record['wrong_to_right']}"
+        )
 
 
 def benchmark(record: AnyRecord) -> None:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halve.decode.text_stream import TokenizerLike
+from halve.measure.quality.base import BaseComparison
 from halve.model.decoder import Model
 
 if TYPE_CHECKING:
     from halve.measure.quality.options import EvaluationOptions
 
 Figures = dict[str, Any]
-# What a task has prepared: (model, its tokenizer, file that keeps finished parts or None) -> the record's figures
-Evaluation = Callable[[Model, TokenizerLike, Path | None], Figures]
+# What a task has prepared: (model, its tokenizer, file that keeps finished parts or None, what it is compared with or
+# None) -> the record's figures
+Evaluation = Callable[[Model, TokenizerLike, Path | None, BaseComparison | None], Figures]
 
 
 class Task(ABC):
@@ -33,6 +35,10 @@ class Task(ABC):
     @abstractmethod
     def check(self, options: EvaluationOptions) -> None:
         """Raise HalveError for options this task has no use for; looks at no file."""
+
+    def scores(self, options: EvaluationOptions) -> bool:
+        """Whether predictions are scored, which can be compared with a base's, and not a text that is generated."""
+        return True
 
     @abstractmethod
     def prepare(self, options: EvaluationOptions) -> Evaluation:
