@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,8 +36,8 @@ class Asked:
     protocol: str
     template: str | None
     data_sha256: str
-    tokens_sha256: str
     vocabulary: int
+    tokens_sha256: str
     longest: int  # tokens of the longest sequence
 
     @classmethod
@@ -52,7 +52,7 @@ class Asked:
     ) -> Asked:
         longest = max(map(len, sequences), default=0)
         vocabulary = model.config.vocab_size
-        return cls(task, protocol, template, data_sha256, tokens_sha256(sequences), vocabulary, longest)
+        return cls(task, protocol, template, data_sha256, vocabulary, tokens_sha256(sequences), longest)
 
 
 def tokens_sha256(sequences: Iterable[Sequence[int]]) -> str:
@@ -77,18 +77,28 @@ class Layout:
 
     @classmethod
     def of(cls, roots: Sequence[Node], item_of_slot: Sequence[str]) -> Layout:
-        """The positions of trees whose targets' slots belong to these items."""
-        by_item: dict[str, dict[tuple[int, int], tuple[Node, list[tuple[int, int]]]]] = {}
-        for node in _nodes(roots):
+        """The positions of trees whose targets' slots belong to these items.
+
+        What an item asks after the same tokens is one position, on however many branches of the tree they lie.
+        """
+        by_item: dict[str, dict[tuple[int, int], tuple[Node, list[int], list[tuple[int, int]]]]] = {}
+        for node, before in _nodes(roots, []):
             for offset, token, slot in node.targets:
-                positions = by_item.setdefault(item_of_slot[slot], {})
-                positions.setdefault((id(node), offset), (node, []))[1].append((token, slot))
+                places = by_item.setdefault(item_of_slot[slot], {})
+                places.setdefault((id(node), offset), (node, before, []))[2].append((token, slot))
         layout = cls([], [], {})
-        for item, positions in by_item.items():
+        for item, places in by_item.items():
             first, first_target = len(layout.places), len(layout.targets)
-            for (_, offset), (node, predicted) in positions.items():
-                layout.targets.extend((len(layout.places), token, slot) for token, slot in predicted)
-                layout.places.append((node, offset))
+            several = len({node for node, _ in places}) > 1
+            seen: dict[Hashable, int] = {}
+            for place, (node, before, predicted) in places.items():
+                offset = place[1]
+                asked_after = (*before, *node.tokens[: offset + 1]) if several else place
+                position = seen.setdefault(asked_after, len(layout.places))
+                if position == len(layout.places):
+                    layout.places.append((node, offset))
+                layout.targets.extend((position, token, slot) for token, slot in predicted)
+            layout.targets[first_target:] = sorted(layout.targets[first_target:], key=lambda target: target[0])
             layout.items[item] = slice(first, len(layout.places)), slice(first_target, len(layout.targets))
         return layout
 
@@ -114,10 +124,12 @@ class Layout:
         return states
 
 
-def _nodes(roots: Sequence[Node]) -> Iterator[Node]:
+def _nodes(roots: Sequence[Node], before: list[int]) -> Iterator[tuple[Node, list[int]]]:
+    """Every node with the tokens that it continues."""
     for node in roots:
-        yield node
-        yield from _nodes(node.children)
+        yield node, before
+        if node.children:
+            yield from _nodes(node.children, [*before, *node.tokens])
 
 
 @dataclass(frozen=True)

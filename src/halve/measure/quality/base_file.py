@@ -77,7 +77,8 @@ class BaseWriter:
         self._archive.writestr(_member(item), content)
 
     def finish(self, asked: dict[str, Any], about: dict[str, Any]) -> None:
-        about = about | {"kept": self.count}
+        whole = self.count >= asked["vocabulary"]
+        about = about | {"kept": None if whole else self.count}
         self._archive.writestr("base.json", json.dumps({"format": _FORMAT, "asked": asked, "model": about}))
         self._archive.close()
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from halve.decode.text_stream import TokenizerLike
 from halve.measure.quality.base import BaseComparison
@@ -15,9 +15,20 @@ if TYPE_CHECKING:
     from halve.measure.quality.options import EvaluationOptions
 
 Figures = dict[str, Any]
-# What a task has prepared: (model, its tokenizer, file that keeps finished parts or None, what it is compared with or
-# None) -> the record's figures
-Evaluation = Callable[[Model, TokenizerLike, Path | None, BaseComparison | None], Figures]
+
+
+class Evaluation(Protocol):
+    """What a task has prepared: a model and its tokenizer to the record's figures. progress_file: keeps finished parts;
+    comparison: what the model is compared with on the way."""
+
+    def __call__(
+        self,
+        model: Model,
+        tokenizer: TokenizerLike,
+        progress_file: Path | None = None,
+        comparison: BaseComparison | None = None,
+        /,
+    ) -> Figures: ...
 
 
 class Task(ABC):
