@@ -180,13 +180,13 @@ def test_a_file_stands_for_its_model(tmp_path: Path, dense: Path, changed: Path,
     by_file = run(text, changed, base=whole)
     same = (*KEYS, "base_nll_nats_per_token", "perplexity_ratio_interval", "kl_nats_per_token_interval")
     for key in same:
-        assert by_file[key] == pytest.approx(exact[key], rel=1e-5, abs=1e-6), key
+        assert by_file[key] == pytest.approx(exact[key], rel=1e-4), key
     bound = run(text, changed, base=few)
     assert 0 < bound["kl_nats_per_token"] < exact["kl_nats_per_token"]
     assert bound["base"] == exact["base"] | {"kept": 5} and bound["base"]["fingerprint"]
     gap = run(text, changed, base=dense, save_base=few, base_tokens=5)["kl_gap_of_kept_tokens"]
-    # levels of 16 bit move KL by the square of 1e-4
-    assert gap["mean"] == pytest.approx(exact["kl_nats_per_token"] - bound["kl_nats_per_token"], abs=1e-6)
+    exact_gap = exact["kl_nats_per_token"] - bound["kl_nats_per_token"]
+    assert gap["mean"] == pytest.approx(exact_gap, abs=1e-4 * exact["kl_nats_per_token"])
 
 
 @pytest.mark.parametrize("protocol", ["letter", "pmi"])
@@ -196,7 +196,8 @@ def test_a_file_of_questions(tmp_path: Path, dense: Path, changed: Path, exam: P
     for batch_tokens in (1, 4096):
         by_file = halve.evaluate(changed, **asked, base=tmp_path / "exam.base", batch_tokens=batch_tokens)
         for key in ("kl_nats_per_token", "base_accuracy", "agreement", "right_to_wrong", "accuracy_difference"):
-            assert by_file.get(key) == pytest.approx(exact.get(key), abs=1e-6), key
+            # levels of 16 bit change a probability by up to 1e-4 of it
+            assert by_file.get(key) == pytest.approx(exact.get(key), rel=1e-4), key
 
 
 def test_what_was_not_asked_the_same_is_refused(

@@ -8,7 +8,7 @@ question) a safetensors file of N positions, K tokens each, and T targets:
     tail              float32 [N]    logarithm of the mass of all other tokens
     targets           int32  [T, 2]  position within the item, predicted token
     target_log_probs  float64 [T]    not rounded
-A level is at most 2^-17 of a position's range away from its value, so that KL is off by the square of about 1e-4.
+A level is at most 2^-17 of a position's range away from its value, so that a probability changes by 1e-4 of itself at most.
 """
 
 from __future__ import annotations
