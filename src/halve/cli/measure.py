@@ -10,6 +10,7 @@ import typer
 from halve.cli.options import Device, Dtype, Json, Model, Protocol, Seed, Task, Template, dtype_of
 from halve.cli.output import complain, say
 from halve.errors import HalveError
+from halve.measure.quality.base_file import BASE_TOKENS
 from halve.studies.system1.protocol import protocol_named
 
 
@@ -33,6 +34,22 @@ def evaluate(
         int | None,
         typer.Option(help="Tokens a window of perplexity (default: the context, at most 2048).", show_default=False),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare with this: the model that MODEL was made from (folder or hub id), or a file of --save-base. Adds "
+            "KL divergence, same top token, expected acceptance and paired tests.",
+            show_default=False,
+        ),
+    ] = None,
+    save_base: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the predictions of --base, or of MODEL without it, in this file: 6 kB a token.",
+            show_default=False,
+        ),
+    ] = None,
+    base_tokens: Annotated[int, typer.Option(help="Most probable tokens kept by --save-base.")] = BASE_TOKENS,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -58,6 +75,9 @@ def evaluate(
         device=device,
         dtype=dtype_of(dtype),
         progress_file=None if json is None else check_record_path(json).with_suffix(".progress.jsonl"),
+        base=base,
+        save_base=save_base,
+        base_tokens=base_tokens,
     )
     terminal.evaluation(record)
     if json is not None:

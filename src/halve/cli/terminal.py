@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from halve.cli.output import console, say
 from halve.escapes import plain
 from halve.measure.quality.tasks import figure_of
 from halve.measure.records import AnyRecord
-from halve.measure.units import show_bytes, show_duration
+from halve.measure.units import show_bytes, show_difference, show_duration, show_kl, show_percent
 from halve.studies.search.options import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -113,6 +114,35 @@ def evaluation(record: AnyRecord) -> None:
         )
     else:
         say(f"{figure} {record[figure]:g} [{', '.join(asked)}]")
+    if record.get("base"):
+        _divergence(record)
+
+
+def _divergence(record: AnyRecord) -> None:
+    """What changed from the base, a line for predictions and one for perplexity or answers."""
+    kept = record["base"]["kept"]
+    say(
+        f"against {record['base']['model']}: KL {show_kl(record['kl_nats_per_token'])} nats/token"
+        f"{_interval(record['kl_nats_per_token_interval'], show_kl)}"
+        f"{f', a lower bound by {kept:,} kept tokens' if kept else ''}, "
+        f"99 % of them below {show_kl(record['kl_nats_percentiles']['99'])}; "
+        f"same top token {show_percent(record['same_top_share'])}, "
+        f"expected acceptance {show_percent(record['expected_acceptance'])}"
+    )
+    if record.get("perplexity_ratio"):
+        around = _interval(record["perplexity_ratio_interval"], "{:.4f}".format)
+        say(f"perplexity {record['perplexity_ratio']:.4f} times the base's {record['base_perplexity']:.4f}{around}")
+    else:
+        difference = show_difference(record["accuracy_difference"], record["accuracy_difference_p_value"])
+        say(
+            f"accuracy {difference} points from the base's {show_percent(record['base_accuracy'])}; the same answer to "
+            f"{show_percent(record['agreement'])}, right to wrong {record['right_to_wrong']}, "
+            f"wrong to right {record['wrong_to_right']}"
+        )
+
+
+def _interval(ends: Sequence[float] | None, show: Callable[[float], str]) -> str:
+    return f" (95 % interval {show(ends[0])} to {show(ends[1])})" if ends else ""
 
 
 def benchmark(record: AnyRecord) -> None:

@@ -12,6 +12,7 @@ Amount = Annotated[float, (0, 1e18)]
 Count = Annotated[int, (0, 2**63)]
 Change = Annotated[float, (-1e18, 1e18)]
 Interval = tuple[Share, Share]
+Bounds = tuple[float | None, float | None]
 
 
 class Machine(TypedDict, total=False):
@@ -45,6 +46,16 @@ class Circumstances(TypedDict):
     commit: str | None
     machine: Machine
     not_finite: NotRequired[dict[str, str]]
+
+
+class BaseModel(TypedDict):
+    """What a model was compared with. `kept`: tokens of a file of predictions, None for whole distributions."""
+
+    model: str
+    fingerprint: str
+    dtype: str
+    recipe: list[Step | str]
+    kept: int | None
 
 
 class EvaluationRecord(Circumstances):
@@ -84,6 +95,30 @@ class EvaluationRecord(Circumstances):
     window: NotRequired[int]
     windows: NotRequired[int]
     documents: NotRequired[int]
+    # against a base
+    base: NotRequired[BaseModel]
+    positions: NotRequired[Count]
+    kl_nats_per_token: NotRequired[float | None]
+    kl_nats_per_token_interval: NotRequired[Bounds | None]
+    kl_nats_percentiles: NotRequired[dict[str, float | None]]
+    same_top_share: NotRequired[Share]
+    same_top_share_interval: NotRequired[Interval | None]
+    expected_acceptance: NotRequired[Share]
+    right_token_probability_change: NotRequired[dict[str, Any]]
+    kl_gap_of_kept_tokens: NotRequired[dict[str, Any] | None]
+    base_nll_nats_per_token: NotRequired[float | None]
+    base_perplexity: NotRequired[float | None]
+    perplexity_ratio: NotRequired[float | None]
+    perplexity_ratio_interval: NotRequired[Bounds | None]
+    perplexity_difference: NotRequired[float | None]
+    perplexity_difference_interval: NotRequired[Bounds | None]
+    base_accuracy: NotRequired[Share]
+    agreement: NotRequired[Share]
+    right_to_wrong: NotRequired[Count]
+    wrong_to_right: NotRequired[Count]
+    accuracy_difference: NotRequired[float]
+    accuracy_difference_interval: NotRequired[Bounds]
+    accuracy_difference_p_value: NotRequired[Share]
 
 
 class SideBySide(TypedDict):

@@ -18,7 +18,15 @@ from halve.escapes import csv_cell, markdown, plain
 from halve.measure.quality.statistics import paired_records
 from halve.measure.quality.tasks import figure_of
 from halve.measure.records import AnyRecord, Measurement
-from halve.measure.units import show_accuracy, show_bytes, show_difference, show_floor_share, show_perplexity
+from halve.measure.units import (
+    show_accuracy,
+    show_bytes,
+    show_difference,
+    show_floor_share,
+    show_kl,
+    show_percent,
+    show_perplexity,
+)
 
 MISSING = "-"
 Row = dict[str, Any]  # column key -> number or text; a missing figure has no key
@@ -148,6 +156,10 @@ def compare(records: Iterable[AnyRecord]) -> Comparison:
     columns = [Column("model", ("model",), str), *_places(found, rows, notes), *SPEED_COLUMNS]
     for setup, (figure, title) in titles.items():
         columns += _quality_columns(setup, figure, title)
+    compared = _compared_setups(found)
+    for number, words in enumerate(compared, 1):
+        columns += _divergence_columns(words, suffix := "" if len(compared) == 1 else f" {number}")
+        notes.append(f"KL{suffix}: {words}")
     shown = [c for c in columns if any(row.get(c.keys[0]) is not None for row in rows)]
     asked = [f"{title}: {setup.removeprefix(f'{figure}, ')}" for setup, (figure, title) in titles.items()]
     benchmarks = [one.benchmark for one in found if one.benchmark is not None]
@@ -305,6 +317,31 @@ def _quality_columns(setup: str, figure: str, title: str) -> list[Column]:
     return [Column(title, keys, show_accuracy, setup), Column("to the first row", paired, show_difference)]
 
 
+def _compared_setups(found: Sequence[_Row]) -> list[str]:
+    """What was asked and of which base, of every comparison with one: only figures of equal words share a column."""
+    pairs = [(setup, record) for one in found for setup, record in one.evaluations.items()]
+    return list(dict.fromkeys(_against(setup, record) for setup, record in pairs if record.get("base")))
+
+
+def _against(setup: str, record: AnyRecord) -> str:
+    base = record["base"]
+    kept = f", {base['kept']} tokens kept" if base["kept"] else ""
+    return f"{setup}, against {PurePath(base['model']).name} {base['fingerprint'][:8]} ({base['dtype']}{kept})"
+
+
+def _divergence_keys(words: str) -> list[str]:
+    figures = ("kl_nats_per_token", "kl_nats_per_token_low", "kl_nats_per_token_high", "same_top_share")
+    return [f"{figure} ({words})" for figure in figures]
+
+
+def _divergence_columns(words: str, number: str) -> list[Column]:
+    *kl, same_top = _divergence_keys(words)
+    return [
+        Column(f"KL{number}", tuple(kl), show_kl, words),
+        Column(f"same top{number}", (same_top,), show_percent, words),
+    ]
+
+
 def _fill_speed(row: Row, benchmark: AnyRecord | None, first: str) -> None:
     if benchmark is None:
         return
@@ -322,6 +359,10 @@ def _fill_speed(row: Row, benchmark: AnyRecord | None, first: str) -> None:
 
 def _fill_quality(row: Row, label: str, own: _Row, first: _Row, notes: list[str]) -> None:
     for setup, record in own.evaluations.items():
+        if record.get("base"):
+            low, high = record["kl_nats_per_token_interval"] or (None, None)
+            figures = (record["kl_nats_per_token"], low, high, record["same_top_share"])
+            row |= zip(_divergence_keys(_against(setup, record)), figures, strict=True)
         if (figure := figure_of(record)) != "accuracy":
             unbounded = figure in record.get("not_measured", {}) or figure in record.get("not_finite", {})
             row[f"{figure} ({setup})"] = math.inf if unbounded else record.get(figure)

@@ -52,6 +52,11 @@ def show_perplexity(value: float) -> str:
     return f"{value:.3f}" if value < 100 else f"{value:.4g}"
 
 
+def show_kl(value: float, low: float | None = None, high: float | None = None) -> str:
+    """Nats a token, three digits, with the 95 % interval."""
+    return f"{value:.3g}" if low is None or high is None else f"{value:.3g} [{low:.3g}, {high:.3g}]"
+
+
 def show_accuracy(value: float | str, low: float | None = None, high: float | None = None) -> str:
     """Per cent with the 95 % interval; words, such as "undefined", as they are."""
     if isinstance(value, str):

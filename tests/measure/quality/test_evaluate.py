@@ -121,7 +121,10 @@ class Length(Task):
 
     def prepare(self, options: EvaluationOptions) -> Evaluation:
         text = Path(options.data or "").read_text()
-        return lambda model, tokenizer, progress_file: {"task": "length", "tokens": len(tokenizer.encode(text, False))}
+        return lambda model, tokenizer, progress_file, comparison: {
+            "task": "length",
+            "tokens": len(tokenizer.encode(text, False)),
+        }
 
 
 def test_a_task_is_one_entry(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

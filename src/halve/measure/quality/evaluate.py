@@ -7,7 +7,9 @@ the answer -> prompts (prompts.py) -> log-likelihoods (scoring.py) or generated 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +19,12 @@ from halve.checkpoint.identity import model_identity, versions
 from halve.checkpoint.reader import check_device, find_model, load_model
 from halve.checkpoint.tokenizer import load_tokenizer
 from halve.decode.text_stream import TokenizerLike
+from halve.errors import HalveError
+from halve.files import check_output_path, replacing
 from halve.measure.kinds import EvaluationRecord
 from halve.measure.machine import dtype_name
+from halve.measure.quality.base import Base, BaseComparison, FileBase, ModelBase
+from halve.measure.quality.base_file import BASE_TOKENS, BaseWriter, is_base
 from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.protocols import ChoiceProtocol
 from halve.measure.quality.resume import ProgressFile
@@ -43,18 +49,37 @@ def evaluate(
     dtype: torch.dtype | None = None,
     command: str | None = None,
     progress_file: Path | None = None,
+    base: str | os.PathLike[str] | None = None,
+    save_base: str | os.PathLike[str] | None = None,
+    base_tokens: int = BASE_TOKENS,
 ) -> EvaluationRecord:
     """Evaluate one model, reloaded from `model` (a folder or hub id), and return the record; docs/evaluation.md has its keys.
 
     What is asked are the fields of EvaluationOptions. `dtype` None is the checkpoint's own. progress_file: finished parts
-    are kept there and taken up again by a later run of the same model, data and options; removed at the end. Raises
-    HalveError (request) or DataError (data) before any weight is read.
+    are kept there and taken up again by a later run of the same model, data and options; removed at the end (not used
+    with save_base). base: what the model is compared with, the folder or hub id of the model it was made from or a file
+    of its predictions. save_base: such a file is written, of the base or without one of the model itself, with the
+    `base_tokens` most probable tokens of every position. Raises HalveError (request) or DataError (data) before any
+    weight is read.
     """
     device = check_device(device)
     options = EvaluationOptions(task, data, protocol, template, limit, window, batch_tokens, seed)
+    request = BaseRequest(base, save_base, base_tokens)
+    if request.wanted and not TASKS[task].scores(options):
+        raise HalveError(
+            f"protocol {options.protocol_name}: answers in its own words and predicts nothing to compare; "
+            "use a protocol that scores the options"
+        )
     evaluation = prepare(options)
     loaded = LoadedModel.load(model, device=device, dtype=dtype)
-    return evaluate_loaded(loaded, evaluation, command=command, progress_file=progress_file)
+    with request.opened(loaded, device, dtype) as comparison:
+        return evaluate_loaded(
+            loaded,
+            evaluation,
+            command=command,
+            progress_file=None if request.save else progress_file,
+            comparison=comparison,
+        )
 
 
 def prepare(options: EvaluationOptions) -> Evaluation:
@@ -90,9 +115,57 @@ class LoadedModel:
         loaded = load_model(model, dtype=dtype, device=device)
         return cls(name or model, folder, checkpoint_recipe(folder), device, loaded, tokenizer)
 
+    def as_base(self) -> ModelBase:
+        """As what others are compared with."""
+        return ModelBase(self.name, self.model, self.tokenizer, self.recipe)
+
+
+class BaseRequest:
+    """A base to compare with, a file to keep one in, or both; checked when it is made. Raises HalveError."""
+
+    def __init__(
+        self, base: str | os.PathLike[str] | None, save: str | os.PathLike[str] | None, base_tokens: int
+    ) -> None:
+        if base_tokens < 1:
+            raise HalveError(f"base_tokens {base_tokens}: must be at least 1")
+        self._file = FileBase(Path(base)) if base is not None and Path(base).is_file() else None
+        if self._file is not None and save is not None:
+            raise HalveError(f"base {base}: is a file of predictions already; save a base from the model itself")
+        self._base = base
+        self._base_tokens = base_tokens
+        self.save = None if save is None else check_output_path(save, "a base", is_base)
+
+    @property
+    def wanted(self) -> bool:
+        return self._base is not None or self.save is not None
+
+    @contextmanager
+    def opened(self, loaded: LoadedModel, device: str, dtype: torch.dtype | None) -> Iterator[BaseComparison | None]:
+        """The comparison of a loaded model; a file of predictions is complete when the context ends well."""
+        if not self.wanted:
+            yield None
+            return
+        base: Base | None = self._file
+        if base is None and self._base is not None:
+            base = LoadedModel.load(self._base, device=device, dtype=dtype).as_base()
+        with ExitStack() as stack:
+            if self.save is None:
+                yield BaseComparison(base)
+                return
+            writer = BaseWriter(stack.enter_context(replacing(self.save)), self._base_tokens)
+            stack.callback(writer.close)
+            comparison = BaseComparison(base, writer)
+            yield comparison
+            writer.finish(asdict(comparison.asked), (base or loaded.as_base()).about)
+
 
 def evaluate_loaded(
-    loaded: LoadedModel, evaluation: Evaluation, *, command: str | None = None, progress_file: Path | None = None
+    loaded: LoadedModel,
+    evaluation: Evaluation,
+    *,
+    command: str | None = None,
+    progress_file: Path | None = None,
+    comparison: BaseComparison | None = None,
 ) -> EvaluationRecord:
     """The record of one evaluation, for several of one model, or one of several models that are in memory already.
 
@@ -102,7 +175,9 @@ def evaluate_loaded(
     if progress_file is not None:
         made_from = {"model": model_identity(loaded.folder), "device": loaded.device, "versions": versions()}
         kept = ProgressFile(progress_file, made_from)
-    figures = evaluation(loaded.model, loaded.tokenizer, kept)
+    figures = evaluation(loaded.model, loaded.tokenizer, kept, comparison)
+    if comparison is not None:
+        figures |= comparison.figures()
     record = new_record(
         "evaluation",
         loaded.name,

@@ -7,20 +7,24 @@ function of the raw results.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from halve.decode.generate import generate
 from halve.decode.text_stream import TokenizerLike
 from halve.errors import HalveError
+from halve.measure.quality import divergence
+from halve.measure.quality.base import Asked, BaseComparison
 from halve.measure.quality.prompts import EncodedPrompt, encode_prompt
 from halve.measure.quality.protocols import ChoiceProtocol
 from halve.measure.quality.protocols.continuation import TEMPLATES
 from halve.measure.quality.race import Question, QuestionSet
 from halve.measure.quality.resume import Progress, ProgressFile
 from halve.measure.quality.scoring import Node, question_nodes, score, sequence_node
-from halve.measure.quality.statistics import accuracy_interval
+from halve.measure.quality.statistics import accuracy_interval, paired_test
 from halve.measure.quality.task import Evaluation, Figures
 from halve.model.decoder import Model
 from halve.model.vocabulary import check_ids
@@ -55,43 +59,60 @@ class ChoiceOptions:
 
 def choice_evaluation(data: QuestionSet, options: ChoiceOptions) -> Evaluation:
     """The questions of a set, to be put to any model."""
-    return lambda model, tokenizer, progress_file: run(model, tokenizer, data, options, progress_file)
+    return partial(run, data, options)
 
 
 def run(
-    model: Model,
-    tokenizer: TokenizerLike,
     data: QuestionSet,
     options: ChoiceOptions,
+    model: Model,
+    tokenizer: TokenizerLike,
     progress_file: ProgressFile | None = None,
+    comparison: BaseComparison | None = None,
 ) -> Figures:
-    """Ask every question and return the figures; an interrupted run goes on from `progress_file`."""
+    """Ask every question and return the figures; an interrupted run goes on from `progress_file`. With a comparison the
+    answers of its base and the divergence from it are among them."""
     questions = data.questions[: options.limit]
     protocol = options.protocol
     ask = protocol.prompt or TEMPLATES[options.template]
     room = model.config.max_positions - (0 if protocol.read is None else protocol.max_new_tokens)
-    encoded = [encode_prompt(tokenizer, ask(q), room) for q in track(questions, len(questions), "tokenize")]
-    sent = [*(s for e in encoded for s in e.sequences), *([_start_tokens(tokenizer)] if protocol.prior else [])]
+
+    def encode(tokenizer: TokenizerLike) -> list[EncodedPrompt]:
+        return [encode_prompt(tokenizer, ask(q), room) for q in track(questions, len(questions), "tokenize")]
+
+    encoded = encode(tokenizer)
+    sent = [*_sequences(encoded), *([_start_tokens(tokenizer)] if protocol.prior else [])]
     check_ids(model.config.vocab_size, sent, tokenizer)
+    asked = options.json() | {"data": data.files or data.sha256}
+    if comparison is not None:
+        same = Asked.of(options.task, protocol.name, options.template, data.sha256, _sequences(encoded), model)
+        comparison.begin(same, lambda other: _sequences(encode(other)))
+        asked["base"] = comparison.about
     batches = list(_batches(questions, encoded, options.batch_tokens, shared=protocol.read is None))
     label = f"{options.task} {protocol.name}"
     with (
-        Progress(progress_file, model, options.json() | {"data": data.files or data.sha256}) as progress,
+        Progress(progress_file, model, asked) as progress,
         progress_bar(label, sum(len(group) for batch in batches for group in batch)) as advance,
     ):
         for number, batch in enumerate(batches):
             indices = [index for group in batch for index in group]
             if not all(str(index) in progress.results for index in indices):
                 if protocol.read is None:
-                    raw = _score_batch(model, tokenizer, batch, encoded, options)
+                    raw = _score_batch(model, tokenizer, batch, encoded, options, comparison)
                 else:
                     raw = _generate_batch(model, tokenizer, indices, encoded, options, number)
                 progress.add({str(index): raw[index] for index in indices})
             advance(len(indices))
         results = [progress.results.get(str(index)) for index in range(len(questions))]
         record = summarise(questions, encoded, results, options)
+        if comparison is not None and comparison.compares:
+            record |= _compared(questions, results, protocol)
         progress.finish()
     return record | {"data": data.name, "data_sha256": data.sha256}
+
+
+def _sequences(encoded: Sequence[EncodedPrompt]) -> list[tuple[int, ...]]:
+    return [tokens for prompt in encoded for tokens in prompt.sequences]
 
 
 def _batches(
@@ -129,6 +150,7 @@ def _score_batch(
     batch: list[list[int]],
     encoded: Sequence[EncodedPrompt],
     options: ChoiceOptions,
+    comparison: BaseComparison | None,
 ) -> dict[int, dict[str, Any]]:
     roots: list[Node] = []
     places: dict[int, slice] = {}
@@ -148,11 +170,38 @@ def _score_batch(
             prompt = encoded[index]
             for offset, (tokens, begin) in enumerate(zip(prompt.sequences, prompt.starts, strict=True)):
                 roots.append(sequence_node((*start, *tokens[begin:]), slots + place.start + offset, len(start)))
+    if comparison is not None:
+        items = {str(index): place for index, place in places.items()}
+        if prior:
+            items |= {f"{index}-prior": slice(slots + p.start, slots + p.stop) for index, p in places.items()}
+        return _compare_batch(model, comparison, roots, items, options.batch_tokens)
     sums = score(model, roots, slots * (2 if prior else 1), options.batch_tokens).tolist()
     results = {index: {"scores": sums[place]} for index, place in places.items()}
     if prior:
         for index, place in places.items():
             results[index]["prior"] = sums[slots:][place]
+    return results
+
+
+def _compare_batch(
+    model: Model, comparison: BaseComparison, roots: Sequence[Node], items: dict[str, slice], batch_tokens: int
+) -> dict[int, dict[str, Any]]:
+    """Raw results with those of the base, for the slots of each item: a question, or its options without context."""
+    item_of_slot = [item for item, place in items.items() for _ in range(place.start, place.stop)]
+    results: dict[int, dict[str, Any]] = {}
+    for item, row in comparison.run(model, roots, item_of_slot, batch_tokens).items():
+        index, _, prior = item.partition("-")
+        place = items[item]
+        row["slots"] = [slot - place.start for slot in row["slots"]]
+        result = results.setdefault(int(index), {"base": {}})
+        if not prior:
+            result["row"] = row
+        for scored, key in ((result, "log_probs"), (result["base"], "base_log_probs")):
+            if key in row:
+                sums = [0.0] * (place.stop - place.start)
+                for slot, value in zip(row["slots"], row[key], strict=True):
+                    sums[slot] += value
+                scored["prior" if prior else "scores"] = sums
     return results
 
 
@@ -228,6 +277,39 @@ def summarise(
         record["by_kind"] = kinds
     record["answers"] = _answers(questions, right, answered)
     return record
+
+
+def _compared(
+    questions: Sequence[Question], results: Sequence[dict[str, Any] | None], protocol: ChoiceProtocol
+) -> Figures:
+    """What changed from the base: the answers, tested as pairs, and the predictions that options are scored by."""
+    asked = [(question, result) for question, result in zip(questions, results, strict=True) if result is not None]
+    if not asked:
+        return {}
+    picks = [_pick(question, result, protocol) for question, result in asked]
+    base_picks = [_pick(question, result["base"], protocol) for question, result in asked]
+    right, base_right = (
+        [float(pick == question.answer) for pick, (question, _) in zip(picked, asked, strict=True)]
+        for picked in (picks, base_picks)
+    )
+    clusters = [question.article_id for question, _ in asked]
+    test = paired_test(right, base_right, clusters)
+    rows = [result["row"] for _, result in asked]
+    changes = [
+        math.exp(q) - math.exp(p)
+        for (question, _), row in zip(asked, rows, strict=True)
+        for option, q, p in zip(row["slots"], row["log_probs"], row["base_log_probs"], strict=True)
+        if option == question.answer
+    ]
+    return {
+        "base_accuracy": sum(base_right) / len(questions),
+        "agreement": sum(a == b for a, b in zip(picks, base_picks, strict=True)) / len(asked),
+        "right_to_wrong": test.lost,
+        "wrong_to_right": test.gained,
+        "accuracy_difference": test.difference,
+        "accuracy_difference_interval": list(test.ci95),
+        "accuracy_difference_p_value": test.p_value,
+    } | divergence.figures(rows, clusters, changes)
 
 
 def _pick(question: Question, result: dict[str, Any] | None, protocol: ChoiceProtocol) -> int | None:

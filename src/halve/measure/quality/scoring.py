@@ -89,13 +89,26 @@ def score(model: Model, roots: Sequence[Node], slots: int, batch_tokens: int = B
     """Sum of log-probabilities (nats) per slot, float64 [slots] on the CPU. Raises HalveError when one is not finite."""
     sums = torch.zeros(slots, dtype=torch.float64)
     with torch.inference_mode():
-        _descend(model, model.new_cache(1, 0), [(0, root) for root in roots], sums, batch_tokens)
-    if not bool(torch.isfinite(sums).all()):
-        raise HalveError("the model's logits are not finite (NaN or Inf); use --dtype fp32, or check the checkpoint")
+        for nodes, hidden_RTD in passes(model, roots, batch_tokens):
+            _add_targets(model, hidden_RTD, nodes, sums)
+    check_finite(sums)
     return sums
 
 
-def _descend(model: Model, cache: KVCache, nodes: list[tuple[int, Node]], sums: Tensor, batch_tokens: int) -> None:
+def check_finite(log_probs: Tensor) -> None:
+    """HalveError unless all are."""
+    if not bool(torch.isfinite(log_probs).all()):
+        raise HalveError("the model's logits are not finite (NaN or Inf); use --dtype fp32, or check the checkpoint")
+
+
+def passes(model: Model, roots: Sequence[Node], batch_tokens: int) -> Iterator[tuple[list[Node], Tensor]]:
+    """Every pass through the model: the nodes that are its rows, and their hidden states [R, T, D]."""
+    yield from _descend(model, model.new_cache(1, 0), [(0, root) for root in roots], batch_tokens)
+
+
+def _descend(
+    model: Model, cache: KVCache, nodes: list[tuple[int, Node]], batch_tokens: int
+) -> Iterator[tuple[list[Node], Tensor]]:
     """Run nodes, each given with the cache row it continues, then their children."""
     for chunk in _chunks(model, cache, nodes, batch_tokens):
         lengths = [len(node.tokens) for _, node in chunk]
@@ -107,12 +120,12 @@ def _descend(model: Model, cache: KVCache, nodes: list[tuple[int, Node]], sums: 
         grown = None if leaf else fork(cache, parents, width)
         starts = None if grown is None else grown.lengths
         hidden = model.hidden(tokens.to(model.device), grown)
-        _add_targets(model, hidden, [node for _, node in chunk], sums)
+        yield [node for _, node in chunk], hidden
         children = [(row, child) for row, (_, node) in enumerate(chunk) for child in node.children]
         if grown is not None and children:
             assert starts is not None
             grown.lengths = starts + torch.tensor(lengths, device=model.device)
-            _descend(model, grown, children, sums, batch_tokens)
+            yield from _descend(model, grown, children, batch_tokens)
 
 
 def _chunks(
@@ -161,12 +174,17 @@ def _add_targets(model: Model, hidden_RTD: Tensor, nodes: list[Node], sums: Tens
     sums.index_add_(0, slots, token_log_probs(model, picked, tokens))
 
 
+def positions_at_a_time(model: Model) -> int:
+    """How many rows of logits are held at a time."""
+    return max(1, LOGIT_ELEMENTS // model.config.vocab_size)
+
+
 def token_log_probs(model: Model, hidden_ND: Tensor, tokens_N: Tensor) -> Tensor:
     """log p(token) in nats after each hidden state, float64 [N] on the CPU.
 
     Logits are taken to float32 a stretch of positions at a time, so that a large vocabulary needs little memory.
     """
-    step = max(1, LOGIT_ELEMENTS // model.config.vocab_size)
+    step = positions_at_a_time(model)
     parts = []
     for begin in range(0, len(tokens_N), step):
         logits = model.head(hidden_ND[begin : begin + step]).float()

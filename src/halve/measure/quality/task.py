@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from halve.decode.text_stream import TokenizerLike
+from halve.measure.quality.base import BaseComparison
 from halve.measure.quality.resume import ProgressFile
 from halve.model.decoder import Model
 
@@ -14,8 +15,20 @@ if TYPE_CHECKING:
     from halve.measure.quality.options import EvaluationOptions
 
 Figures = dict[str, Any]
-# What a task has prepared: (model, its tokenizer, file that keeps finished parts or None) -> the record's figures
-Evaluation = Callable[[Model, TokenizerLike, ProgressFile | None], Figures]
+
+
+class Evaluation(Protocol):
+    """What a task has prepared: a model and its tokenizer to the record's figures. progress_file: keeps finished parts;
+    comparison: what the model is compared with on the way."""
+
+    def __call__(
+        self,
+        model: Model,
+        tokenizer: TokenizerLike,
+        progress_file: ProgressFile | None = None,
+        comparison: BaseComparison | None = None,
+        /,
+    ) -> Figures: ...
 
 
 class Task(ABC):
@@ -33,6 +46,10 @@ class Task(ABC):
     @abstractmethod
     def check(self, options: EvaluationOptions) -> None:
         """Raise HalveError for options this task has no use for; looks at no file."""
+
+    def scores(self, options: EvaluationOptions) -> bool:
+        """Whether predictions are scored, which can be compared with a base's, and not a text that is generated."""
+        return True
 
     @abstractmethod
     def prepare(self, options: EvaluationOptions) -> Evaluation:

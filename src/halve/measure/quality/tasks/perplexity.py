@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halve.decode.text_stream import TokenizerLike
 from halve.errors import DataError, HalveError
+from halve.measure.quality import divergence
+from halve.measure.quality.base import Asked, BaseComparison
 from halve.measure.quality.resume import Progress, ProgressFile
 from halve.measure.quality.scoring import BATCH_TOKENS, score, sequence_node
 from halve.measure.quality.task import Evaluation, Figures, Task
@@ -52,7 +55,7 @@ class PerplexityTask(Task):
         if options.data is None:
             raise DataError("task perplexity has no data of its own; give --data with a .txt, .raw or .jsonl file")
         text = read_text(Path(options.data), options.protocol_name or next(iter(PROTOCOLS)))
-        return lambda model, tokenizer, progress_file: run(model, tokenizer, text, options, progress_file)
+        return partial(run, text, options)
 
 
 PERPLEXITY = PerplexityTask()
@@ -118,13 +121,15 @@ def split(tokenizer: TokenizerLike, text: Text, window: int) -> tuple[list[Stret
 
 
 def run(
-    model: Model,
-    tokenizer: TokenizerLike,
     text: Text,
     options: EvaluationOptions,
+    model: Model,
+    tokenizer: TokenizerLike,
     progress_file: ProgressFile | None = None,
+    comparison: BaseComparison | None = None,
 ) -> Figures:
-    """Mean negative log-likelihood (nats) over all predicted tokens and its exponential, as a record's figures.
+    """Mean negative log-likelihood (nats) over all predicted tokens and its exponential, as a record's figures; with a
+    comparison those of its base and the divergence from it as well.
 
     An interrupted run goes on from `progress_file`. Raises HalveError on a bad window, DataError on too short a text.
     """
@@ -140,23 +145,42 @@ def run(
     if not sequences:
         raise DataError(f"{text.name}: fewer than 2 tokens, nothing can be predicted; give a longer text")
     check_ids(model.config.vocab_size, sequences, tokenizer)
-    asked = {"task": "perplexity", "protocol": text.protocol, "window": window, "limit": options.limit}
+    asked: dict[str, Any] = {"task": "perplexity", "protocol": text.protocol, "window": window, "limit": options.limit}
     asked |= {"batch_tokens": batch_tokens, "data": {text.name: text.sha256}}
+    if comparison is not None:
+        same = Asked.of("perplexity", text.protocol, None, text.sha256, sequences, model)
+        comparison.begin(same, lambda other: [s.tokens for s in split(other, text, window)[0][: options.limit]])
+        asked["base"] = comparison.about
     with Progress(progress_file, model, asked) as progress:
         batches = _batches(sequences, batch_tokens)
         for batch in track(batches, len(batches), f"perplexity {text.protocol}"):
             if all(str(index) in progress.results for index in batch):
                 continue
             nodes = [sequence_node(sequences[index], slot) for slot, index in enumerate(batch)]
+            if comparison is not None:
+                progress.add(comparison.run(model, nodes, [str(index) for index in batch], batch_tokens))
+                continue
             sums = score(model, nodes, len(batch), batch_tokens).tolist()
-            progress.add({str(index): -value for index, value in zip(batch, sums, strict=True)})
-        nll = math.fsum(progress.results[str(index)] for index in range(len(sequences)))
+            progress.add({str(index): {"log_probs": [value]} for index, value in zip(batch, sums, strict=True)})
+        rows = [progress.results[str(index)] for index in range(len(sequences))]
         progress.finish()
+    nll = -math.fsum(value for row in rows for value in row["log_probs"])
     record = _record(stretches, nll, text.protocol, window)
+    if comparison is not None and comparison.compares:
+        record |= _compared(rows)
     record |= {"limit": options.limit, "data": text.name, "data_sha256": text.sha256}
     if text.protocol == "documents":
         record["cut"] = cut
     return record
+
+
+def _compared(rows: list[Mapping[str, list[float]]]) -> Figures:
+    """The divergence from the base; a document or window is a cluster."""
+    model, base = ([v for row in rows for v in row[key]] for key in ("log_probs", "base_log_probs"))
+    clusters = [index for index, row in enumerate(rows) for _ in row["log_probs"]]
+    changes = [math.exp(q) - math.exp(p) for q, p in zip(model, base, strict=True)]
+    record = divergence.figures(rows, range(len(rows)), changes)
+    return record | divergence.perplexity_figures([-q for q in model], [-p for p in base], clusters)
 
 
 def _batches(sequences: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:

@@ -45,6 +45,9 @@ class QuestionTask(Task):
                 f"template '{options.template}': protocol {protocol.name} has its own prompt; use it with {free}"
             )
 
+    def scores(self, options: EvaluationOptions) -> bool:
+        return self.protocol(options).read is None
+
     def prepare(self, options: EvaluationOptions) -> Evaluation:
         return choice_evaluation(load_question_set(options.data, self.questions), self.choice_options(options))
 
