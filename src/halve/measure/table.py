@@ -319,19 +319,18 @@ def _quality_columns(setup: str, figure: str, title: str) -> list[Column]:
 
 def _compared_setups(found: Sequence[_Row]) -> list[str]:
     """What was asked and of which base, of every comparison with one: only figures of equal words share a column."""
-    pairs = [(setup, record) for one in found for setup, record in one.evaluations.items()]
-    return list(dict.fromkeys(_against(setup, record) for setup, record in pairs if record.get("base")))
+    pairs = (pair for one in found for pair in one.evaluations.items())
+    return list(dict.fromkeys(_against(*pair) for pair in pairs if pair[1].get("base")))
 
 
 def _against(setup: str, record: AnyRecord) -> str:
-    base = record["base"]
+    name, base = PurePath(record["base"]["model"]).name, record["base"]
     kept = f", {base['kept']} tokens kept" if base["kept"] else ""
-    return f"{setup}, against {PurePath(base['model']).name} {base['fingerprint'][:8]} ({base['dtype']}{kept})"
+    return f"{setup}, against {name} {base['fingerprint'][:8]} ({base['dtype']}{kept})"
 
 
 def _divergence_keys(words: str) -> list[str]:
-    figures = ("kl_nats_per_token", "kl_nats_per_token_low", "kl_nats_per_token_high", "same_top_share")
-    return [f"{figure} ({words})" for figure in figures]
+    return [*(f"kl_nats_per_token{end} ({words})" for end in ("", "_low", "_high")), f"same_top_share ({words})"]
 
 
 def _divergence_columns(words: str, number: str) -> list[Column]:
