@@ -34,7 +34,8 @@ STEPS = [
 def drawn_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     windows = torch.randint(0, 97, (5, 32), generator=torch.Generator().manual_seed(1))
     drawn = Calibration(windows[:4], windows[4:], {"windows": 4, "windows_asked": 4})
-    monkeypatch.setattr(compression, "_calibration", lambda *_: drawn)
+    monkeypatch.setattr(compression, "read_documents", lambda _: ["drawn"])
+    monkeypatch.setattr(compression, "_windows", lambda *_: drawn)
 
 
 def stored(folder: Path) -> dict[str, Tensor]:

@@ -39,7 +39,8 @@ def drawn_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random tokens in place of text: what is calibrated on does not matter here."""
     windows = torch.randint(0, 97, (5, 32), generator=torch.Generator().manual_seed(1))
     drawn = Calibration(windows[:4], windows[4:], {"windows": 4, "windows_asked": 4})
-    monkeypatch.setattr(compression, "_calibration", lambda *_: drawn)
+    monkeypatch.setattr(compression, "read_documents", lambda _: ["drawn"])
+    monkeypatch.setattr(compression, "_windows", lambda *_: drawn)
 
 
 def made(make_hf, model: str) -> Path:

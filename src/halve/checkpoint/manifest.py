@@ -42,8 +42,8 @@ class Provenance(TypedDict, total=False):
     """How a model was made: what a measurement of it repeats, and further steps add to."""
 
     base_model: str
-    recipe: list[Any]
-    steps: list[Any]
+    recipe: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
 
 
 class Manifest(TypedDict):
