@@ -29,11 +29,14 @@ BASE: dict[str, Any] = {
     "intermediate_size": 24,
     "max_position_embeddings": 64,
 }
+GEMMA = BASE | {"head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 11, "pad_token_id": 0}
 BASES: dict[str, dict[str, Any]] = {
     "llama": BASE,
     "mistral": BASE | {"sliding_window": 12},
     "qwen2": BASE,
     "qwen3": BASE | {"head_dim": 8},
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
     "opt": {k: v for k, v in BASE.items() if k not in ("num_key_value_heads", "intermediate_size")} | {"ffn_dim": 24},
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
@@ -68,6 +71,10 @@ ROPES: list[Any] = [
     {**LLAMA3, "original_max_position_embeddings": 16, "rope_theta": 500.0},
     {**LLAMA3, "original_max_position_embeddings": 16, "high_freq_factor": 1.0},
     {"full_attention": {"rope_type": "linear", "factor": 2.0}},
+    {"full_attention": {"rope_theta": 70.0}, "sliding_attention": {"rope_type": "linear", "factor": 5.0}},
+    {"full_attention": YARN, "sliding_attention": None},
+    {"sliding_attention": {"rope_type": "default", "rope_theta": 30.0}},
+    {"full_attention": {"rope_theta": 70.0}, "rope_type": "linear", "factor": 2.0},
 ]
 KINDS = [None, ["full_attention", "sliding_attention"], ["full_attention"] * 2, ["sliding_attention"] * 2]
 KINDS += [["sliding_attention"], ["chunked_attention", "full_attention"], ["attention", "full_attention"]]
@@ -98,6 +105,13 @@ VALUES: dict[str, list[Any]] = {
     "max_window_layers": [0, 1, -1],
     "layer_types": KINDS,
     "attention_chunk_size": [5],
+    "sliding_window_pattern": [1, 2, 3, 0],
+    "rope_local_base_freq": [40.0],
+    "hidden_activation": ["gelu", "silu", "relu2", ABSENT],
+    "use_bidirectional_attention": [True, False, None],
+    "query_pre_attn_scalar": [16, 8.0, ABSENT],
+    "final_logit_softcapping": [3.0, 30, None, 0.0],
+    "attn_logit_softcapping": [0.5, 50, None],
     "is_causal": [False, True, None],
     "per_layer_config": [{"0": {"intermediate_size": 12}}, None],
     "kv_sharing_modes": [["store", "reuse"], None],
@@ -132,9 +146,6 @@ UNREAD: dict[str, list[Any]] = {
     "max_sequence_length": [2048],
     "axolotl_version": ["0.4.0"],
     "unsloth_version": ["2024.9"],
-    "final_logit_softcapping": [30.0],
-    "attn_logit_softcapping": [50.0],
-    "query_pre_attn_scalar": [16],
     "num_local_experts": [8],
     "logits_scaling": [4.0],
     "residual_multiplier": [0.3],

@@ -16,6 +16,8 @@ from halve.checkpoint.writer import companions, save_shard
 from halve.errors import CheckpointError, reading
 from halve.files import write_json
 from halve.files.work import WorkFolder
+from halve.model.families import parse_config
+from halve.model.wrappers import text_config
 from halve.progress import track
 
 
@@ -27,7 +29,8 @@ def convert(model: str | Path, out: str | Path, *, overwrite: bool = False) -> P
     """
     folder = find_model(model)
     files = _listing(folder)
-    config = read_json(folder / "config.json")
+    origin = str(folder / "config.json")
+    tied = parse_config(text_config(read_json(folder / "config.json"), origin), origin)[1].tied
     companions(folder)
     needed = sum(file.stat().st_size for file in files)
     work = WorkFolder(out, keep={"the model's own folder": folder}, overwrite=overwrite, needs_bytes=needed)
@@ -35,7 +38,7 @@ def convert(model: str | Path, out: str | Path, *, overwrite: bool = False) -> P
         made = scratch / "model"
         made.mkdir()
         try:
-            _write(folder, files, config, made)
+            _write(folder, files, tied, made)
             open_checkpoint(made)  # whatever is wrong with the weights is found before the folder has its name
         except CheckpointError:
             work.empty()
@@ -44,12 +47,12 @@ def convert(model: str | Path, out: str | Path, *, overwrite: bool = False) -> P
     return work.out
 
 
-def _write(folder: Path, files: list[Path], config: dict[str, Any], made: Path) -> None:
+def _write(folder: Path, files: list[Path], tied: bool, made: Path) -> None:
     weight_map, total = {}, 0
     for number, path in enumerate(track(files, description="convert"), 1):
         shard = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = _load(path)
-        if config.get("tie_word_embeddings", config.get("model_type") == "opt"):
+        if tied:
             tensors.pop("lm_head.weight", None)
         # clones: tensors that are views of one storage cannot be saved as they are
         save_shard({k: v.clone().contiguous() for k, v in tensors.items()}, made / shard)

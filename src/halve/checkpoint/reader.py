@@ -16,7 +16,7 @@ from halve.checkpoint.hub import fetch
 from halve.checkpoint.naming import check_parts, refuse_adapter, under_own_names
 from halve.checkpoint.schemes import read_schemes
 from halve.checkpoint.stored import PACKED, WEIGHT, StoredLinear, tensor_names
-from halve.checkpoint.tensors import RandomTensors, SafetensorsFolder, TensorSource, expect
+from halve.checkpoint.tensors import RandomTensors, RenamedTensors, SafetensorsFolder, TensorSource, expect
 from halve.errors import CheckpointError, HalveError, UnsupportedModelError, reading, shown
 from halve.files import parse_json
 from halve.files.contents import link_outside
@@ -26,6 +26,7 @@ from halve.model.decoder import Block, Model, Norm
 from halve.model.families import Family, LinearShape, NormShape
 from halve.model.linear import Linear
 from halve.model.merge import merge_siblings
+from halve.model.wrappers import text_config, text_tensors
 from halve.quantization import QuantSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -135,7 +136,7 @@ class Checkpoint:
 
     def positions(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor | None:
         """The table of learned positions, or None."""
-        if self.config.rope is not None:
+        if self.config.ropes:
             return None
         return self.tensor(f"{self.family.names['positions']}.weight", dtype, device)
 
@@ -145,11 +146,15 @@ class Checkpoint:
         return {s.role: self.linear(s, dtype, device) for s in shapes}
 
     def norm(self, shape: NormShape, dtype: torch.dtype, device: torch.device | str) -> Norm:
-        def part(name: str) -> Tensor | None:
+        def part(name: str, dtype: torch.dtype) -> Tensor | None:
             full = f"{shape.name}.{name}"
             return self.tensor(full, dtype, device) if full in self.tensors.shapes else None
 
-        return Norm(part("weight"), part("bias"), self.config.norm_eps, shape.kind, shape.size)
+        offset = self.config.norm_offset
+        weight = part("weight", torch.float32 if offset else dtype)  # the sum would lose digits in bfloat16
+        if weight is not None and offset:
+            weight = weight + offset
+        return Norm(weight, part("bias", dtype), self.config.norm_eps, shape.kind, shape.size)
 
     def final_norm(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Norm | None:
         shape = families.final_norm(self.family, self.config)
@@ -199,14 +204,17 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
     Raises CheckpointError or UnsupportedModelError.
     """
     folder = find_model(model, weights=not random_weights)
-    raw = read_json(folder / "config.json")
+    whole = read_json(folder / "config.json")
     origin = str(folder / "config.json")
+    raw = text_config(whole, origin)
     family, config = families.parse_config(raw, origin)
     if random_weights:
         return _random_checkpoint(
             Checkpoint(folder, raw, family, config, RandomTensors({}), {}), dtype or torch.bfloat16
         )
-    tensors: TensorSource = under_own_names(SafetensorsFolder(folder), family, str(folder))
+    tensors: TensorSource = SafetensorsFolder(folder)
+    tensors = RenamedTensors(tensors, {name: name for name in text_tensors(whole, tensors.shapes)})
+    tensors = under_own_names(tensors, family, str(folder))
     checkpoint = Checkpoint(folder, raw, family, config, tensors, {})
     quantization = raw.get("quantization_config")
     if quantization:

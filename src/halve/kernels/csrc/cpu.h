@@ -77,7 +77,8 @@ typedef struct kernels {
     void (*activate)(const float *gate, const float *up, int64_t n, int activation, float *out);
     void (*rotate)(float *q, const float *cosine, const float *sine, int64_t size);
     void (*attend)(const float *q, int count, const void *keys, const void *values, int kind, int64_t first,
-                   int64_t last, int64_t size, float *out);
+                   int64_t last, int64_t size, float cap, float *out);
+    void (*cap)(float *x, int64_t n, float cap);
 } kernels_t;
 
 /* ---- what structures.py compares with its own when it loads the library ---- */
