@@ -17,7 +17,11 @@ from halve.model.fields import CHECKED, NOT_HANDLED
 from tests.model.differential import BASES, UNREAD, VALUES, draws, outcome
 
 # A family that reads none of them leaves them out of what it writes, so that only the source does not load there.
-LEFT_OUT = {"llama": {"layer_types"}, "opt": {"layer_types", "rope_scaling", "rope_parameters"}}
+LEFT_OUT = {
+    "llama": {"layer_types"},
+    "granite": {"layer_types"},
+    "opt": {"layer_types", "rope_scaling", "rope_parameters"},
+}
 # heads of a size of their own that do not divide the hidden size: transformers refuses them, what halve writes says so
 LEFT_OUT |= {kind: {"num_attention_heads"} for kind in ("gemma2", "gemma3_text")}
 SINGLES, PAIRS, SHIPPED = 26, 12, 0.25

@@ -17,7 +17,7 @@ from halve.model.config import LayerConfig, ModelConfig
 from halve.model.families import FAMILIES, Family, parse_config
 from halve.model.layer_rules import windows_by_layer
 from halve.model.rotary import RopeConfig
-from tests.common import GEMMA, relative
+from tests.common import GEMMA, GRANITE, relative
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -54,6 +54,11 @@ CASES = {
     "gemma3-two-ropes": ("gemma3_text", {**GEMMA, "rope_parameters": TWO_ROPES, "layer_types": KINDS}),
     "gemma3-cap-bias": ("gemma3_text", {**GEMMA, "final_logit_softcapping": 2.0, "attention_bias": True}),
     "gemma3-untied": ("gemma3_text", {**GEMMA, "tie_word_embeddings": False, "num_key_value_heads": 4}),
+    "smollm3": ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 2}),
+    "smollm3-sliding": ("smollm3", {**SLIDING, "pad_token_id": 0, "no_rope_layers": [0, 1, 0], "attention_bias": True}),
+    "granite": ("granite", GRANITE),
+    "granite-yarn": ("granite", {**GRANITE, "rope_parameters": YARN, "mlp_bias": True, "tie_word_embeddings": True}),
+    "ministral": ("ministral", {"sliding_window": 5, "layer_types": KINDS, "head_dim": 16}),
     "opt": ("opt", {}),
     "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
     "opt-no-bias": ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),

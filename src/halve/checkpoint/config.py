@@ -6,7 +6,7 @@ import torch
 
 from halve.model.config import ModelConfig
 from halve.model.families import HALVE_LAYER, Family
-from halve.model.layer_rules import PATTERNS, no_windows, windows_by_layer
+from halve.model.layer_rules import PATTERNS, no_windows, rope_by_list, windows_by_layer
 
 
 def config_json(
@@ -28,6 +28,8 @@ def config_json(
     if by_layer or "layer_types" in out:
         # also where a rule held that counts layers, for some may be gone
         out["layer_types"] = ["sliding_attention" if layer.sliding_window else "full_attention" for layer in layers]
+    if family.ropes is rope_by_list:
+        out["no_rope_layers"] = [int(layer.rope is not None) for layer in layers]
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
         out["dtype" if "dtype" in raw else "torch_dtype"] = name

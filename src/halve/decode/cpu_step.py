@@ -105,6 +105,8 @@ class CpuStep(TorchStep):
             eps=config.norm_eps,
             embed_scale=embed_scale(config, model.dtype),
             attention_scale=config.head_dim**-0.5 if scale is None else scale,
+            residual_scale=config.residual_scale,
+            logit_divisor=config.logit_divisor,
             attention_cap=config.attention_cap or 0,
             logit_cap=config.logit_cap or 0,
             kind=KINDS[model.dtype],

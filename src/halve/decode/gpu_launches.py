@@ -60,8 +60,9 @@ def unsupported(model: Model) -> str | None:
         return "rotary embeddings that differ between layers"
     if config.attention_cap is not None or config.logit_cap is not None:
         return "scores or logits with a cap"
-    if config.embed_scale != 1 or config.attention_scale is not None:
-        return "scaled embeddings or scores"
+    scales = (config.embed_scale, config.residual_scale, config.logit_divisor)
+    if config.attention_scale is not None or any(scale != 1 for scale in scales):
+        return "scaled embeddings, scores, sums or logits"
     if model.final_norm is None or model.final_norm.weight is None:
         return "no final norm"
     for name, linear in model.linears():

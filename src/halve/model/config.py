@@ -53,7 +53,10 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     embed_size: int = 0  # 0: hidden_size; otherwise projected in and out (OPT-350m)
-    embed_scale: float = 1.0  # of embeddings; in the dtype of the model, rounded to which it is what transformers takes
+    embed_scale: float = 1.0  # of embeddings
+    embed_scale_rounded: bool = False  # to the dtype of the model
+    residual_scale: float = 1.0  # of what a sublayer adds to the stream
     attention_scale: float | None = None  # of scores; None: 1 / sqrt(head size)
     attention_cap: float | None = None  # scores become cap * tanh(score / cap)
-    logit_cap: float | None = None  # the same of logits
+    logit_divisor: float = 1.0
+    logit_cap: float | None = None  # as attention_cap, of logits that are divided

@@ -124,7 +124,8 @@ class Block(nn.Module):
             x = self._heads(x, span) if sublayer is ATTENTION else self._hidden(x)
             yield x
             x = self.linears[sublayer.writer](x)
-            x = x_BTD + (self.norms[sublayer.output_norm](x) if self.config.norm_output else x)
+            x = self.norms[sublayer.output_norm](x) if self.config.norm_output else x
+            x = x_BTD + (x if self.config.residual_scale == 1 else x * self.config.residual_scale)
             x_BTD = self.norms[sublayer.norm](x) if self.config.norm_sum else x
         return x_BTD
 
@@ -294,12 +295,13 @@ def make_rotaries(config: ModelConfig, device: torch.device | str) -> list[Rotar
 
 def embed_scale(config: ModelConfig, dtype: torch.dtype) -> float:
     """What embeddings of a dtype are multiplied by."""
-    return float(torch.tensor(config.embed_scale, dtype=dtype))
+    return float(torch.tensor(config.embed_scale, dtype=dtype)) if config.embed_scale_rounded else config.embed_scale
 
 
 def finish_logits(config: ModelConfig, head_output: Tensor) -> Tensor:
     """The logits, of what the output head computed."""
-    return head_output if config.logit_cap is None else capped(head_output, config.logit_cap)
+    logits = head_output if config.logit_divisor == 1 else head_output / config.logit_divisor
+    return logits if config.logit_cap is None else capped(logits, config.logit_cap)
 
 
 def embed_tokens(

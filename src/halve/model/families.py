@@ -10,7 +10,16 @@ from halve.errors import UnsupportedModelError, shown
 from halve.model.config import LayerConfig, ModelConfig
 from halve.model.family import LLAMA_NAMES, Family, opt_like
 from halve.model.fields import Fields, Json, is_whole
-from halve.model.layer_rules import every_second, every_sixth, one_window, rope_by_window, windows_by_layer
+from halve.model.layer_rules import (
+    every_second,
+    every_sixth,
+    kinds_or_one_window,
+    one_window,
+    rope_by_list,
+    rope_by_window,
+    windows_by_layer,
+    windows_without_rope,
+)
 from halve.model.wiring import ATTENTION, HEAD_NORMS, SUBLAYERS, wires
 
 MAX_PARAMETERS = 10**13  # several times the largest model there is
@@ -101,6 +110,30 @@ FAMILIES: dict[str, Family] = {
         caps=frozenset({"final_logit_softcapping"}),
         defaults=_GEMMA2.defaults | {"vocab_size": 262208, "final_logit_softcapping": None},
         neutral=_GEMMA2.neutral | {"attn_logit_softcapping": (None,)},
+    ),
+    "smollm3": Family(
+        default_kv_heads=4,
+        default_positions=32768,
+        nullable=frozenset({"num_key_value_heads"}),
+        bias_fields=frozenset({"attention_bias", "mlp_bias"}),
+        defaults={"tie_word_embeddings": True, "rope_theta": 2000000.0, "sliding_window": None},
+        windows=windows_without_rope,
+        ropes=rope_by_list,
+    ),
+    "granite": Family(
+        nullable=frozenset({"num_key_value_heads"}),
+        bias_fields=frozenset({"attention_bias", "mlp_bias"}),
+        numbers={
+            "embed_scale": "embedding_multiplier",
+            "attention_scale": "attention_multiplier",
+            "residual_scale": "residual_multiplier",
+            "logit_divisor": "logits_scaling",
+        },
+    ),
+    "ministral": Family(
+        default_kv_heads=8,
+        default_positions=131072,
+        windows=kinds_or_one_window,
     ),
     "opt": Family(parse=opt_like, names=OPT_NAMES, width_fields={"intermediate_size": "ffn_dim"}),
 }

@@ -68,7 +68,11 @@ def llama_like(f: Fields, family: Family) -> ModelConfig:
     bias = "attention_bias" in family.bias_fields and f.flag("attention_bias", False)
     windows = family.windows(f, layers)
     ropes, rope_of = family.ropes(f, windows, positions)
-    scale = f.integer("query_pre_attn_scalar", 256) ** -0.5 if family.query_scalar else None
+    numbers = {part: f.number(key, 1.0) for part, key in family.numbers.items()}
+    if family.query_scalar:
+        numbers["attention_scale"] = f.integer("query_pre_attn_scalar", 256) ** -0.5
+    if family.embed_scaled:
+        numbers["embed_scale"] = f.integer("hidden_size") ** 0.5
     return ModelConfig(
         vocab_size=f.integer("vocab_size"),
         hidden_size=f.integer("hidden_size"),
@@ -83,14 +87,14 @@ def llama_like(f: Fields, family: Family) -> ModelConfig:
         ropes=ropes,
         norm_offset=family.norm_offset,
         norm_output=family.norm_output,
-        embed_scale=f.integer("hidden_size") ** 0.5 if family.embed_scaled else 1.0,
-        attention_scale=scale,
+        embed_scale_rounded=family.embed_scaled,
         attention_cap=f.cap("attn_logit_softcapping") if "attn_logit_softcapping" in family.caps else None,
         logit_cap=f.cap("final_logit_softcapping") if "final_logit_softcapping" in family.caps else None,
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias or bias,
         o_bias=bias,
         mlp_bias="mlp_bias" in family.bias_fields and f.flag("mlp_bias", False),
+        **numbers,
     )
 
 
@@ -159,6 +163,8 @@ class Family:
     norm_offset: float = 0.0  # added to the weights of norms as they are stored
     norm_output: bool = False  # norms of what sublayers write
     embed_scaled: bool = False  # embeddings are multiplied by the square root of their size
+    # fields of a ModelConfig that numbers of the config say, and what those are called there; 1 where it does not
+    numbers: dict[str, str] = field(default_factory=dict)
     query_scalar: bool = False  # scores are divided by the square root of a field, not of the head size
     caps: frozenset[str] = frozenset()  # of the two fields of caps, those the architecture reads
     qkv_bias: bool = False  # biases of q, k and v that no field of the config switches

@@ -115,6 +115,12 @@ class Fields:
             raise self.fail(key, f"must be a decimal number of at least {_LEAST}, or null", "write a number like 30.0")
         return value
 
+    def number(self, key: str, default: float) -> float:
+        value = self.get(key, default)
+        if not is_number(value, _LEAST):
+            raise self.fail(key, f"must be a number of at least {_LEAST}, at most 1e30")
+        return float(value)
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, default)
         if not isinstance(value, bool):
@@ -130,8 +136,7 @@ class Fields:
 
     def window(self, default: int = 4096) -> int | None:
         """`sliding_window`: null means none, missing the default of the classes that have it."""
-        missing = "sliding_window" not in self.raw
-        return None if not missing and self.raw["sliding_window"] is None else self.integer("sliding_window", default)
+        return None if self.get("sliding_window", default) is None else self.integer("sliding_window", default)
 
     def layer_kinds(self, layers: int) -> list[str] | None:
         """`layer_types`: full_attention or sliding_attention for each layer."""

@@ -42,7 +42,7 @@ typedef struct {
     linear_t head;
     int64_t layer_count, hidden, head_size, position_offset;
     int64_t bytes; /* read by a step */
-    float eps, embed_scale, attention_scale;
+    float eps, embed_scale, attention_scale, residual_scale, logit_divisor;
     float attention_cap, logit_cap; /* 0: none */
     int32_t kind;  /* FLOAT32 or BFLOAT16: embedding, norms, biases, cache */
     int32_t rms, has_final_norm, norm_output, qk_norm, gated, activation;
@@ -233,37 +233,41 @@ static void copy_rows(void *data, int64_t first, int64_t last) {
         memcpy(s->in + m * s->model->inner, s->x + m * hidden, (size_t)hidden * sizeof(float));
 }
 
-/* x += norm(out) */
-static void add_normed(void *data, int64_t first, int64_t last) {
+/* x += residual_scale * norm(out), or out as it is where norm is NULL */
+static void add_rows(void *data, int64_t first, int64_t last) {
     const step_t *s = data;
     const model_t *model = s->model;
     for (int64_t m = first; m < last; ++m) {
         float *out = s->out + m * model->outer, *x = s->x + m * model->hidden;
-        model->kernels->norm(out, model->hidden, s->norm->weight, s->norm->bias, (int)s->norm->kind, model->rms,
-                             model->eps, out);
-        for (int64_t c = 0; c < model->hidden; ++c) x[c] += out[c];
+        if (s->norm)
+            model->kernels->norm(out, model->hidden, s->norm->weight, s->norm->bias, (int)s->norm->kind, model->rms,
+                                 model->eps, out);
+        for (int64_t c = 0; c < model->hidden; ++c) x[c] += model->residual_scale * out[c];
     }
 }
 
 /* `linear` of `in` into the residual stream, behind `norm` where a model has such norms */
 static void run_writer(member_t *member, step_t *s, const linear_t *linear, const norm_t *norm) {
     const model_t *model = s->model;
-    if (!model->norm_output) {
+    if (!model->norm_output && model->residual_scale == 1) {
         run_linears(member, s, NULL, linear, 1, s->x, model->hidden, 1);
         return;
     }
     run_linears(member, s, NULL, linear, 1, s->out, model->outer, 0);
-    s->norm = norm;
-    team_loop(member, s->cache->batch, add_normed, s);
+    s->norm = model->norm_output ? norm : NULL;
+    team_loop(member, s->cache->batch, add_rows, s);
 }
 
-enum { CAPPED = 4096 }; /* logits a thread takes at a time */
+enum { FINISHED = 4096 }; /* logits a thread takes at a time */
 
-static void cap_logits(void *data, int64_t first, int64_t last) {
+static void finish_logits(void *data, int64_t first, int64_t last) {
     const step_t *s = data;
-    const int64_t all = s->cache->batch * s->model->head.outputs;
-    for (int64_t at = first * CAPPED; at < last * CAPPED && at < all; at += CAPPED)
-        s->model->kernels->cap(s->target + at, all - at < CAPPED ? all - at : CAPPED, s->model->logit_cap);
+    const model_t *model = s->model;
+    const int64_t all = s->cache->batch * model->head.outputs, end = last * FINISHED < all ? last * FINISHED : all;
+    float *logits = s->target + first * FINISHED;
+    const int64_t count = end - first * FINISHED;
+    for (int64_t c = 0; c < count; ++c) logits[c] /= model->logit_divisor;
+    if (model->logit_cap > 0) model->kernels->cap(logits, count, model->logit_cap);
 }
 
 /* ---- the step ---- */
@@ -295,7 +299,8 @@ static void run_step(member_t *member, void *data) {
     if (!model->has_final_norm) team_loop(member, batch, copy_rows, s);
     run_linears(member, s, model->has_final_norm ? &model->final_norm : NULL, &model->head, 1, call->logits,
                 model->head.outputs, 0);
-    if (model->logit_cap > 0) team_loop(member, (batch * model->head.outputs + CAPPED - 1) / CAPPED, cap_logits, s);
+    if (model->logit_cap > 0 || model->logit_divisor != 1)
+        team_loop(member, (batch * model->head.outputs + FINISHED - 1) / FINISHED, finish_logits, s);
 }
 
 static float *take(char **scratch, int64_t numbers) {
@@ -382,6 +387,8 @@ const declaration_t *halve_step_declarations(void) {
         FIELD(model_t, eps),
         FIELD(model_t, embed_scale),
         FIELD(model_t, attention_scale),
+        FIELD(model_t, residual_scale),
+        FIELD(model_t, logit_divisor),
         FIELD(model_t, attention_cap),
         FIELD(model_t, logit_cap),
         FIELD(model_t, kind),
