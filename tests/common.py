@@ -27,6 +27,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("gemma3_text", {**GEMMA, "sliding_window_pattern": 2}),
     ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 2}),
     ("granite", GRANITE),
+    ("olmo2", {}),
     (
         "ministral",
         {"head_dim": 16, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},

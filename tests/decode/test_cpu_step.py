@@ -43,6 +43,7 @@ FAMILIES = {
     "gemma3": ("gemma3_text", {**GEMMA, "sliding_window_pattern": 2}),
     "smollm3": ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 2}),
     "granite": ("granite", GRANITE),
+    "olmo2": ("olmo2", {}),
     "opt": ("opt", {}),
 }
 

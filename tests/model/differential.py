@@ -39,6 +39,7 @@ BASES: dict[str, dict[str, Any]] = {
     "gemma3_text": GEMMA,
     "smollm3": BASE | {"pad_token_id": 0, "no_rope_layer_interval": 2},
     "granite": BASE,
+    "olmo2": BASE,
     "ministral": BASE | {"sliding_window": 12, "head_dim": 8},
     "opt": {k: v for k, v in BASE.items() if k not in ("num_key_value_heads", "intermediate_size")} | {"ffn_dim": 24},
 }

@@ -20,6 +20,7 @@ from tests.model.differential import BASES, UNREAD, VALUES, draws, outcome
 LEFT_OUT = {
     "llama": {"layer_types"},
     "granite": {"layer_types"},
+    "olmo2": {"layer_types"},
     "opt": {"layer_types", "rope_scaling", "rope_parameters"},
 }
 # heads of a size of their own that do not divide the hidden size: transformers refuses them, what halve writes says so

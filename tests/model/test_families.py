@@ -58,6 +58,7 @@ CASES = {
     "smollm3-sliding": ("smollm3", {**SLIDING, "pad_token_id": 0, "no_rope_layers": [0, 1, 0], "attention_bias": True}),
     "granite": ("granite", GRANITE),
     "granite-yarn": ("granite", {**GRANITE, "rope_parameters": YARN, "mlp_bias": True, "tie_word_embeddings": True}),
+    "olmo2": ("olmo2", {"num_key_value_heads": 2, "attention_bias": True}),
     "ministral": ("ministral", {"sliding_window": 5, "layer_types": KINDS, "head_dim": 16}),
     "opt": ("opt", {}),
     "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
@@ -124,7 +125,8 @@ def _edit(folder: Path, tmp_path: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt_neox"}, "gpt_neox"),
+        ({"model_type": "gpt_neox"}, r"gpt_neox.*side by side"),
+        ({"model_type": "qwen3_moe"}, r"not supported \(a mixture of experts"),
         ({"is_causal": False}, "is_causal"),
         ({"kv_sharing_modes": ["store", "reuse", "reuse"]}, "kv_sharing_modes"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 2.0, "factor": 2.0}}, "longrope"),

@@ -19,7 +19,7 @@ GATED = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), 
 PLAIN = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("up_proj",), ("down_proj",)]
 
 
-@pytest.fixture(scope="module", params=["qwen3", "opt"])
+@pytest.fixture(scope="module", params=["qwen3", "gemma2", "olmo2", "opt"])
 def folder(request: pytest.FixtureRequest, make_hf) -> Path:
     return make_hf(request.param)
 

@@ -69,8 +69,8 @@ class ModelStruct(ctypes.Structure):
         *((name, c_int64) for name in ("layer_count", "hidden", "head_size", "position_offset", "bytes")),
         *((name, c_float) for name in ("eps", "embed_scale", "attention_scale", "residual_scale", "logit_divisor")),
         *((name, c_float) for name in ("attention_cap", "logit_cap")),
-        *((name, c_int32) for name in ("kind", "rms", "has_final_norm", "norm_output", "qk_norm", "gated")),
-        ("activation", c_int32),
+        *((name, c_int32) for name in ("kind", "rms", "has_final_norm", "norm_input", "norm_output")),
+        *((name, c_int32) for name in ("qk_norm", "qk_norm_whole", "gated", "activation")),
         *((name, c_int32) for name in ("inner", "outer", "columns", "segments")),
     )
 

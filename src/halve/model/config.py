@@ -48,7 +48,8 @@ class ModelConfig:
     norm_sum: bool = False  # the stream after that (OPT-350m)
     final_norm: bool = True
     gated: bool = True
-    qk_norm: bool = False
+    qk_norm: bool = False  # queries and keys are normalised, head by head
+    qk_norm_whole: bool = False  # or all heads together
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False

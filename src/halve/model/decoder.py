@@ -137,8 +137,10 @@ class Block(nn.Module):
             q, k, v = self.linears["qkv_proj"](x).split(widths, dim=-1)
         else:
             q, k, v = (self.linears[name](x) for name in ("q_proj", "k_proj", "v_proj"))
+        if self.config.qk_norm_whole:
+            q, k = self.norms["q_norm"](q), self.norms["k_norm"](k)
         q, k, v = (t.view(batch, tokens, -1, size).transpose(1, 2) for t in (q, k, v))
-        if self.config.qk_norm:
+        if self.config.qk_norm and not self.config.qk_norm_whole:
             q, k = self.norms["q_norm"](q), self.norms["k_norm"](k)
         if layer.rope is not None:
             q, k = span.rotate(q, layer.rope), span.rotate(k, layer.rope)

@@ -20,6 +20,7 @@ from halve.model.layer_rules import (
     windows_by_layer,
     windows_without_rope,
 )
+from halve.model.refused import reason
 from halve.model.wiring import ATTENTION, HEAD_NORMS, SUBLAYERS, wires
 
 MAX_PARAMETERS = 10**13  # several times the largest model there is
@@ -130,6 +131,16 @@ FAMILIES: dict[str, Family] = {
             "logit_divisor": "logits_scaling",
         },
     ),
+    "olmo2": Family(
+        names=GEMMA_NAMES,
+        nullable=frozenset({"num_key_value_heads"}),
+        bias_fields=frozenset({"attention_bias"}),
+        defaults={"rms_norm_eps": 1e-5},
+        norm_input=False,
+        norm_output=True,
+        qk_norm=True,
+        qk_norm_whole=True,
+    ),
     "ministral": Family(
         default_kv_heads=8,
         default_positions=131072,
@@ -171,7 +182,10 @@ def parse_config(raw: Json, origin: str) -> tuple[Family, ModelConfig]:
     base = raw.get("halve_model_type") if kind == "halve" else kind
     if not isinstance(base, str) or base not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise UnsupportedModelError(f"{origin}: model_type={shown(base)} is not supported: use a model of type {known}")
+        why = reason(base) if isinstance(base, str) else None
+        raise UnsupportedModelError(
+            f"{origin}: model_type={shown(base)} is not supported{f' ({why})' if why else ''}: use a model of type {known}"
+        )
     family = FAMILIES[base]
     fields = Fields(raw, origin, family.defaults)
     if raw.get("auto_map"):
@@ -254,7 +268,9 @@ def block_norms(family: Family, config: ModelConfig, index: int) -> list[NormSha
             if there
         ]
         if config.qk_norm and sublayer is ATTENTION:
-            norms += [NormShape(family.block_name(index, role), role, config.head_dim, "rms") for role in HEAD_NORMS]
+            heads = (layer.num_heads, layer.num_kv_heads) if config.qk_norm_whole else (1, 1)
+            sizes = dict(zip(HEAD_NORMS, (config.head_dim * count for count in heads), strict=True))
+            norms += [NormShape(family.block_name(index, role), role, size, "rms") for role, size in sizes.items()]
     return norms
 
 

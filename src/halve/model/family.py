@@ -68,7 +68,7 @@ def llama_like(f: Fields, family: Family) -> ModelConfig:
     bias = "attention_bias" in family.bias_fields and f.flag("attention_bias", False)
     windows = family.windows(f, layers)
     ropes, rope_of = family.ropes(f, windows, positions)
-    numbers = {part: f.number(key, 1.0) for part, key in family.numbers.items()}
+    numbers: dict[str, Any] = {part: f.number(key, 1.0) for part, key in family.numbers.items()}
     if family.query_scalar:
         numbers["attention_scale"] = f.integer("query_pre_attn_scalar", 256) ** -0.5
     if family.embed_scaled:
@@ -86,11 +86,13 @@ def llama_like(f: Fields, family: Family) -> ModelConfig:
         tied=f.flag("tie_word_embeddings", False),
         ropes=ropes,
         norm_offset=family.norm_offset,
+        norm_input=family.norm_input,
         norm_output=family.norm_output,
         embed_scale_rounded=family.embed_scaled,
         attention_cap=f.cap("attn_logit_softcapping") if "attn_logit_softcapping" in family.caps else None,
         logit_cap=f.cap("final_logit_softcapping") if "final_logit_softcapping" in family.caps else None,
         qk_norm=family.qk_norm,
+        qk_norm_whole=family.qk_norm_whole,
         qkv_bias=family.qkv_bias or bias,
         o_bias=bias,
         mlp_bias="mlp_bias" in family.bias_fields and f.flag("mlp_bias", False),
@@ -159,9 +161,11 @@ class Family:
     neutral: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     nullable: frozenset[str] = frozenset()  # of the two fields of heads, those that may be null: as if derived
     qk_norm: bool = False  # norms over each head of queries and keys
+    qk_norm_whole: bool = False  # those are over all heads together
     activation_field: str = "hidden_act"
     norm_offset: float = 0.0  # added to the weights of norms as they are stored
-    norm_output: bool = False  # norms of what sublayers write
+    norm_input: bool = True  # norms of what sublayers read
+    norm_output: bool = False  # norms of what they write
     embed_scaled: bool = False  # embeddings are multiplied by the square root of their size
     # fields of a ModelConfig that numbers of the config say, and what those are called there; 1 where it does not
     numbers: dict[str, str] = field(default_factory=dict)

@@ -45,7 +45,7 @@ typedef struct {
     float eps, embed_scale, attention_scale, residual_scale, logit_divisor;
     float attention_cap, logit_cap; /* 0: none */
     int32_t kind;  /* FLOAT32 or BFLOAT16: embedding, norms, biases, cache */
-    int32_t rms, has_final_norm, norm_output, qk_norm, gated, activation;
+    int32_t rms, has_final_norm, norm_input, norm_output, qk_norm, qk_norm_whole, gated, activation;
     int32_t inner, outer, columns, segments; /* largest over all linears: inputs, outputs side by side, and stored */
 } model_t;
 
@@ -172,6 +172,21 @@ static void store(const float *values, int64_t count, int kind, void *to) {
     else memcpy(to, values, (size_t)count * sizeof(float));
 }
 
+/* queries and keys, each over all heads */
+static void norm_whole(void *data, int64_t first, int64_t last) {
+    const step_t *s = data;
+    const model_t *model = s->model;
+    const layer_t *layer = s->layer;
+    const norm_t *query = &layer->query_norm, *key = &layer->key_norm;
+    const int64_t width = layer->heads * model->head_size;
+    for (int64_t m = first; m < last; ++m) {
+        float *out = s->out + m * model->outer, *keys = out + width;
+        model->kernels->norm(out, width, query->weight, query->bias, (int)query->kind, 1, model->eps, out);
+        model->kernels->norm(keys, layer->kv_heads * model->head_size, key->weight, key->bias, (int)key->kind, 1,
+                             model->eps, keys);
+    }
+}
+
 /* one key head of one prompt each: norms, rotary, the new key and value stored, its queries answered */
 static void attend_heads(void *data, int64_t first, int64_t last) {
     const step_t *s = data;
@@ -186,7 +201,7 @@ static void attend_heads(void *data, int64_t first, int64_t last) {
         for (int64_t h = 0; h <= shared; ++h) {
             float *vector = h < shared ? queries + h * size : key;
             const norm_t *norm = h < shared ? &layer->query_norm : &layer->key_norm;
-            if (model->qk_norm)
+            if (model->qk_norm && !model->qk_norm_whole)
                 k->norm(vector, size, norm->weight, norm->bias, (int)norm->kind, 1, model->eps, vector);
             if (layer->cosine) k->rotate(vector, layer->cosine + slot * size, layer->sine + slot * size, size);
         }
@@ -246,6 +261,12 @@ static void add_rows(void *data, int64_t first, int64_t last) {
     }
 }
 
+/* out = the readers of the stream, behind `norm` where a model has such norms */
+static void run_readers(member_t *member, step_t *s, const norm_t *norm, const linear_t *linears, int most) {
+    if (!s->model->norm_input) team_loop(member, s->cache->batch, copy_rows, s);
+    run_linears(member, s, s->model->norm_input ? norm : NULL, linears, most, s->out, s->model->outer, 0);
+}
+
 /* `linear` of `in` into the residual stream, behind `norm` where a model has such norms */
 static void run_writer(member_t *member, step_t *s, const linear_t *linear, const norm_t *norm) {
     const model_t *model = s->model;
@@ -286,12 +307,13 @@ static void run_step(member_t *member, void *data) {
     for (s->index = 0; s->index < model->layer_count; ++s->index) {
         const layer_t *layer = s->layer = model->layers + s->index;
         if (layer->heads) {
-            run_linears(member, s, &layer->attention_norm, layer->qkv, 3, s->out, model->outer, 0);
+            run_readers(member, s, &layer->attention_norm, layer->qkv, 3);
+            if (model->qk_norm_whole) team_loop(member, batch, norm_whole, s);
             team_loop(member, batch * layer->kv_heads, attend_heads, s);
             run_writer(member, s, &layer->o, &layer->attention_output_norm);
         }
         if (layer->width) {
-            run_linears(member, s, &layer->mlp_norm, layer->up, 2, s->out, model->outer, 0);
+            run_readers(member, s, &layer->mlp_norm, layer->up, 2);
             team_loop(member, batch * ((layer->width + ACTIVATED - 1) / ACTIVATED), activate_pieces, s);
             run_writer(member, s, &layer->down, &layer->mlp_output_norm);
         }
@@ -394,8 +416,10 @@ const declaration_t *halve_step_declarations(void) {
         FIELD(model_t, kind),
         FIELD(model_t, rms),
         FIELD(model_t, has_final_norm),
+        FIELD(model_t, norm_input),
         FIELD(model_t, norm_output),
         FIELD(model_t, qk_norm),
+        FIELD(model_t, qk_norm_whole),
         FIELD(model_t, gated),
         FIELD(model_t, activation),
         FIELD(model_t, inner),
