@@ -1,4 +1,4 @@
-"""The text part of a model with a vision tower: read from its folder, written as a model of its own."""
+"""Models that hold one of a family, or are one under another name: read as that, written as that."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 
 from halve import compress, load_model
 from halve.errors import UnsupportedModelError
-from halve.model.wrappers import text_config
+from halve.model.wrappers import own_config
 from tests.common import GEMMA, TOKENS, logits, relative, their_logits
 
 TEXT = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "num_attention_heads": 4}
@@ -29,7 +29,8 @@ def make_wrapped(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tupl
     """A model with a tower, and the logits that transformers computes of text with it."""
 
     def make(**options: Any) -> tuple[Path, torch.Tensor]:
-        config = CONFIG_MAPPING["gemma3"](text_config=TEXT, vision_config=VISION, **IMAGES, **options)
+        kind: Any = CONFIG_MAPPING["gemma3"]
+        config = kind(text_config=TEXT, vision_config=VISION, **IMAGES, **options)
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config).eval()
         with torch.no_grad():
@@ -70,7 +71,7 @@ def test_what_published_configs_leave_out_is_what_transformers_takes(tmp_path: P
     said = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 7, "intermediate_size": 32}
     text = said | {"vocab_size": 50, "sliding_window": 4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
-    raw = text_config({"model_type": "gemma3", "text_config": text}, "config.json")
+    raw = own_config({"model_type": "gemma3", "text_config": text}, "config.json")
     model = AutoModelForCausalLM.from_config(
         CONFIG_MAPPING["gemma3_text"](**{k: v for k, v in raw.items() if k != "model_type"})
     )
@@ -92,4 +93,35 @@ def test_what_published_configs_leave_out_is_what_transformers_takes(tmp_path: P
 )
 def test_what_has_no_text_part_to_read_is_refused(changes: dict, words: str) -> None:
     with pytest.raises(UnsupportedModelError, match=words):
-        text_config({"model_type": "gemma3", "text_config": TEXT} | changes, "config.json")
+        own_config({"model_type": "gemma3", "text_config": TEXT} | changes, "config.json")
+
+
+PHI = {"pad_token_id": 0, "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(
+    "steps",
+    [["rtn:bits=4,group_size=16"], ["prune-heads:fraction=0.5,score=l1,refit=false", "drop-layers:layers=1"]],
+)
+def test_phi3_is_a_mistral_whose_siblings_are_one_tensor(
+    make_hf, tmp_path: Path, window: int | None, steps: list
+) -> None:
+    folder = make_hf("phi3", **PHI, sliding_window=window)
+    assert relative(logits(folder), their_logits(folder)) < 1e-5
+    compress(folder, tmp_path / "out", steps)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["model_type"], written["architectures"]) == ("mistral", ["MistralForCausalLM"])
+    assert relative(logits(tmp_path / "out"), their_logits(tmp_path / "out")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+        {"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}},
+    ],
+)
+def test_longrope_is_refused_with_its_reason(rope: dict) -> None:
+    with pytest.raises(UnsupportedModelError, match="outgrows a length"):
+        own_config(TEXT | rope | {"model_type": "phi3"}, "config.json")

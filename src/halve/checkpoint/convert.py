@@ -17,7 +17,7 @@ from halve.errors import CheckpointError, reading
 from halve.files import write_json
 from halve.files.work import WorkFolder
 from halve.model.families import parse_config
-from halve.model.wrappers import text_config
+from halve.model.wrappers import own_config
 from halve.progress import track
 
 
@@ -30,7 +30,7 @@ def convert(model: str | Path, out: str | Path, *, overwrite: bool = False) -> P
     folder = find_model(model)
     files = _listing(folder)
     origin = str(folder / "config.json")
-    tied = parse_config(text_config(read_json(folder / "config.json"), origin), origin)[1].tied
+    tied = parse_config(own_config(read_json(folder / "config.json"), origin), origin)[1].tied
     companions(folder)
     needed = sum(file.stat().st_size for file in files)
     work = WorkFolder(out, keep={"the model's own folder": folder}, overwrite=overwrite, needs_bytes=needed)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halve.checkpoint.gptq_format import GptqTensors
 from halve.checkpoint.hub import fetch
-from halve.checkpoint.naming import check_parts, refuse_adapter, under_own_names
+from halve.checkpoint.naming import check_parts, refuse_adapter, split_merged, under_own_names
 from halve.checkpoint.schemes import read_schemes
 from halve.checkpoint.stored import PACKED, WEIGHT, StoredLinear, tensor_names
 from halve.checkpoint.tensors import RandomTensors, RenamedTensors, SafetensorsFolder, TensorSource, expect
@@ -26,7 +26,7 @@ from halve.model.decoder import Block, Model, Norm
 from halve.model.families import Family, LinearShape, NormShape
 from halve.model.linear import Linear
 from halve.model.merge import merge_siblings
-from halve.model.wrappers import text_config, text_tensors
+from halve.model.wrappers import own_config, own_tensors
 from halve.quantization import QuantSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -206,15 +206,15 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
     folder = find_model(model, weights=not random_weights)
     whole = read_json(folder / "config.json")
     origin = str(folder / "config.json")
-    raw = text_config(whole, origin)
+    raw = own_config(whole, origin)
     family, config = families.parse_config(raw, origin)
     if random_weights:
         return _random_checkpoint(
             Checkpoint(folder, raw, family, config, RandomTensors({}), {}), dtype or torch.bfloat16
         )
     tensors: TensorSource = SafetensorsFolder(folder)
-    tensors = RenamedTensors(tensors, {name: name for name in text_tensors(whole, tensors.shapes)})
-    tensors = under_own_names(tensors, family, str(folder))
+    tensors = RenamedTensors(tensors, {name: name for name in own_tensors(whole, tensors.shapes)})
+    tensors = split_merged(under_own_names(tensors, family, str(folder)), family, config)
     checkpoint = Checkpoint(folder, raw, family, config, tensors, {})
     quantization = raw.get("quantization_config")
     if quantization:

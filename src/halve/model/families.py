@@ -22,6 +22,7 @@ from halve.model.layer_rules import (
 )
 from halve.model.refused import reason
 from halve.model.wiring import ATTENTION, HEAD_NORMS, SUBLAYERS, wires
+from halve.model.wrappers import ALIASES, WRAPPERS
 
 MAX_PARAMETERS = 10**13  # several times the largest model there is
 
@@ -181,7 +182,7 @@ def parse_config(raw: Json, origin: str) -> tuple[Family, ModelConfig]:
     kind = raw.get("model_type")
     base = raw.get("halve_model_type") if kind == "halve" else kind
     if not isinstance(base, str) or base not in FAMILIES:
-        known = ", ".join(FAMILIES)
+        known = ", ".join((*FAMILIES, *WRAPPERS, *ALIASES))
         why = reason(base) if isinstance(base, str) else None
         raise UnsupportedModelError(
             f"{origin}: model_type={shown(base)} is not supported{f' ({why})' if why else ''}: use a model of type {known}"

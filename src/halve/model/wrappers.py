@@ -1,4 +1,4 @@
-"""The text part of a model that has more parts: its config, and which tensors are its own."""
+"""Models that hold one of a family here, or are one under another name: the config of that, and which tensors are its own."""
 
 from __future__ import annotations
 
@@ -32,15 +32,60 @@ WRAPPERS: dict[str, Wrapper] = {
 }
 
 
-def text_config(raw: Json, origin: str) -> Json:
-    """The config of the text part alone, of a model that has others; any other config as it is.
+@dataclass(frozen=True)
+class Alias:
+    """A `model_type` that computes what another does, its siblings' weights in one tensor (see `naming.split_merged`).
 
-    Raises UnsupportedModelError where there is no text part to read.
+    other, architecture: as of a Wrapper the text; defaults: where those of the fields differ; left_out: fields that it does
+    not read and the other does.
+    """
+
+    other: str
+    architecture: str
+    defaults: Json
+    left_out: tuple[str, ...]
+
+
+ALIASES: dict[str, Alias] = {
+    "phi3": Alias(
+        "mistral",
+        "MistralForCausalLM",
+        {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None, "num_key_value_heads": None},
+        left_out=("layer_types", "auto_map"),  # the code it names is the model that transformers has by now
+    )
+}
+
+
+def own_config(raw: Json, origin: str) -> Json:
+    """The config of the family that a model is one of: of its text part, or under that family's name; most as they are.
+
+    Raises UnsupportedModelError where there is no such config to read.
     """
     kind = raw.get("model_type")
-    wrapper = WRAPPERS.get(kind) if isinstance(kind, str) else None
-    if wrapper is None:
+    if not isinstance(kind, str):
         return raw
+    if kind in WRAPPERS:
+        return _text_config(raw, WRAPPERS[kind], origin)
+    return _renamed_config(raw, ALIASES[kind], origin) if kind in ALIASES else raw
+
+
+def _renamed_config(raw: Json, alias: Alias, origin: str) -> Json:
+    fields = Fields(raw, origin)
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(key)
+        if isinstance(rope, dict) and rope and rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise fields.fail(
+                key,
+                "names frequencies that change when a text outgrows a length, which is not handled",
+                "use another model",
+            )
+    config = {key: value for key, value in (alias.defaults | raw).items() if key not in alias.left_out}
+    if config["num_key_value_heads"] is None and "num_attention_heads" in config:
+        config["num_key_value_heads"] = config["num_attention_heads"]
+    return config | {"model_type": alias.other, "architectures": [alias.architecture]}
+
+
+def _text_config(raw: Json, wrapper: Wrapper, origin: str) -> Json:
     fields, text = Fields(raw, origin), raw.get("text_config")
     if not isinstance(text, dict) or text.get("model_type", wrapper.text) != wrapper.text:
         raise fields.fail("text_config", f"must be the config of a {wrapper.text}", "get the model's own config.json")
@@ -56,7 +101,7 @@ def text_config(raw: Json, origin: str) -> Json:
     return shared | text | own | wrapper.left_out
 
 
-def text_tensors(raw: Json, names: Iterable[str]) -> list[str]:
-    """Those of `names` that belong to the text part; `raw`: the config that came with them."""
+def own_tensors(raw: Json, names: Iterable[str]) -> list[str]:
+    """Those of `names` that belong to the model of `own_config`; `raw`: the config that came with them."""
     wrapper = WRAPPERS.get(raw.get("model_type", ""))
     return [name for name in names if wrapper is None or not name.startswith(wrapper.others)]
