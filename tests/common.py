@@ -15,12 +15,23 @@ from halve.model.linear import Linear
 
 # for models of `make_hf`, whose vocabulary has 97 entries
 TOKENS = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(7))
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5}
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6, "logits_scaling": 1.7}
 # what Hugging Face calls the model, and options for `make_hf`
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"tie_word_embeddings": True}),
     ("mistral", {}),
     ("qwen2", {}),
     ("qwen3", {"head_dim": 16}),
+    ("gemma2", {**GEMMA, "attn_logit_softcapping": 0.8}),
+    ("gemma3_text", {**GEMMA, "sliding_window_pattern": 2}),
+    ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 2}),
+    ("granite", GRANITE),
+    ("olmo2", {}),
+    (
+        "ministral",
+        {"head_dim": 16, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ),
     ("opt", {}),
 ]
 

@@ -14,6 +14,7 @@ from halve.checkpoint.schemes import read_schemes, write_schemes
 from halve.model.config import ModelConfig
 from halve.model.families import parse_config
 from halve.quantization import QuantSpec
+from tests.common import GEMMA
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 MODELS = {
@@ -21,6 +22,10 @@ MODELS = {
     "mistral": ("mistral", {"sliding_window": 7}),
     "qwen2": ("qwen2", SLIDING),
     "qwen3": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", GEMMA),
+    "gemma3": ("gemma3_text", {**GEMMA, "sliding_window_pattern": 2}),
+    "smollm3": ("smollm3", {**SLIDING, "pad_token_id": 0, "no_rope_layer_interval": 2}),
+    "olmo2": ("olmo2", {}),
     "opt": ("opt", {"word_embed_proj_dim": 16}),
 }
 

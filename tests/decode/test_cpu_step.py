@@ -21,7 +21,7 @@ from halve.decode.torch_step import TorchStep
 from halve.errors import HalveError
 from halve.kernels import cpu
 from halve.model.decoder import Model
-from tests.common import relative
+from tests.common import GEMMA, GRANITE, relative
 
 PROMPTS = [[5, 9, 3, 44, 81, 2, 17], [7] * 11, [90, 2, 61]]
 STEPS = 6
@@ -40,6 +40,11 @@ FAMILIES = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     "gelu": ("llama", {"hidden_act": "gelu"}),
     "gelu-tanh": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0}),
+    "gemma3": ("gemma3_text", {**GEMMA, "sliding_window_pattern": 2}),
+    "smollm3": ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 2}),
+    "granite": ("granite", GRANITE),
+    "olmo2": ("olmo2", {}),
     "opt": ("opt", {}),
 }
 

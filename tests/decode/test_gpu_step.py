@@ -181,6 +181,21 @@ def test_a_row_at_the_end_of_the_context_does_not_disturb_the_others(make_hf: Ca
     assert [len(row.tokens) for row in made] == [1, 3]
 
 
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("gemma2", {}, "norms of what sublayers write"),
+        ("gemma3_text", {}, "norms of what sublayers write"),
+        ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 2}, "rotary embeddings that differ between layers"),
+        ("granite", {}, "scaled embeddings, scores, sums or logits"),
+        ("olmo2", {}, "not a Llama-like block"),
+    ],
+)
+def test_families_that_cannot_be_fused_say_why(make_hf, family: str, options: dict, reason: str) -> None:
+    decoder = Decoder(load_model(make_hf(family, **options), device=DEVICE), [[1, 2]], 4, Sampling())
+    assert reason in decoder.passed_over["gpu"] and reason in decoder.kernel
+
+
 def test_what_cannot_be_fused_says_why(make_hf: Callable[..., Path]) -> None:
     opt = load_model(make_hf("opt"), device=DEVICE)
     decoder = Decoder(opt, [[1, 2]], 4, Sampling())

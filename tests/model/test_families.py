@@ -14,9 +14,10 @@ from halve import load_model
 from halve.checkpoint.reader import open_checkpoint
 from halve.errors import UnsupportedModelError
 from halve.model.config import LayerConfig, ModelConfig
-from halve.model.families import FAMILIES, Family, parse_config, windows_by_layer
+from halve.model.families import FAMILIES, Family, parse_config
+from halve.model.layer_rules import windows_by_layer
 from halve.model.rotary import RopeConfig
-from tests.common import relative
+from tests.common import GEMMA, GRANITE, relative
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -28,6 +29,11 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+KINDS = ["full_attention", "sliding_attention", "sliding_attention"]
 CASES = {
     "llama2": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
     "llama3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -41,6 +47,19 @@ CASES = {
     "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
     "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3-sliding-bias": ("qwen3", {**SLIDING, "head_dim": 8, "attention_bias": True}),
+    "gemma2": ("gemma2", GEMMA),
+    "gemma2-caps": ("gemma2", {**GEMMA, "attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0}),
+    "gemma2-no-caps": ("gemma2", {**GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3": ("gemma3_text", {**GEMMA, "sliding_window_pattern": 2}),
+    "gemma3-two-ropes": ("gemma3_text", {**GEMMA, "rope_parameters": TWO_ROPES, "layer_types": KINDS}),
+    "gemma3-cap-bias": ("gemma3_text", {**GEMMA, "final_logit_softcapping": 2.0, "attention_bias": True}),
+    "gemma3-untied": ("gemma3_text", {**GEMMA, "tie_word_embeddings": False, "num_key_value_heads": 4}),
+    "smollm3": ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 2}),
+    "smollm3-sliding": ("smollm3", {**SLIDING, "pad_token_id": 0, "no_rope_layers": [0, 1, 0], "attention_bias": True}),
+    "granite": ("granite", GRANITE),
+    "granite-yarn": ("granite", {**GRANITE, "rope_parameters": YARN, "mlp_bias": True, "tie_word_embeddings": True}),
+    "olmo2": ("olmo2", {"num_key_value_heads": 2, "attention_bias": True}),
+    "ministral": ("ministral", {"sliding_window": 5, "layer_types": KINDS, "head_dim": 16}),
     "opt": ("opt", {}),
     "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
     "opt-no-bias": ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
@@ -106,7 +125,8 @@ def _edit(folder: Path, tmp_path: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt_neox"}, "gpt_neox"),
+        ({"model_type": "gpt_neox"}, r"gpt_neox.*side by side"),
+        ({"model_type": "qwen3_moe"}, r"not supported \(a mixture of experts"),
         ({"is_causal": False}, "is_causal"),
         ({"kv_sharing_modes": ["store", "reuse", "reuse"]}, "kv_sharing_modes"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 2.0, "factor": 2.0}}, "longrope"),
@@ -154,7 +174,7 @@ def test_what_a_bare_config_means_in_each_family(
     assert (config.head_dim, config.qk_norm, config.qkv_bias) == (head_dim, qk_norm, qkv_bias)
     assert not config.o_bias and not config.mlp_bias and config.gated and config.norm == "rms"
     assert (config.max_positions, config.norm_eps, config.activation) == (positions, 1e-6, "silu")
-    assert not config.tied and config.rope == RopeConfig(10000.0)
+    assert not config.tied and config.ropes == (RopeConfig(10000.0),)
 
 
 @pytest.mark.parametrize(

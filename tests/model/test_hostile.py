@@ -100,9 +100,9 @@ def sane(config: ModelConfig) -> None:
     assert all(type(n) is int and 0 < n < 2**31 for n in numbers)
     assert all(layer.sliding_window is None or layer.sliding_window >= 1 for layer in config.layers)
     assert 0 <= config.norm_eps < INFINITY and len(config.layers) <= 10_000
-    if config.rope is not None:
-        assert 1 < config.rope.theta < INFINITY
-        assert all(abs(value) < INFINITY for value in config.rope.options.values())
+    for rope in config.ropes:
+        assert 1 < rope.theta < INFINITY
+        assert all(abs(value) < INFINITY for value in rope.options.values())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from halve.checkpoint.reader import open_checkpoint
 from halve.model import wiring
 from halve.model.config import LayerConfig
-from halve.model.decoder import Block, Span, make_rotary
+from halve.model.decoder import Block, Span, make_rotaries
 from halve.model.linear import Linear
 from halve.model.merge import merge_siblings
 from halve.model.wiring import ATTENTION, MLP, SUBLAYERS
@@ -19,7 +19,7 @@ GATED = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), 
 PLAIN = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("up_proj",), ("down_proj",)]
 
 
-@pytest.fixture(scope="module", params=["qwen3", "opt"])
+@pytest.fixture(scope="module", params=["qwen3", "gemma2", "olmo2", "opt"])
 def folder(request: pytest.FixtureRequest, make_hf) -> Path:
     return make_hf(request.param)
 
@@ -32,7 +32,7 @@ def inputs_by_role(block: Block) -> dict[str, torch.Tensor]:
         linear.register_forward_pre_hook(lambda _, args, role=role: seen.__setitem__(role, args[0]))
         for role, linear in block.linears.items()
     ]
-    span = Span(make_rotary(block.config, "cpu"), 6, torch.float32, "cpu")
+    span = Span(make_rotaries(block.config, "cpu"), 6, torch.float32, "cpu")
     block(torch.randn(2, 6, block.config.hidden_size, generator=torch.Generator().manual_seed(0)), span)
     for handle in handles:
         handle.remove()

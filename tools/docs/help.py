@@ -11,6 +11,7 @@ import typer
 from halve.cli.app import app
 from halve.compression.methods import METHODS
 from halve.errors import DataError
+from halve.model.refused import REFUSED
 
 WIDTH = 110
 
@@ -46,6 +47,14 @@ def make_steps(request: str, root: Path) -> str:
         what = " ".join((method.__doc__ or "").split()).replace("|", r"\|")
         rows.append(f"| `{name}` | {options} | {what} |\n")
     return "".join(rows)
+
+
+def make_refused(request: str, root: Path) -> str:
+    """The table of model types that are known and not served, and why."""
+    if request:
+        raise DataError(f'"{request}" is too much: refused takes no options')
+    rows = [f"| {', '.join(f'`{name}`' for name in types)} | {why} |\n" for why, types in REFUSED.items()]
+    return "".join(["| refused | because of |\n", "| --- | --- |\n", *rows])
 
 
 def _default(value: object) -> str:

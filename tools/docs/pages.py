@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from halve.errors import DataError, HalveError
-from tools.docs.help import make_help, make_steps
+from tools.docs.help import make_help, make_refused, make_steps
 from tools.docs.layout import make_map
 from tools.docs.tables import make_table
 
@@ -24,6 +24,7 @@ MAKERS: dict[str, Callable[[str, Path], str]] = {
     "map": make_map,
     "help": make_help,
     "steps": make_steps,
+    "refused": make_refused,
 }
 OPENING = re.compile(rf"^<!-- (?P<kind>{'|'.join(MAKERS)})\b(?P<request>.*?)-->[ \t]*\n", re.MULTILINE)
 

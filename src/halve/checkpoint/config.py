@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 
 from halve.model.config import ModelConfig
-from halve.model.families import Family, no_windows, windows_by_layer
+from halve.model.families import HALVE_LAYER, Family
+from halve.model.layer_rules import PATTERNS, no_windows, rope_by_list, windows_by_layer
 
 
 def with_dtype(raw: dict, dtype: torch.dtype) -> dict:
@@ -29,18 +28,21 @@ def config_json(
     # what the model does not read the common code of transformers may: its cache, and its checks
     unread = ["attention_chunk_size"]
     unread += ["sliding_window", "layer_types"] if family.windows is no_windows else []
-    unread += ["rope_parameters", "rope_scaling"] if config.rope is None else []
+    unread += ["rope_parameters", "rope_scaling"] if not config.ropes else []
     out = {key: value for key, value in out.items() if key not in unread}
-    by_layer = family.windows is windows_by_layer and raw.get("use_sliding_window")
+    by_layer = family.windows in PATTERNS or (family.windows is windows_by_layer and raw.get("use_sliding_window"))
     if by_layer or "layer_types" in out:
-        # also where the rule of `max_window_layers` held: it counts layers that may be gone
+        # also where a rule held that counts layers, for some may be gone
         out["layer_types"] = ["sliding_attention" if layer.sliding_window else "full_attention" for layer in layers]
+    if family.ropes is rope_by_list:
+        out["no_rope_layers"] = [int(layer.rope is not None) for layer in layers]
     if dtype is not None:
         out = with_dtype(out, dtype)
     if schemes_json:
         out["quantization_config"] = schemes_json
     if not plain:
-        out |= {"model_type": "halve", "halve_model_type": base, "halve_layers": [asdict(layer) for layer in layers]}
+        rows = [{name: getattr(layer, name) for name in HALVE_LAYER} for layer in layers]
+        out |= {"model_type": "halve", "halve_model_type": base, "halve_layers": rows}
         out["architectures"] = ["HalveForCausalLM"]
         return out
     for ours, theirs in family.width_fields.items():

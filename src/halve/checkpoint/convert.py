@@ -17,6 +17,8 @@ from halve.errors import CheckpointError, reading
 from halve.files import write_json
 from halve.files.contents import companions, copy_companions
 from halve.files.work import WorkFolder
+from halve.model.families import parse_config
+from halve.model.wrappers import own_config
 from halve.progress import track
 
 
@@ -28,7 +30,8 @@ def convert(model: str | Path, out: str | Path, *, overwrite: bool = False) -> P
     """
     folder = find_model(model)
     files = _listing(folder)
-    config = read_json(folder / "config.json")
+    origin = str(folder / "config.json")
+    tied = parse_config(own_config(read_json(folder / "config.json"), origin), origin)[1].tied
     companions(folder)
     needed = sum(file.stat().st_size for file in files)
     work = WorkFolder(out, keep={"the model's own folder": folder}, overwrite=overwrite, needs_bytes=needed)
@@ -36,7 +39,7 @@ def convert(model: str | Path, out: str | Path, *, overwrite: bool = False) -> P
         made = scratch / "model"
         made.mkdir()
         try:
-            _write(folder, files, config, made)
+            _write(folder, files, tied, made)
             open_checkpoint(made)  # whatever is wrong with the weights is found before the folder has its name
         except CheckpointError:
             work.empty()
@@ -45,7 +48,7 @@ def convert(model: str | Path, out: str | Path, *, overwrite: bool = False) -> P
     return work.out
 
 
-def _write(folder: Path, files: dict[Path, set[str] | None], config: dict[str, Any], made: Path) -> None:
+def _write(folder: Path, files: dict[Path, set[str] | None], tied: bool, made: Path) -> None:
     weight_map, total = {}, 0
     beside = SafetensorsFolder(folder) if any((folder / name).exists() for name in (SINGLE, INDEX)) else None
     for number, path in enumerate(track(list(files), description="convert"), 1):
@@ -61,7 +64,7 @@ def _write(folder: Path, files: dict[Path, set[str] | None], config: dict[str, A
             tensors = {name: tensors[name] for name in sorted(names)}
         if beside is not None:
             _check_same(path, tensors, beside)
-        if config.get("tie_word_embeddings", config.get("model_type") == "opt"):
+        if tied:
             tensors.pop("lm_head.weight", None)
         # clones: tensors that are views of one storage cannot be saved as they are
         save_shard({k: v.clone().contiguous() for k, v in tensors.items()}, made / shard)

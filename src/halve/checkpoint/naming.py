@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from halve.checkpoint.tensors import RenamedTensors, TensorSource
+from halve.checkpoint.tensors import RenamedTensors, TensorsOfRows, TensorSource
 from halve.errors import CheckpointError, shown
 from halve.files import read_object
 from halve.model.config import ModelConfig
 from halve.model.families import Family
+from halve.model.wiring import SUBLAYERS, wires
 
 # parts of names that wrappers of a module add: data parallel, torch.compile, FSDP, checkpointing, models of several kinds
 # of input; no part of any family is called so
@@ -33,6 +35,21 @@ def under_own_names(tensors: TensorSource, family: Family, origin: str) -> Tenso
             )
         stored[own] = theirs
     return tensors if all(own == theirs for own, theirs in stored.items()) else RenamedTensors(tensors, stored)
+
+
+def split_merged(tensors: TensorSource, family: Family, config: ModelConfig) -> TensorSource:
+    """The weights and biases of linears that read one input, where a file holds them as one tensor, under their own names."""
+    rows: dict[str, tuple[str, int, int]] = {}
+    for index, layer in enumerate(config.layers):
+        for sublayer in SUBLAYERS.values():
+            there = [wire for wire in wires(config, layer) if wire.role in sublayer.readers]
+            ends = list(accumulate(wire.outputs(config, layer) for wire in there))
+            for part in ("weight", "bias") if there else ():
+                names = [f"{family.block_name(index, wire.role)}.{part}" for wire in there]
+                merged = f"{names[0].rsplit('.', 2)[0]}.{sublayer.merged}.{part}"
+                if tensors.shapes.get(merged, ())[:1] == (ends[-1],):
+                    rows |= {name: (merged, *bounds) for name, bounds in zip(names, pairwise([0, *ends]), strict=True)}
+    return TensorsOfRows(tensors, rows) if rows else tensors
 
 
 def check_parts(tensors: TensorSource, family: Family, config: ModelConfig, raw: dict[str, Any], origin: str) -> None:

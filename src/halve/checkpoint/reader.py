@@ -16,10 +16,19 @@ from halve.checkpoint.foreign import gptq_file, quantization_of, refuse_by_names
 from halve.checkpoint.gptq_format import GptqTensors
 from halve.checkpoint.hub import fetch
 from halve.checkpoint.manifest import Provenance, read_manifest
-from halve.checkpoint.naming import check_parts, refuse_adapter, under_own_names
+from halve.checkpoint.naming import check_parts, refuse_adapter, split_merged, under_own_names
 from halve.checkpoint.schemes import read_schemes
 from halve.checkpoint.stored import BIAS, PACKED, WEIGHT, StoredLinear, tensor_names
-from halve.checkpoint.tensors import FLOATING, RandomTensors, SafetensorsFolder, TensorSource, cast, expect, read_json
+from halve.checkpoint.tensors import (
+    FLOATING,
+    RandomTensors,
+    RenamedTensors,
+    SafetensorsFolder,
+    TensorSource,
+    cast,
+    expect,
+    read_json,
+)
 from halve.errors import CheckpointError, HalveError, reading
 from halve.files.contents import link_outside
 from halve.model import families
@@ -28,6 +37,7 @@ from halve.model.decoder import Block, Model, Norm
 from halve.model.families import Family, LinearShape, NormShape
 from halve.model.linear import Linear
 from halve.model.merge import merge_siblings
+from halve.model.wrappers import own_config, own_tensors
 from halve.quantization import QuantSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -115,7 +125,7 @@ class Checkpoint:
 
     def positions(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor | None:
         """The table of learned positions, or None."""
-        if self.config.rope is not None:
+        if self.config.ropes:
             return None
         return self.tensor(f"{self.family.names['positions']}.weight", dtype, device)
 
@@ -125,11 +135,15 @@ class Checkpoint:
         return {s.role: self.linear(s, dtype, device) for s in shapes}
 
     def norm(self, shape: NormShape, dtype: torch.dtype, device: torch.device | str) -> Norm:
-        def part(name: str) -> Tensor | None:
+        def part(name: str, dtype: torch.dtype) -> Tensor | None:
             full = f"{shape.name}.{name}"
             return self.tensor(full, dtype, device) if full in self.tensors.shapes else None
 
-        return Norm(part("weight"), part("bias"), self.config.norm_eps, shape.kind, shape.size)
+        offset = self.config.norm_offset
+        weight = part("weight", torch.float32 if offset else dtype)  # the sum would lose digits in bfloat16
+        if weight is not None and offset:
+            weight = weight + offset
+        return Norm(weight, part("bias", dtype), self.config.norm_eps, shape.kind, shape.size)
 
     def final_norm(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Norm | None:
         shape = families.final_norm(self.family, self.config)
@@ -192,8 +206,9 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
     Raises CheckpointError or UnsupportedModelError.
     """
     folder = find_model(model, weights=not random_weights)
-    raw = read_json(folder / "config.json")
+    whole = read_json(folder / "config.json")
     origin = str(folder / "config.json")
+    raw = own_config(whole, origin)
     family, config = families.parse_config(raw, origin)
     if random_weights:
         return _random_checkpoint(
@@ -202,7 +217,8 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
     quantization = quantization_of(folder, raw)
     gptq = quantization if quantization is not None and quantization["quant_method"] == "gptq" else None
     stored = SafetensorsFolder(folder, None if gptq is None else gptq_file(folder, gptq))
-    tensors = under_own_names(stored, family, str(folder))
+    tensors: TensorSource = RenamedTensors(stored, {name: name for name in own_tensors(whole, stored.shapes)})
+    tensors = split_merged(under_own_names(tensors, family, str(folder)), family, config)
     checkpoint = Checkpoint(folder, raw, family, config, tensors, {})
     if quantization is None:
         refuse_by_names(tensors.shapes, str(folder))

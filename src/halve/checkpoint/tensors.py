@@ -218,6 +218,23 @@ class RenamedTensors:
         return self._tensors.get(self._stored[name])
 
 
+class TensorsOfRows:
+    """Tensors of which some are `rows` of stored ones (name -> stored name, first row, end), and those are not there."""
+
+    def __init__(self, tensors: TensorSource, rows: dict[str, tuple[str, int, int]]) -> None:
+        self._tensors, self._rows = tensors, rows
+        gone = {stored for stored, _, _ in rows.values()}
+        self.shapes = {name: shape for name, shape in tensors.shapes.items() if name not in gone}
+        self.shapes |= {n: (end - first, *tensors.shapes[stored][1:]) for n, (stored, first, end) in rows.items()}
+        self.dtypes = {name: tensors.dtypes[rows[name][0] if name in rows else name] for name in self.shapes}
+
+    def get(self, name: str) -> Tensor:
+        if name not in self._rows:
+            return self._tensors.get(name)
+        stored, first, end = self._rows[name]
+        return self._tensors.get(stored)[first:end].clone()  # the other rows leave memory
+
+
 class RandomTensors:
     """Random weights for published shapes, seeded by name: speed and memory do not depend on values."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halve.compression.walk import Walk
-from halve.model.decoder import Block, Norm, Span
+from halve.model.decoder import Block, Norm, Span, finish_logits
 from halve.model.linear import Linear
 from halve.model.wiring import SUBLAYERS
 from halve.progress import track
@@ -239,5 +239,6 @@ class _Scorer:
         x = x if self.project_out is None else self.project_out(x)
         total = 0.0
         for row, target in zip(x, tokens.to(x.device), strict=True):  # the logits of one window at a time
-            total += float(functional.cross_entropy(self.head(row[:-1]).float(), target[1:], reduction="sum"))
+            logits = finish_logits(self.walk.checkpoint.config, self.head(row[:-1]))
+            total += float(functional.cross_entropy(logits.float(), target[1:], reduction="sum"))
         return total

@@ -53,7 +53,7 @@ class ModelState:
         """True when the stock architecture of the family can hold this model."""
         irregular = any(s.ragged or not s.whole for s in self.linears.values())
         first = self.config.layers[0]
-        widths = {replace(layer, sliding_window=None) for layer in self.config.layers}
+        widths = {replace(layer, sliding_window=None, rope=None) for layer in self.config.layers}
         if irregular or len(widths) > 1 or not (first.has_attention and first.has_mlp):
             return False
         if self.family.heads_divide_hidden and self.config.hidden_size % first.num_heads:

@@ -15,7 +15,7 @@ from torch import Tensor
 from halve.checkpoint.reader import Checkpoint
 from halve.compression.plan import Key, StepPlan
 from halve.compression.windows import Calibration
-from halve.model.decoder import Block, Norm, Span, embed_tokens, make_rotary, run_to_end
+from halve.model.decoder import Block, Norm, Span, embed_tokens, make_rotaries, run_to_end
 from halve.model.linear import Linear
 from halve.quantization import QuantizedWeight, QuantSpec
 
@@ -149,7 +149,7 @@ class Walk:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
-        self.rotary = make_rotary(checkpoint.config, device)
+        self.rotaries = make_rotaries(checkpoint.config, device)
         self.calibration = calibration
         # indexed by held_out: False (0) calibration, True (1) held out
         self.states: list[list[Tensor]] = [[], []]
@@ -163,7 +163,7 @@ class Walk:
         return bool(self.states[0])
 
     def span(self, tokens: int) -> Span:
-        return Span(self.rotary, tokens, self.dtype, self.device)
+        return Span(self.rotaries, tokens, self.dtype, self.device)
 
     @torch.inference_mode()
     def _embed(self, calibration: Calibration) -> None:

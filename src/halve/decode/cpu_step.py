@@ -18,7 +18,7 @@ from halve.decode.torch_step import TorchStep
 from halve.errors import HalveError
 from halve.kernels.cpu import KINDS, CpuMatmul, Library, load_library
 from halve.kernels.structures import MAX_COUNT, CacheStruct, LayerStruct, LinearStruct, ModelStruct, NormStruct
-from halve.model.decoder import Block, Model, Norm
+from halve.model.decoder import Block, Model, Norm, embed_scale
 from halve.model.linear import Linear
 from halve.model.wiring import ATTENTION, HEAD_NORMS, MLP, SUBLAYERS, wires
 
@@ -59,7 +59,7 @@ class CpuStep(TorchStep):
         if others:
             return f"a layer runs on {min(others)}"
         config = model.config
-        if not config.norm_first or model.project_in is not None:
+        if config.norm_sum or model.project_in is not None:
             return "norms after the sums, or a projected embedding"
         if any(block._forward_pre_hooks or block._forward_hooks for block in model.blocks):
             return "hooks on a layer"
@@ -87,12 +87,16 @@ class CpuStep(TorchStep):
 
     def _describe(self, library: Library) -> ModelStruct:
         model, config = self.model, self.model.config
+        self._turns = [rotary.tables(self.cache.capacity, torch.float32) for rotary in model.rotaries]
         self._layers = (LayerStruct * len(config.layers))()
         for block, layer in zip(model.blocks, self._layers, strict=True):
             assert isinstance(block, Block)
             _describe_block(block, layer)
+            if block.layer.rope is not None:
+                layer.cosine, layer.sine = (t.data_ptr() for t in self._turns[block.layer.rope])
         linears = [linear for _, linear in model.linears()]
-        described = ModelStruct(
+        scale = config.attention_scale
+        return ModelStruct(
             kernels=library.kernels,
             layers=ctypes.addressof(self._layers),
             embed=model.embed.data_ptr(),
@@ -105,21 +109,26 @@ class CpuStep(TorchStep):
             position_offset=config.position_offset,
             bytes=model.step_bytes(),
             eps=config.norm_eps,
+            embed_scale=embed_scale(config, model.dtype),
+            attention_scale=config.head_dim**-0.5 if scale is None else scale,
+            residual_scale=config.residual_scale,
+            logit_divisor=config.logit_divisor,
+            attention_cap=config.attention_cap or 0,
+            logit_cap=config.logit_cap or 0,
             kind=KINDS[model.dtype],
             rms=config.norm == "rms",
             has_final_norm=model.final_norm is not None,
+            norm_input=config.norm_input,
+            norm_output=config.norm_output,
             qk_norm=config.qk_norm,
+            qk_norm_whole=config.qk_norm_whole,
             gated=config.gated,
             activation=_ACTIVATIONS[config.activation],
             inner=max(linear.in_features for linear in linears),
-            outer=max(_outputs(block) for block in model.blocks),
+            outer=max(config.hidden_size, *(_outputs(block) for block in model.blocks)),
             columns=max(_matmul(linear).columns for linear in linears),
             segments=max(_matmul(linear).segments for linear in linears),
         )
-        if model.rotary is not None:
-            self._rotary = model.rotary.tables(self.cache.capacity, torch.float32)
-            described.cosine, described.sine = (t.data_ptr() for t in self._rotary)
-        return described
 
     def _describe_cache(self) -> CacheStruct:
         pairs = self.cache.layers
@@ -135,6 +144,7 @@ class CpuStep(TorchStep):
 def _describe_block(block: Block, layer: LayerStruct) -> None:
     config = block.layer
     norms = {"attention_norm": ATTENTION.norm, "mlp_norm": MLP.norm}
+    norms |= {"attention_output_norm": ATTENTION.output_norm, "mlp_output_norm": MLP.output_norm}
     norms |= dict(zip(("query_norm", "key_norm"), HEAD_NORMS, strict=True))
     for field, role in norms.items():
         setattr(layer, field, _norm(_named(block, role)))
@@ -171,7 +181,9 @@ def _named(block: Block, role: str) -> Norm | None:
 
 
 def _norm(norm: Norm | None) -> NormStruct:
-    return NormStruct() if norm is None else NormStruct(_address(norm.weight), _address(norm.bias))
+    if norm is None or norm.weight is None:
+        return NormStruct()
+    return NormStruct(_address(norm.weight), _address(norm.bias), KINDS[norm.weight.dtype])
 
 
 def _linear(linear: torch.nn.Module) -> LinearStruct:

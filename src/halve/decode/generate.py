@@ -61,7 +61,7 @@ class Decoder:
             self.cache.lengths = ends_B
         # picked by index, so that the head reads contiguous rows and not a view with the stride of the prompt
         last_BD = hidden_BTD[torch.arange(len(lengths), device=device), ends_B - 1]
-        return self._choose(self.model.head(last_BD))
+        return self._choose(self.model.logits(last_BD))
 
     def step(self, tokens_B1: Tensor) -> Tensor:
         """Feed the tokens chosen last, int64 [B, 1]; returns the next ones."""

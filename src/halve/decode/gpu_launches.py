@@ -50,10 +50,19 @@ Launch = Callable[[], None]
 def unsupported(model: Model) -> str | None:
     """Why these kernels cannot run a model, None when they can."""
     config = model.config
-    if config.rope is None or model.project_in is not None or model.project_out is not None:
+    if not config.ropes or model.project_in is not None or model.project_out is not None:
         return "learned positions or projections"
-    if config.norm != "rms" or not config.norm_first or not config.gated or config.activation not in ACTIVATIONS:
+    if config.norm != "rms" or not config.norm_input or not config.gated or config.activation not in ACTIVATIONS:
         return "not a Llama-like block"
+    if config.norm_output or config.norm_offset:
+        return "norms of what sublayers write, or weights of norms in float32"
+    if len(config.ropes) > 1 or any(layer.has_attention and layer.rope is None for layer in config.layers):
+        return "rotary embeddings that differ between layers"
+    if config.attention_cap is not None or config.logit_cap is not None:
+        return "scores or logits with a cap"
+    scales = (config.embed_scale, config.residual_scale, config.logit_divisor)
+    if config.attention_scale is not None or any(scale != 1 for scale in scales):
+        return "scaled embeddings, scores, sums or logits"
     if model.final_norm is None or model.final_norm.weight is None:
         return "no final norm"
     for name, linear in model.linears():
@@ -115,13 +124,12 @@ class StepLaunches:
     """
 
     def __init__(self, model: Model, cache: KVCache, token: Tensor, position: Tensor) -> None:
-        assert model.rotary is not None
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
         self.batch, self.cache, self.position = token.shape[0], cache, position
         self.logits = self._buffer(self.config.vocab_size)
         self._scratch = Scratch(torch.device(self.device))
         self._x = self._buffer(self.config.hidden_size)
-        self._cos_sin = model.rotary.tables(cache.capacity, self.dtype)
+        self._cos_sin = model.rotaries[0].tables(cache.capacity, self.dtype)
         self._shared: dict[tuple[str, int], Tensor] = {}
         self._attention_scratch = self._make_attention_scratch()
 

@@ -41,7 +41,7 @@ class LinearStruct(ctypes.Structure):
 class NormStruct(ctypes.Structure):
     """norm_t"""
 
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("kind", c_int64))
 
 
 class LayerStruct(ctypes.Structure):
@@ -49,6 +49,8 @@ class LayerStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, NormStruct) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, NormStruct) for name in ("attention_output_norm", "mlp_output_norm")),
+        *((name, c_void_p) for name in ("cosine", "sine")),
         ("qkv", LinearStruct * 3),
         ("o", LinearStruct),
         ("up", LinearStruct * 2),
@@ -61,12 +63,14 @@ class ModelStruct(ctypes.Structure):
     """model_t: all that a decode step reads but the cache."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("kernels", "layers", "embed", "positions", "cosine", "sine")),
+        *((name, c_void_p) for name in ("kernels", "layers", "embed", "positions")),
         ("final_norm", NormStruct),
         ("head", LinearStruct),
         *((name, c_int64) for name in ("layer_count", "hidden", "head_size", "position_offset", "bytes")),
-        ("eps", c_float),
-        *((name, c_int32) for name in ("kind", "rms", "has_final_norm", "qk_norm", "gated", "activation")),
+        *((name, c_float) for name in ("eps", "embed_scale", "attention_scale", "residual_scale", "logit_divisor")),
+        *((name, c_float) for name in ("attention_cap", "logit_cap")),
+        *((name, c_int32) for name in ("kind", "rms", "has_final_norm", "norm_input", "norm_output")),
+        *((name, c_int32) for name in ("qk_norm", "qk_norm_whole", "gated", "activation")),
         *((name, c_int32) for name in ("inner", "outer", "columns", "segments")),
     )
 

@@ -6,7 +6,7 @@ h head size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "rms":
+            if self.weight is not None and self.weight.dtype != x.dtype:  # one that the dtype of x could not hold
+                return functional.rms_norm(x.float(), self.shape, self.weight, self.eps).type_as(x)
             return functional.rms_norm(x, self.shape, self.weight, self.eps)
         return functional.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
@@ -47,7 +49,7 @@ class Span:
 
     def __init__(
         self,
-        rotary: Rotary | None,
+        rotaries: Sequence[Rotary],
         tokens: int,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -59,17 +61,15 @@ class Span:
         self.end = (start if isinstance(start, int) else int(start.max())) + tokens
         steps = torch.arange(tokens, device=device)
         self.positions = steps + start if isinstance(start, int) else steps + start.unsqueeze(1)  # [T] or [B, T]
-        self.cos = self.sin = None
-        if rotary is not None:
-            cos, sin = rotary.tables(self.end, dtype)
-            self.cos, self.sin = cos[self.positions].unsqueeze(-3), sin[self.positions].unsqueeze(-3)
+        tables = [rotary.tables(self.end, dtype) for rotary in rotaries]
+        self._turns = [tuple(table[self.positions].unsqueeze(-3) for table in pair) for pair in tables]
         self._masks: dict[int | None, Tensor | None] = {}
 
-    def rotate(self, x_BHTh: Tensor) -> Tensor:
-        """Rotary embedding in the half-split form of the Hugging Face checkpoints."""
-        assert self.cos is not None and self.sin is not None
+    def rotate(self, x_BHTh: Tensor, rope: int) -> Tensor:
+        """One of the rotary embeddings, in the half-split form of the Hugging Face checkpoints."""
+        cos, sin = self._turns[rope]
         low, high = x_BHTh.chunk(2, dim=-1)
-        return x_BHTh * self.cos + torch.cat((-high, low), dim=-1) * self.sin
+        return x_BHTh * cos + torch.cat((-high, low), dim=-1) * sin
 
     def plain_causal(self, window: int | None) -> bool:
         """True when the mask is the square causal one."""
@@ -119,13 +119,14 @@ class Block(nn.Module):
         for sublayer in SUBLAYERS.values():
             if not sublayer.units(self.layer):
                 continue
-            norm = self.norms[sublayer.norm]
-            x = norm(x_BTD) if self.config.norm_first else x_BTD
+            x = self.norms[sublayer.norm](x_BTD) if self.config.norm_input else x_BTD
             yield x
             x = self._heads(x, span) if sublayer is ATTENTION else self._hidden(x)
             yield x
-            x = x_BTD + self.linears[sublayer.writer](x)
-            x_BTD = x if self.config.norm_first else norm(x)
+            x = self.linears[sublayer.writer](x)
+            x = self.norms[sublayer.output_norm](x) if self.config.norm_output else x
+            x = x_BTD + (x if self.config.residual_scale == 1 else x * self.config.residual_scale)
+            x_BTD = self.norms[sublayer.norm](x) if self.config.norm_sum else x
         return x_BTD
 
     def _heads(self, x: Tensor, span: Span) -> Tensor:
@@ -136,14 +137,16 @@ class Block(nn.Module):
             q, k, v = self.linears["qkv_proj"](x).split(widths, dim=-1)
         else:
             q, k, v = (self.linears[name](x) for name in ("q_proj", "k_proj", "v_proj"))
-        q, k, v = (t.view(batch, tokens, -1, size).transpose(1, 2) for t in (q, k, v))
-        if self.config.qk_norm:
+        if self.config.qk_norm_whole:
             q, k = self.norms["q_norm"](q), self.norms["k_norm"](k)
-        if span.cos is not None:
-            q, k = span.rotate(q), span.rotate(k)
+        q, k, v = (t.view(batch, tokens, -1, size).transpose(1, 2) for t in (q, k, v))
+        if self.config.qk_norm and not self.config.qk_norm_whole:
+            q, k = self.norms["q_norm"](q), self.norms["k_norm"](k)
+        if layer.rope is not None:
+            q, k = span.rotate(q, layer.rope), span.rotate(k, layer.rope)
         if span.cache is not None:
             k, v = span.cache.store(self.index, k, v, span.positions, span.end)
-        y = attend(q, k, v, span, layer.sliding_window)
+        y = attend(q, k, v, span, layer.sliding_window, self.config.attention_scale, self.config.attention_cap)
         return y.transpose(1, 2).reshape(batch, tokens, -1)
 
     def _hidden(self, x: Tensor) -> Tensor:
@@ -170,20 +173,42 @@ def run_to_end(stages: Generator[Tensor, None, Tensor]) -> Tensor:
             return stop.value
 
 
-def attend(q_BHTh: Tensor, k_BKSh: Tensor, v_BKSh: Tensor, span: Span, window: int | None) -> Tensor:
-    """Grouped-query causal attention -> [B, H, T, h]."""
+def attend(
+    q_BHTh: Tensor,
+    k_BKSh: Tensor,
+    v_BKSh: Tensor,
+    span: Span,
+    window: int | None,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> Tensor:
+    """Grouped-query causal attention -> [B, H, T, h]; `scale` and `cap` as in a ModelConfig."""
     batch, heads, tokens, size = q_BHTh.shape
     groups = k_BKSh.shape[1]
+    if cap is not None:
+        q = q_BHTh.reshape(batch, groups, heads // groups, tokens, size) * (size**-0.5 if scale is None else scale)
+        scores = capped(q @ k_BKSh.unsqueeze(2).transpose(-1, -2), cap)
+        mask = span.mask(window)
+        if mask is not None:
+            scores = scores.masked_fill(~(mask if mask.dim() == 2 else mask.unsqueeze(2)), -torch.inf)
+        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        return (weights @ v_BKSh.unsqueeze(2)).view(q_BHTh.shape)
     if tokens == 1:
         # one query: its heads that share keys become rows of one product, so keys are never repeated
         mask = span.mask(window)
         q = q_BHTh.reshape(batch, groups, heads // groups, size)
-        return functional.scaled_dot_product_attention(q, k_BKSh, v_BKSh, attn_mask=mask).view(q_BHTh.shape)
+        y = functional.scaled_dot_product_attention(q, k_BKSh, v_BKSh, attn_mask=mask, scale=scale)
+        return y.view(q_BHTh.shape)
     causal = span.plain_causal(window)
     mask = None if causal else span.mask(window)
     return functional.scaled_dot_product_attention(
-        q_BHTh, k_BKSh, v_BKSh, attn_mask=mask, is_causal=causal, enable_gqa=heads != groups
+        q_BHTh, k_BKSh, v_BKSh, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads != groups
     )
+
+
+def capped(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap)"""
+    return torch.tanh(x / cap) * cap
 
 
 class Model(nn.Module):
@@ -205,7 +230,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.final_norm, self.head = final_norm, head
         self.project_in, self.project_out = project_in, project_out
-        self.rotary = make_rotary(config, embed.device)
+        self.rotaries = make_rotaries(config, embed.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -221,7 +246,7 @@ class Model(nn.Module):
 
     def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the head reads, [B, T, embed size]. With a cache, tokens continue it and its lengths grow by T."""
-        span = Span(self.rotary, tokens_BT.shape[1], self.dtype, self.device, cache)
+        span = Span(self.rotaries, tokens_BT.shape[1], self.dtype, self.device, cache)
         x = embed_tokens(self.config, tokens_BT, span, self.embed, self.positions, self.project_in)
         for block in self.blocks:
             x = block(x, span)
@@ -233,7 +258,11 @@ class Model(nn.Module):
 
     def forward(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits [B, T, V] in the model's dtype."""
-        return self.head(self.hidden(tokens_BT, cache))
+        return self.logits(self.hidden(tokens_BT, cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of what `hidden` returned."""
+        return finish_logits(self.config, self.head(hidden))
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """(role path, layer) of every linear, the head last."""
@@ -261,9 +290,20 @@ class Model(nn.Module):
         return total if self.positions is None else total - self.positions.nbytes + self.positions[0].nbytes
 
 
-def make_rotary(config: ModelConfig, device: torch.device | str) -> Rotary | None:
-    """The rotary tables of a model, None when it has learned positions."""
-    return None if config.rope is None else Rotary(config.rope, config.head_dim, config.max_positions, device)
+def make_rotaries(config: ModelConfig, device: torch.device | str) -> list[Rotary]:
+    """The rotary tables of a model, none when it has learned positions."""
+    return [Rotary(rope, config.head_dim, config.max_positions, device) for rope in config.ropes]
+
+
+def embed_scale(config: ModelConfig, dtype: torch.dtype) -> float:
+    """What embeddings of a dtype are multiplied by."""
+    return float(torch.tensor(config.embed_scale, dtype=dtype)) if config.embed_scale_rounded else config.embed_scale
+
+
+def finish_logits(config: ModelConfig, head_output: Tensor) -> Tensor:
+    """The logits, of what the output head computed."""
+    logits = head_output if config.logit_divisor == 1 else head_output / config.logit_divisor
+    return logits if config.logit_cap is None else capped(logits, config.logit_cap)
 
 
 def embed_tokens(
@@ -276,6 +316,8 @@ def embed_tokens(
 ) -> Tensor:
     """Input of the first block, [B, T, D]."""
     x = functional.embedding(tokens_BT, embed)
+    if config.embed_scale != 1:
+        x = x * embed_scale(config, x.dtype)
     if project_in is not None:
         x = project_in(x)
     return x if positions is None else x + functional.embedding(span.positions + config.position_offset, positions)

@@ -76,8 +76,13 @@ def is_whole(value: Any, least: int, most: int = LARGEST) -> bool:
 class Fields:
     """The fields of a config.json; each is checked as it is read."""
 
-    def __init__(self, raw: Json, origin: str) -> None:
-        self.raw, self.origin = raw, origin
+    def __init__(self, raw: Json, origin: str, defaults: Mapping[str, Any] | None = None) -> None:
+        """`defaults`: of fields that the config leaves out, before those that a reader asks with."""
+        self.raw, self.origin, self.defaults = raw, origin, defaults or {}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A field as it stands in the config, or its default."""
+        return self.raw.get(key, self.defaults.get(key, default))
 
     def fail(self, key: str, why: str, remedy: str = _OWN) -> UnsupportedModelError:
         if key not in self.raw:
@@ -88,7 +93,7 @@ class Fields:
         self, key: str, default: int | None = None, null: int | None = None, *, least: int = 1, most: int = LARGEST
     ) -> int:
         """A whole number; `default` where it is missing, `null` where it is null (None: it must not be)."""
-        value = self.raw.get(key, default)
+        value = self.get(key, default)
         if value is None and key in self.raw:
             value = null
         if not is_whole(value, least, most):
@@ -98,19 +103,32 @@ class Fields:
         return value
 
     def epsilon(self, key: str, default: float) -> float:
-        value = self.raw.get(key, default)
+        value = self.get(key, default)
         if not isinstance(value, float) or not is_number(value, 0.0):
             raise self.fail(key, "must be a decimal number, not negative, at most 1e30", "write a number like 1e-6")
         return value
 
+    def cap(self, key: str) -> float | None:
+        """A decimal number above 0; null means none."""
+        value = self.get(key)
+        if value is not None and not (isinstance(value, float) and is_number(value, _LEAST)):
+            raise self.fail(key, f"must be a decimal number of at least {_LEAST}, or null", "write a number like 30.0")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.get(key, default)
+        if not is_number(value, _LEAST):
+            raise self.fail(key, f"must be a number of at least {_LEAST}, at most 1e30")
+        return float(value)
+
     def flag(self, key: str, default: bool) -> bool:
-        value = self.raw.get(key, default)
+        value = self.get(key, default)
         if not isinstance(value, bool):
             raise self.fail(key, "must be true or false")
         return value
 
     def activation(self, key: str, default: str) -> str:
-        value = self.raw.get(key, default)
+        value = self.get(key, default)
         if not isinstance(value, str) or value not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise self.fail(key, "is not an activation this decoder computes", f"use a model with one of {known}")
@@ -118,8 +136,7 @@ class Fields:
 
     def window(self, default: int = 4096) -> int | None:
         """`sliding_window`: null means none, missing the default of the classes that have it."""
-        missing = "sliding_window" not in self.raw
-        return None if not missing and self.raw["sliding_window"] is None else self.integer("sliding_window", default)
+        return None if self.get("sliding_window", default) is None else self.integer("sliding_window", default)
 
     def layer_kinds(self, layers: int) -> list[str] | None:
         """`layer_types`: full_attention or sliding_attention for each layer."""
@@ -138,10 +155,14 @@ class Fields:
                 wanted = " or ".join(_WORDS[kind] for kind in kinds)
                 raise self.fail(key, f"must be {wanted}", "correct it, or delete it from config.json")
 
-    def refuse_unhandled(self, vocab_size: int) -> None:
-        """Refuse what makes transformers compute something else, or refuse the config it would be shipped with."""
-        for key, neutral in NOT_HANDLED.items():
-            if key in self.raw and self.raw[key] is not neutral:
+    def refuse_unhandled(self, vocab_size: int, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Refuse what makes transformers compute something else, or refuse the config it would be shipped with.
+
+        `neutral`: fields of the family, and the values with which they change nothing.
+        """
+        unhandled = {key: (value,) for key, value in NOT_HANDLED.items()} | dict(neutral)
+        for key, allowed in unhandled.items():
+            if key in self.raw and not any(self.raw[key] is value for value in allowed):
                 raise self.fail(
                     key,
                     "changes what transformers computes and is not handled by this decoder",
@@ -169,19 +190,55 @@ def read_rope(f: Fields, max_positions: int) -> RopeConfig:
         if not isinstance(f.raw.get(key), dict | None):
             raise f.fail(key, "must be an object or null")
     where = "rope_scaling" if f.raw.get("rope_scaling") else "rope_parameters"
-    given: Mapping[str, Any] = f.raw.get(where) or {}
+    # transformers lets a field of the config itself win over that among the parameters
+    key = "original_max_position_embeddings"
+    own = {key: f.raw[key]} if key in f.raw else {}
+    return _read_rope(f, where, {**(f.raw.get(where) or {}), **own}, ("rope_theta", 10000.0), max_positions)
+
+
+def read_ropes_of_kinds(f: Fields, max_positions: int) -> tuple[RopeConfig, RopeConfig]:
+    """Rotary parameters of layers with full attention and of those with a window.
+
+    As in transformers `rope_parameters` holds an object for each kind, and the older `rope_scaling` is put over that of
+    full attention; what they do not say of `rope_theta` are `rope_theta` and `rope_local_base_freq`.
+    """
+    kinds = ("full_attention", "sliding_attention")
+    given, scaling = f.raw.get("rope_parameters"), f.raw.get("rope_scaling")
+    if not isinstance(scaling, dict | None):
+        raise f.fail("rope_scaling", "must be an object or null")
+    if given is None:
+        given = {kind: {"rope_type": "default"} for kind in kinds}
+    if (
+        not isinstance(given, dict)
+        or not set(given) <= set(kinds)
+        or not all(isinstance(part, dict | None) for part in given.values())
+    ):
+        raise f.fail("rope_parameters", f"must hold an object for each of {' and '.join(kinds)}, or be null")
+    if scaling is not None and given.get("full_attention") is None:
+        raise f.fail("rope_parameters", "says nothing of full_attention, which rope_scaling changes")
+    full, sliding = (given.get(kind) or {} for kind in kinds)
+    where = "rope_parameters"
+    return (
+        _read_rope(
+            f, "rope_scaling" if scaling else where, {**full, **(scaling or {})}, ("rope_theta", 1e6), max_positions
+        ),
+        _read_rope(f, where, sliding, ("rope_local_base_freq", 10000.0), max_positions),
+    )
+
+
+def _read_rope(
+    f: Fields, where: str, given: Mapping[str, Any], base: tuple[str, float], max_positions: int
+) -> RopeConfig:
+    """The parameters `given` in the field `where`; `base`: the field that says theta where they do not, its default."""
     kind = given.get("rope_type", given.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_NUMBERS or any(isinstance(v, dict) for v in given.values()):
         known = ", ".join(ROPE_NUMBERS)
         raise f.fail(
             where, f"has rotary type {shown(kind)}, one for all layers is computed, of {known}", "use another model"
         )
-    own = f.raw.get("rope_theta", 10000.0)
+    own = f.get(*base)
     theta = given.get("rope_theta", own)
-    for value, key in (
-        (theta, where if "rope_theta" in given else "rope_theta"),
-        (theta if own is None else own, "rope_theta"),
-    ):
+    for value, key in ((theta, where if "rope_theta" in given else base[0]), (theta if own is None else own, base[0])):
         if not is_number(value) or value <= 1:
             raise f.fail(key, "must give rope_theta as a number greater than 1, at most 1e30")
     for key, part in (("partial_rotary_factor", f.raw), (where, given)):
@@ -205,12 +262,10 @@ def _rope_options(f: Fields, where: str, kind: str, given: Mapping[str, Any], ma
         options[name] = float(value)
     if kind not in ("llama3", "yarn"):
         return options
-    # transformers lets the field of the config itself win over that among the parameters
     name = "original_max_position_embeddings"
-    own = name in f.raw
-    original = f.raw[name] if own else given.get(name, max_positions)
+    original = given.get(name, max_positions)
     if not is_number(original, _LEAST):
-        raise f.fail(name if own else where, f"must give {name} as a number of at least {_LEAST}")
+        raise f.fail(name if name in f.raw else where, f"must give {name} as a number above 0")
     options[name] = float(original)
     if kind == "llama3" and options["high_freq_factor"] <= options["low_freq_factor"]:
         raise f.fail(where, "must have a high_freq_factor greater than low_freq_factor")

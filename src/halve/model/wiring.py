@@ -56,7 +56,8 @@ class Sublayer:
     """One of the two parts of a block that add to the residual stream."""
 
     name: str
-    norm: str  # role of the norm it reads the stream behind
+    norm: str  # role of the norm it reads the stream behind, or of that of the sum
+    output_norm: str  # role of the norm of what it writes
     merged: str  # role of the one linear that those which read the stream become when they are merged
     sizes: tuple[str, ...]  # the fields of a LayerConfig that shrink when units go; the first counts them
 
@@ -84,8 +85,8 @@ class Sublayer:
         return replace(layer, **{size: getattr(layer, size) // before * units for size in self.sizes})
 
 
-ATTENTION = Sublayer("attention", "attn_norm", "qkv_proj", ("num_kv_heads", "num_heads"))
-MLP = Sublayer("mlp", "mlp_norm", "gate_up_proj", ("intermediate_size",))
+ATTENTION = Sublayer("attention", "attn_norm", "attn_output_norm", "qkv_proj", ("num_kv_heads", "num_heads"))
+MLP = Sublayer("mlp", "mlp_norm", "mlp_output_norm", "gate_up_proj", ("intermediate_size",))
 SUBLAYERS: dict[str, Sublayer] = {sublayer.name: sublayer for sublayer in (ATTENTION, MLP)}  # in the order they run
 HEAD_NORMS = ("q_norm", "k_norm")  # over each head of queries and keys, where a model has them (`qk_norm`)
 

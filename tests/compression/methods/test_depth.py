@@ -26,6 +26,9 @@ FAMILIES = [
     ("mistral", {"sliding_window": 6}),
     ("qwen2", SLIDING),
     ("qwen3", SLIDING),
+    ("gemma3_text", {"sliding_window": 6, "sliding_window_pattern": 2, "head_dim": 16}),
+    ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 2}),
+    ("olmo2", {}),
     ("opt", {}),
 ]
 

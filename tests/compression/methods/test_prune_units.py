@@ -41,6 +41,10 @@ def rows(result, role: str) -> list[dict]:
 def test_uniform_widths_load_in_transformers(
     make_hf, tmp_path: Path, kind: str, options: dict, step: str, widths: tuple
 ) -> None:
+    if kind == "olmo2" and "heads" in step:
+        with pytest.raises(RecipeError, match="over all heads together"):
+            compress(make_hf(kind, **options), tmp_path / "out", [step])
+        return
     compress(make_hf(kind, **options), tmp_path / "out", [step + ",score=l1,refit=false"])
     layer = open_checkpoint(tmp_path / "out").config.layers[1]
     expected = (widths[0], widths[0], widths[2]) if kind == "opt" else widths

@@ -18,6 +18,7 @@ from halve.model.decoder import Model
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 9},
+    "gemma3_text": {"sliding_window": 9, "sliding_window_pattern": 2, "head_dim": 16},
     "opt": {},  # learned positions: nothing may stand beyond the last one, padding included
 }
 

@@ -135,6 +135,11 @@ class PruneUnits:
         return [rounded_width(self.name, s, self.fraction, self.multiple_of, self.unit) if s else 0 for s in sizes]
 
     def _check(self, state: ModelState, index: int) -> None:
+        if state.config.qk_norm_whole and self.sublayer is ATTENTION:
+            raise RecipeError(
+                f"step {self.name}: this model normalises queries and keys over all heads together, so that without some "
+                "the others would change: prune-mlp and drop-attention leave them as they are"
+            )
         reader = state.linears[index, self.reader]
         between = [(reader.name, reader.kept_in, reader.shape.in_features)]
         for role in self.producers(state.config, state.config.layers[index]):

@@ -89,7 +89,8 @@ typedef struct kernels {
     void (*activate)(const float *gate, const float *up, int64_t n, int activation, float *out);
     void (*rotate)(float *q, const float *cosine, const float *sine, int64_t size);
     void (*attend)(const float *q, int count, const void *keys, const void *values, int kind, int64_t first,
-                   int64_t last, int64_t size, float *out);
+                   int64_t last, int64_t size, float cap, float *out);
+    void (*cap)(float *x, int64_t n, float cap);
 } kernels_t;
 
 /* In a few words why the kernels cannot read a weight, NULL where they can: sizes that contradict each other, or an

@@ -73,6 +73,12 @@ static TARGET void FN(activate)(const float *gate, const float *up, int64_t n, i
         for (int64_t c = 0; c < n; ++c) out[c] *= up[c];
 }
 
+/* x = cap tanh(x / cap), in place: tanh z = 1 - 2 / (1 + e^(2 z)) */
+static TARGET void FN(cap)(float *x, int64_t n, float cap) {
+    const float twice = 2.0f / cap;
+    for (int64_t c = 0; c < n; ++c) x[c] = cap - 2.0f * cap / (1.0f + FN(exponential)(x[c] * twice));
+}
+
 /* q of `size` numbers, turned in place: cos and sin of its position, half-split form */
 static TARGET void FN(rotate)(float *q, const float *cosine, const float *sine, int64_t size) {
     const int64_t half = size / 2;
@@ -133,7 +139,8 @@ INLINE TARGET void FN(mix)(const float *score, const int count, const void *valu
 
 /* Softmax over the slots in pieces, with a running maximum (Milakov and Gimelshein 2018, arXiv 1805.02867). */
 INLINE TARGET void FN(attend_few)(const float *q, const int count, const void *keys, const void *values,
-                                  const int kind, int64_t first, int64_t last, int64_t size, float *out) {
+                                  const int kind, int64_t first, int64_t last, int64_t size, float cap,
+                                  float *out) {
     float score[MAX_QUERIES * SECTION], peak[MAX_QUERIES], sum[MAX_QUERIES];
     for (int g = 0; g < count; ++g) peak[g] = -INFINITY, sum[g] = 0;
     for (int64_t c = 0; c < count * size; ++c) out[c] = 0;
@@ -141,6 +148,7 @@ INLINE TARGET void FN(attend_few)(const float *q, const int count, const void *k
         const int64_t slots = last - start < SECTION ? last - start : SECTION;
         const int64_t sections = (slots * count + SECTION - 1) / SECTION;
         FN(scores)(q, count, keys, values, kind, start, slots, size, score);
+        if (cap > 0) FN(cap)(score, slots * count, cap);
         for (int64_t c = slots * count; c < sections * SECTION; ++c) score[c] = -INFINITY;
         float highest[SECTION], added[SECTION] = {0}, before[MAX_QUERIES];
         for (int i = 0; i < SECTION; ++i) highest[i] = score[i];
@@ -173,11 +181,12 @@ INLINE TARGET void FN(attend_few)(const float *q, const int count, const void *k
         for (int64_t c = 0; c < size; ++c) out[g * size + c] /= sum[g];
 }
 
-#define ATTEND(count, kind) FN(attend_few)(q, count, keys, values, kind, first, last, size, out)
+#define ATTEND(count, kind) FN(attend_few)(q, count, keys, values, kind, first, last, size, cap, out)
 
-/* out [count][size]: attention of `count` scaled queries that share keys and values [slots][size], over first..last */
+/* out [count][size]: attention of `count` scaled queries that share keys and values [slots][size], over first..last;
+   scores are capped where cap is not 0 */
 static TARGET void FN(attend)(const float *q, int count, const void *keys, const void *values, int kind, int64_t first,
-                              int64_t last, int64_t size, float *out) {
+                              int64_t last, int64_t size, float cap, float *out) {
     for (; count > 0; count -= MAX_QUERIES, q += MAX_QUERIES * size, out += MAX_QUERIES * size) {
         if (kind == BFLOAT16) {
             if (count >= 4) ATTEND(4, BFLOAT16);
@@ -194,7 +203,7 @@ static TARGET void FN(attend)(const float *q, int count, const void *keys, const
 }
 
 static const kernels_t FN(kernels) = {
-    NAME, FN(prepare), FN(multiply), FN(expand), FN(norm), FN(activate), FN(rotate), FN(attend),
+    NAME, FN(prepare), FN(multiply), FN(expand), FN(norm), FN(activate), FN(rotate), FN(attend), FN(cap),
 };
 
 #undef ATTEND

@@ -20,11 +20,14 @@ typedef struct {
 } linear_t;
 
 typedef struct {
-    const void *weight, *bias; /* in the model's kind, or NULL */
+    const void *weight, *bias; /* in `kind`, or NULL */
+    int64_t kind;
 } norm_t;
 
 typedef struct {
     norm_t attention_norm, mlp_norm, query_norm, key_norm;
+    norm_t attention_output_norm, mlp_output_norm; /* of what is added to the stream */
+    const float *cosine, *sine;                    /* [capacity][head_size], or NULL */
     linear_t qkv[3], o, up[2], down; /* qkv, up: merged siblings are the first alone; up: gate, then up */
     int64_t heads, kv_heads;         /* 0: no attention */
     int64_t width;                   /* 0: no MLP */
@@ -35,14 +38,14 @@ typedef struct {
     const kernels_t *kernels;
     const layer_t *layers;
     const void *embed, *positions; /* positions: learned ones [..][hidden], or NULL */
-    const float *cosine, *sine;    /* [capacity][head_size], or NULL */
     norm_t final_norm;
     linear_t head;
     int64_t layer_count, hidden, head_size, position_offset;
     int64_t bytes; /* read by a step */
-    float eps;
+    float eps, embed_scale, attention_scale, residual_scale, logit_divisor;
+    float attention_cap, logit_cap; /* 0: none */
     int32_t kind;  /* FLOAT32 or BFLOAT16: embedding, norms, biases, cache */
-    int32_t rms, has_final_norm, qk_norm, gated, activation;
+    int32_t rms, has_final_norm, norm_input, norm_output, qk_norm, qk_norm_whole, gated, activation;
     int32_t inner, outer, columns, segments; /* largest over all linears: inputs, outputs side by side, and stored */
 } model_t;
 
@@ -90,8 +93,8 @@ static void prepare_rows(void *data, int64_t first, int64_t last) {
     for (int64_t m = first; m < last; ++m) {
         float *in = s->in + m * model->inner;
         if (s->norm)
-            model->kernels->norm(s->x + m * model->hidden, model->hidden, s->norm->weight, s->norm->bias, model->kind,
-                                 model->rms, model->eps, in);
+            model->kernels->norm(s->x + m * model->hidden, model->hidden, s->norm->weight, s->norm->bias,
+                                 (int)s->norm->kind, model->rms, model->eps, in);
         int64_t offset = 0;
         for (int64_t i = 0; i < s->number; ++i) {
             const linear_t *linear = s->linears + i;
@@ -166,6 +169,21 @@ static void store(const float *values, int64_t count, int kind, void *to) {
     else memcpy(to, values, (size_t)count * sizeof(float));
 }
 
+/* queries and keys, each over all heads */
+static void norm_whole(void *data, int64_t first, int64_t last) {
+    const step_t *s = data;
+    const model_t *model = s->model;
+    const layer_t *layer = s->layer;
+    const norm_t *query = &layer->query_norm, *key = &layer->key_norm;
+    const int64_t width = layer->heads * model->head_size;
+    for (int64_t m = first; m < last; ++m) {
+        float *out = s->out + m * model->outer, *keys = out + width;
+        model->kernels->norm(out, width, query->weight, query->bias, (int)query->kind, 1, model->eps, out);
+        model->kernels->norm(keys, layer->kv_heads * model->head_size, key->weight, key->bias, (int)key->kind, 1,
+                             model->eps, keys);
+    }
+}
+
 /* one key head of one prompt each: norms, rotary, the new key and value stored, its queries answered */
 static void attend_heads(void *data, int64_t first, int64_t last) {
     const step_t *s = data;
@@ -180,18 +198,17 @@ static void attend_heads(void *data, int64_t first, int64_t last) {
         for (int64_t h = 0; h <= shared; ++h) {
             float *vector = h < shared ? queries + h * size : key;
             const norm_t *norm = h < shared ? &layer->query_norm : &layer->key_norm;
-            if (model->qk_norm)
-                k->norm(vector, size, norm->weight, norm->bias, model->kind, 1, model->eps, vector);
-            if (model->cosine) k->rotate(vector, model->cosine + slot * size, model->sine + slot * size, size);
+            if (model->qk_norm && !model->qk_norm_whole)
+                k->norm(vector, size, norm->weight, norm->bias, (int)norm->kind, 1, model->eps, vector);
+            if (layer->cosine) k->rotate(vector, layer->cosine + slot * size, layer->sine + slot * size, size);
         }
         store(key, size, model->kind, (void *)cached(s->cache->keys[s->index], s, m, head, slot));
         store(value, size, model->kind, (void *)cached(s->cache->values[s->index], s, m, head, slot));
-        const float scale = 1.0f / sqrtf((float)size);
-        for (int64_t c = 0; c < shared * size; ++c) queries[c] *= scale;
+        for (int64_t c = 0; c < shared * size; ++c) queries[c] *= model->attention_scale;
         const int64_t oldest = layer->window && slot + 1 > layer->window ? slot + 1 - layer->window : 0;
         k->attend(queries, (int)shared, cached(s->cache->keys[s->index], s, m, head, 0),
                   cached(s->cache->values[s->index], s, m, head, 0), model->kind, oldest, slot + 1, size,
-                  s->in + m * model->inner + head * shared * size);
+                  model->attention_cap, s->in + m * model->inner + head * shared * size);
     }
 }
 
@@ -214,7 +231,7 @@ static void embed_rows(void *data, int64_t first, int64_t last) {
     for (int64_t m = first; m < last; ++m) {
         const int64_t token = s->tokens[m] * model->hidden, place = (s->slots[m] + model->position_offset) * model->hidden;
         for (int64_t c = 0; c < model->hidden; ++c) {
-            float value = number_at(model->embed, model->kind, token + c);
+            float value = number_at(model->embed, model->kind, token + c) * model->embed_scale;
             if (model->positions) value += number_at(model->positions, model->kind, place + c);
             s->x[m * model->hidden + c] = value;
         }
@@ -226,6 +243,49 @@ static void copy_rows(void *data, int64_t first, int64_t last) {
     const int64_t hidden = s->model->hidden;
     for (int64_t m = first; m < last; ++m)
         memcpy(s->in + m * s->model->inner, s->x + m * hidden, (size_t)hidden * sizeof(float));
+}
+
+/* x += residual_scale * norm(out), or out as it is where norm is NULL */
+static void add_rows(void *data, int64_t first, int64_t last) {
+    const step_t *s = data;
+    const model_t *model = s->model;
+    for (int64_t m = first; m < last; ++m) {
+        float *out = s->out + m * model->outer, *x = s->x + m * model->hidden;
+        if (s->norm)
+            model->kernels->norm(out, model->hidden, s->norm->weight, s->norm->bias, (int)s->norm->kind, model->rms,
+                                 model->eps, out);
+        for (int64_t c = 0; c < model->hidden; ++c) x[c] += model->residual_scale * out[c];
+    }
+}
+
+/* out = the readers of the stream, behind `norm` where a model has such norms */
+static void run_readers(member_t *member, step_t *s, const norm_t *norm, const linear_t *linears, int most) {
+    if (!s->model->norm_input) team_loop(member, s->cache->batch, copy_rows, s);
+    run_linears(member, s, s->model->norm_input ? norm : NULL, linears, most, s->out, s->model->outer, 0);
+}
+
+/* `linear` of `in` into the residual stream, behind `norm` where a model has such norms */
+static void run_writer(member_t *member, step_t *s, const linear_t *linear, const norm_t *norm) {
+    const model_t *model = s->model;
+    if (!model->norm_output && model->residual_scale == 1) {
+        run_linears(member, s, NULL, linear, 1, s->x, model->hidden, 1);
+        return;
+    }
+    run_linears(member, s, NULL, linear, 1, s->out, model->outer, 0);
+    s->norm = model->norm_output ? norm : NULL;
+    team_loop(member, s->cache->batch, add_rows, s);
+}
+
+enum { FINISHED = 4096 }; /* logits a thread takes at a time */
+
+static void finish_logits(void *data, int64_t first, int64_t last) {
+    const step_t *s = data;
+    const model_t *model = s->model;
+    const int64_t all = s->cache->batch * model->head.outputs, end = last * FINISHED < all ? last * FINISHED : all;
+    float *logits = s->target + first * FINISHED;
+    const int64_t count = end - first * FINISHED;
+    for (int64_t c = 0; c < count; ++c) logits[c] /= model->logit_divisor;
+    if (model->logit_cap > 0) model->kernels->cap(logits, count, model->logit_cap);
 }
 
 /* ---- the step ---- */
@@ -244,19 +304,22 @@ static void run_step(member_t *member, void *data) {
     for (s->index = 0; s->index < model->layer_count; ++s->index) {
         const layer_t *layer = s->layer = model->layers + s->index;
         if (layer->heads) {
-            run_linears(member, s, &layer->attention_norm, layer->qkv, 3, s->out, model->outer, 0);
+            run_readers(member, s, &layer->attention_norm, layer->qkv, 3);
+            if (model->qk_norm_whole) team_loop(member, batch, norm_whole, s);
             team_loop(member, batch * layer->kv_heads, attend_heads, s);
-            run_linears(member, s, NULL, &layer->o, 1, s->x, model->hidden, 1);
+            run_writer(member, s, &layer->o, &layer->attention_output_norm);
         }
         if (layer->width) {
-            run_linears(member, s, &layer->mlp_norm, layer->up, 2, s->out, model->outer, 0);
+            run_readers(member, s, &layer->mlp_norm, layer->up, 2);
             team_loop(member, batch * ((layer->width + ACTIVATED - 1) / ACTIVATED), activate_pieces, s);
-            run_linears(member, s, NULL, &layer->down, 1, s->x, model->hidden, 1);
+            run_writer(member, s, &layer->down, &layer->mlp_output_norm);
         }
     }
     if (!model->has_final_norm) team_loop(member, batch, copy_rows, s);
     run_linears(member, s, model->has_final_norm ? &model->final_norm : NULL, &model->head, 1, call->logits,
                 model->head.outputs, 0);
+    if (model->logit_cap > 0 || model->logit_divisor != 1)
+        team_loop(member, (batch * model->head.outputs + FINISHED - 1) / FINISHED, finish_logits, s);
 }
 
 /* The buffers of a step from an address on; returns where they end. */
@@ -351,11 +414,16 @@ const declaration_t *halve_step_declarations(void) {
         STRUCTURE(norm_t),
         FIELD(norm_t, weight),
         FIELD(norm_t, bias),
+        FIELD(norm_t, kind),
         STRUCTURE(layer_t),
         FIELD(layer_t, attention_norm),
         FIELD(layer_t, mlp_norm),
         FIELD(layer_t, query_norm),
         FIELD(layer_t, key_norm),
+        FIELD(layer_t, attention_output_norm),
+        FIELD(layer_t, mlp_output_norm),
+        FIELD(layer_t, cosine),
+        FIELD(layer_t, sine),
         FIELD(layer_t, qkv),
         FIELD(layer_t, o),
         FIELD(layer_t, up),
@@ -369,8 +437,6 @@ const declaration_t *halve_step_declarations(void) {
         FIELD(model_t, layers),
         FIELD(model_t, embed),
         FIELD(model_t, positions),
-        FIELD(model_t, cosine),
-        FIELD(model_t, sine),
         FIELD(model_t, final_norm),
         FIELD(model_t, head),
         FIELD(model_t, layer_count),
@@ -379,10 +445,19 @@ const declaration_t *halve_step_declarations(void) {
         FIELD(model_t, position_offset),
         FIELD(model_t, bytes),
         FIELD(model_t, eps),
+        FIELD(model_t, embed_scale),
+        FIELD(model_t, attention_scale),
+        FIELD(model_t, residual_scale),
+        FIELD(model_t, logit_divisor),
+        FIELD(model_t, attention_cap),
+        FIELD(model_t, logit_cap),
         FIELD(model_t, kind),
         FIELD(model_t, rms),
         FIELD(model_t, has_final_norm),
+        FIELD(model_t, norm_input),
+        FIELD(model_t, norm_output),
         FIELD(model_t, qk_norm),
+        FIELD(model_t, qk_norm_whole),
         FIELD(model_t, gated),
         FIELD(model_t, activation),
         FIELD(model_t, inner),

@@ -187,7 +187,7 @@ class ModelBase:
 
     def predict(self, layout: Layout, roots: Sequence[Node], batch_tokens: int) -> Predictions:
         hidden = layout.hidden(self._model, roots, batch_tokens)
-        return Predictions(lambda part: Distribution(log_softmax(self._model.head(hidden[part]).float())))
+        return Predictions(lambda part: Distribution(log_softmax(self._model.logits(hidden[part]).float())))
 
 
 class FileBase:
@@ -263,7 +263,7 @@ class BaseComparison:
             predictions = self._base.predict(layout, roots, batch_tokens) if self._base else None
             parts = []
             for begin in range(0, len(hidden), step):
-                log_probs = log_softmax(model.head(hidden[begin : begin + step]).float())
+                log_probs = log_softmax(model.logits(hidden[begin : begin + step]).float())
                 own = (targets[:, 0] >= begin) & (targets[:, 0] < begin + step)
                 at = (targets[own, 0] - begin).to(log_probs.device), targets[own, 1].to(log_probs.device)
                 parts.append(self._figures(log_probs, at, predictions, slice(begin, begin + step), own))

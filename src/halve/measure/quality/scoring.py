@@ -187,7 +187,7 @@ def token_log_probs(model: Model, hidden_ND: Tensor, tokens_N: Tensor) -> Tensor
     step = positions_at_a_time(model)
     parts = []
     for begin in range(0, len(tokens_N), step):
-        logits = model.head(hidden_ND[begin : begin + step]).float()
+        logits = model.logits(hidden_ND[begin : begin + step]).float()
         targets = tokens_N[begin : begin + step].to(logits.device).unsqueeze(1)
         parts.append((logits.gather(1, targets).squeeze(1) - logits.logsumexp(dim=1)).double().cpu())
     return torch.cat(parts)

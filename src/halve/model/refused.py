@@ -1,0 +1,30 @@
+"""Model types that are known and not served: what they compute that this decoder does not."""
+
+from __future__ import annotations
+
+REFUSED: dict[str, tuple[str, ...]] = {
+    "a mixture of experts: which weights a token meets depends on the token": (
+        "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared", "phimoe", "olmoe", "gpt_oss", "deepseek_v2",
+        "deepseek_v3", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe", "llama4", "llama4_text", "dbrx", "jetmoe",
+    ),
+    "linear attention, or a state that is no cache of keys and values": (
+        "mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2", "nemotron_h", "rwkv",
+        "granitemoehybrid", "recurrent_gemma", "qwen3_next", "qwen3_5", "lfm2", "olmo_hybrid",
+    ),
+    "layers that share keys and values, or embeddings of their own in every layer": ("gemma3n", "gemma3n_text", "gemma4"),
+    "attention and MLP that read the stream side by side": (
+        "gpt_neox", "gptj", "phi", "falcon", "cohere", "cohere2", "codegen",
+    ),
+    "positions that are biases of scores": ("bloom", "mpt"),
+    "a vision or audio tower, which the text part is not taken out of": (
+        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "mllama", "idefics3", "smolvlm", "paligemma",
+        "phi4_multimodal", "mistral3", "pixtral",
+    ),
+    "queries scaled by their position": ("ministral3",),
+    "an encoder: tokens see those behind them": ("bert", "roberta", "modernbert", "t5", "t5gemma", "bart"),
+}  # fmt: skip
+
+
+def reason(model_type: str) -> str | None:
+    """Why a type is not served, None for one that is not known."""
+    return next((why for why, types in REFUSED.items() if model_type in types), None)

@@ -1,0 +1,127 @@
+"""Models that hold one of a family, or are one under another name: read as that, written as that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from halve import compress, load_model
+from halve.errors import UnsupportedModelError
+from halve.model.wrappers import own_config
+from tests.common import GEMMA, TOKENS, logits, relative, their_logits
+
+TEXT = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "num_attention_heads": 4}
+TEXT |= GEMMA | {"num_key_value_heads": 2, "sliding_window_pattern": 2, "final_logit_softcapping": 1.5}
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+IMAGES = {"image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92}
+
+
+@pytest.fixture(scope="module")
+def make_wrapped(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, torch.Tensor]]:
+    """A model with a tower, and the logits that transformers computes of text with it."""
+
+    def make(**options: Any) -> tuple[Path, torch.Tensor]:
+        kind: Any = CONFIG_MAPPING["gemma3"]
+        config = kind(text_config=TEXT, vision_config=VISION, **IMAGES, **options)
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0.0, 0.2)
+        folder = tmp_path_factory.mktemp("wrapped")
+        model.save_pretrained(folder)
+        with torch.inference_mode():
+            return folder, model(TOKENS).logits
+
+    return make
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layout", ["language_model.model.", "model.language_model."])
+def test_text_part_of_either_layout(make_wrapped, tmp_path: Path, tied: bool, layout: str) -> None:
+    folder, theirs = make_wrapped(tie_word_embeddings=tied)
+    tensors = load_file(folder / "model.safetensors")
+    if layout == "model.language_model.":
+        moved = {"language_model.model.": layout, "language_model.lm_head": "lm_head", "vision": "model.vision"}
+        for old, new in (moved | {"multi_modal": "model.multi_modal"}).items():
+            tensors = {new + name.removeprefix(old) if name.startswith(old) else name: t for name, t in tensors.items()}
+    assert any(name.startswith(layout) for name in tensors)
+    wrapped = tmp_path / "wrapped"
+    wrapped.mkdir()
+    (wrapped / "config.json").write_text((folder / "config.json").read_text())
+    save_file(tensors, wrapped / "model.safetensors", metadata={"format": "pt"})
+    assert relative(logits(wrapped), theirs) < 1e-5
+    compress(wrapped, tmp_path / "out", ["drop-layers:layers=1"])
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["model_type"], written["architectures"]) == ("gemma3_text", ["Gemma3ForCausalLM"])
+    assert "vision_config" not in written and written["tie_word_embeddings"] == tied
+    assert relative(logits(tmp_path / "out"), their_logits(tmp_path / "out")) < 1e-5
+
+
+def test_what_published_configs_leave_out_is_what_transformers_takes(tmp_path: Path) -> None:
+    """Those of Gemma 3 name only what differs from the defaults of the config class."""
+    said = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 7, "intermediate_size": 32}
+    text = said | {"vocab_size": 50, "sliding_window": 4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    raw = own_config({"model_type": "gemma3", "text_config": text}, "config.json")
+    model = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING["gemma3_text"](**{k: v for k, v in raw.items() if k != "model_type"})
+    )
+    alone = tmp_path / "alone"
+    model.save_pretrained(alone)
+    (alone / "config.json").write_text((tmp_path / "config.json").read_text())
+    tokens = TOKENS % 50
+    with torch.inference_mode():
+        assert relative(load_model(alone)(tokens), model.eval()(tokens).logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"text_config": None}, "text_config"),
+        ({"text_config": {"model_type": "llama"}}, "gemma3_text"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "vision tower"),
+    ],
+)
+def test_what_has_no_text_part_to_read_is_refused(changes: dict, words: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=words):
+        own_config({"model_type": "gemma3", "text_config": TEXT} | changes, "config.json")
+
+
+PHI = {"pad_token_id": 0, "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(
+    "steps",
+    [["rtn:bits=4,group_size=16"], ["prune-heads:fraction=0.5,score=l1,refit=false", "drop-layers:layers=1"]],
+)
+def test_phi3_is_a_mistral_whose_siblings_are_one_tensor(
+    make_hf, tmp_path: Path, window: int | None, steps: list
+) -> None:
+    folder = make_hf("phi3", **PHI, sliding_window=window)
+    assert relative(logits(folder), their_logits(folder)) < 1e-5
+    compress(folder, tmp_path / "out", steps)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["model_type"], written["architectures"]) == ("mistral", ["MistralForCausalLM"])
+    assert relative(logits(tmp_path / "out"), their_logits(tmp_path / "out")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+        {"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}},
+    ],
+)
+def test_longrope_is_refused_with_its_reason(rope: dict) -> None:
+    with pytest.raises(UnsupportedModelError, match="outgrows a length"):
+        own_config(TEXT | rope | {"model_type": "phi3"}, "config.json")
