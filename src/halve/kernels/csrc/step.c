@@ -365,7 +365,7 @@ const char *halve_step_check(const model_t *model, const cache_t *cache) {
     for (int64_t index = 0; index < model->layer_count; ++index) {
         const layer_t *layer = model->layers + index;
         if (layer->heads) {
-            if (size < 1 || (model->cosine && size % 2)) return "the head size";
+            if (size < 1 || (layer->cosine && size % 2)) return "the head size";
             if (layer->kv_heads < 1 || layer->heads % layer->kv_heads) return "heads that do not share keys evenly";
             if (!cache->keys[index] || !cache->values[index]) return "a layer without a cache";
             const int64_t outputs = (layer->heads + 2 * layer->kv_heads) * size;
