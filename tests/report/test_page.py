@@ -11,13 +11,13 @@ import pytest
 
 from halve.errors import DataError, OutputError
 from halve.measure.records import new_record, write_record
-from halve.report.blocks import TableBlock
+from halve.report.blocks import PlotsBlock, TableBlock
 from halve.report.contents import read_contents
-from halve.report.models import step_text
+from halve.report.models import results, step_text
 from halve.report.page import write_page
 from halve.report.plots import Mark, draw, scatter
 
-from .conftest import HOSTILE, evaluation
+from .conftest import GPTQ, HOSTILE, RTN, evaluation, speed
 
 VOID = {"meta", "link", "br", "wbr", "use", "path"}
 
@@ -113,6 +113,26 @@ def test_a_folder_of_records_alone(tmp_path: Path) -> None:
     sections = [a["id"] for t, a in Outline(write_page(tmp_path).read_text()).tags if t == "section"]
     assert sections == ["results", "machine", "records"]
     assert (tmp_path / "report.html").is_file()
+
+
+def test_the_divergence_from_the_dense_model_has_columns_and_a_picture(tmp_path: Path) -> None:
+    base = {"model": "dense", "fingerprint": "0123456789ab", "dtype": "bfloat16", "recipe": [], "kept": None}
+    models = [("dense", [], 0.0), ("int8", [RTN], 0.001), ("int4", [GPTQ], 0.03), ("broken", ["rtn"], 20.0)]
+    for model, recipe, kl in models:
+        # of few documents the interval's lower end may lie below 0, which has no place on the axis
+        figures = {"base": base, "kl_nats_per_token": kl, "kl_nats_per_token_interval": [kl - 0.002, kl + 0.002]}
+        record = evaluation(model, recipe, 0.5, **figures, same_top_share=0.9)
+        write_record(tmp_path / f"{model}.json", record)
+        write_record(tmp_path / f"{model}-speed.json", speed(model, recipe, len(model) * 1_000_000, 100.0))
+    section = results(read_contents(tmp_path))
+    (table,) = (block for block in section.blocks if isinstance(block, TableBlock))
+    assert {"KL", "same top"} <= set(table.head)
+    (plots,) = (block for block in section.blocks if isinstance(block, PlotsBlock))
+    (picture,) = (plot for plot in plots.plots if plot.caption.startswith("KL against size"))
+    assert not any(plot.caption.startswith(("KL against speed", "same top")) for plot in plots.plots)
+    texts = Outline(picture.svg).texts
+    # by factors: 0, the dense model's from itself, is no point of it
+    assert {"KL (nats/token)", "0.001", "0.1", "10", "int8", "int4", "broken"} <= set(texts) and "dense" not in texts
 
 
 def test_folders_with_nothing_to_show_are_refused(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from halve.report.plots import Mark
 from halve.studies.layer_plots import by_run, by_sublayer
 
 _LARGEST_DRAWN = 1e18  # the perplexity of a broken model is beyond what an axis can show, or infinite
+# a broken model's is many times the others'; the KL of the dense model from itself, 0, has no place on such an axis
+_BY_FACTORS = ("perplexity", "KL")
 _ALWAYS = ("bits", "group_size", "fraction", "count")  # options worth saying even at their defaults
 
 
@@ -47,10 +49,13 @@ def _plots(table: Comparison, records: Sequence[Record]) -> list[Plot]:
     chances = {setup: evaluated[key].get("chance") for key, setup in evaluation_setups(evaluated).items()}
     speed, size = "decode_tokens_per_s", "weight_bytes"
     for column in quality:
-        setup, chance = column.setup, chances[column.setup]
-        y = f"{column.title} (%)" if column.title.startswith("accuracy") else column.title
+        if column.title.startswith("same top"):
+            continue  # it follows the KL beside it
+        setup, chance = column.setup, chances.get(column.setup)
+        unit = {"accuracy": " (%)", "KL": " (nats/token)"}.get(column.title.split()[0], "")
+        y = column.title + unit
         for key, x in ((size, "weights"), (speed, "decode (tokens/s)")):
-            if column.title.startswith("perplexity") and key == speed:
+            if column.title.startswith(_BY_FACTORS) and key == speed:
                 continue
             caption = f"{column.title} against {'size' if key == size else 'speed'}"
             made += _plot(table.rows, key, x, list(column.keys), y, chance, f"{caption} ({setup})")
@@ -63,7 +68,7 @@ def _plot(
     rows: Sequence[Row], x_key: str, x: str, keys: list[str], y: str, chance: float | None, caption: str
 ) -> list[Plot]:
     """At most one plot: none where fewer than two models have both figures."""
-    factor = 100 if "(%)" in y else 1
+    factor, log = 100 if "(%)" in y else 1, y.startswith(_BY_FACTORS)
     marks, scale = [], 1.0
     if x_key == "weight_bytes":
         scale, unit = byte_unit(max((row[x_key] for row in rows if row.get(x_key)), default=0))
@@ -71,15 +76,14 @@ def _plot(
     for number, row in enumerate(rows):
         figures = [row.get(key) for key in (x_key, *keys, "", "")][:4]
         place, value, low, high = (v if isinstance(v, int | float) else None for v in figures)
-        if place is not None and value is not None and abs(value) < _LARGEST_DRAWN:
+        if place is not None and value is not None and abs(value) < _LARGEST_DRAWN and not (log and value <= 0):
             ends = [None if end is None else end * factor for end in (low, high)]
             marks.append(Mark(row["model"], place / scale, value * factor, *ends, kind=min(number, 1)))
     if len(marks) < 2:
         return []
     level = None if chance is None or factor == 1 else 100 * chance
-    paint = plots.scatter(
-        marks, x=x, y=y, line=level, line_label="chance" if level is not None else "", log=y.startswith("perplexity")
-    )
+    label = "chance" if level is not None else ""
+    paint = plots.scatter(marks, x=x, y=y, line=level, line_label=label, log=log)
     return [Plot(plots.draw(paint, caption), caption)]
 
 
