@@ -77,6 +77,59 @@ def test_compress_evaluate_benchmark_compare(run, model: Path, tmp_path: Path) -
     assert speed["weight_bytes"] < dense["weight_bytes"]
 
 
+@pytest.mark.parametrize(("name", "protocol"), [("text.txt", "windows"), ("text.jsonl", "documents")])
+def test_compress_ends_with_the_check_that_evaluate_makes(
+    run, model: Path, tmp_path: Path, name: str, protocol: str
+) -> None:
+    text, out = tmp_path / name, tmp_path / "out"
+    words = "the cat sat on the mat and then a dog ran . " * 10
+    text.write_text("".join(json.dumps({"text": words}) + "\n" for _ in range(3)) if ".jsonl" in name else words)
+    step = ("--step", "rtn:bits=4")
+    code, printed, _ = run("compress", model, out, *step, "--check", text, "--dry-run")
+    assert code == 0 and "KL" not in printed and not out.exists()
+    code, printed, error = run("compress", model, out, *step, "--check", text)
+    assert code == 0 and f"against {model}: KL " in printed, error
+    assert printed.index(f"wrote {out}\n") < printed.index("KL ") < printed.index(f"wrote {out / 'halve-check.json'}")
+    record = json.loads((out / "halve-check.json").read_text())
+    assert record["protocol"] == protocol and record["kl_nats_per_token"] > 0 and record["recipe"][0]["bits"] == 4
+    asked = ("--task", "perplexity", "--data", text, "--protocol", protocol, "--base", model)
+    run("evaluate", out, *asked, "--json", tmp_path / "own.json")
+    apart = {"date", "command"}
+    own = json.loads((tmp_path / "own.json").read_text())
+    assert {k: v for k, v in own.items() if k not in apart} == {k: v for k, v in record.items() if k not in apart}
+    assert run("compare", out, "--csv")[1].count("kl_nats_per_token (") == 1 and run("report", out)[0] == 0
+    (out / "report.html").unlink()
+    code, _, error = run("compress", model, out, *step, "--overwrite")
+    assert code == 0 and not (out / "halve-check.json").exists(), error
+
+
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("none.txt", None, "none.txt"),
+        ("empty.txt", " ", "holds no text"),
+        ("short.jsonl", '{"text": "cat"}', "fewer than 2 tokens"),
+        ("text.csv", "the cat", "unknown kind of text"),
+        ("rows.jsonl", '{"words": "the cat sat"}', "no 'text' field"),
+        ("out/LICENSE.txt", "the cat sat", "text of --check"),
+    ],
+)
+def test_a_text_that_cannot_be_checked_on_is_found_before_any_work(
+    run, model: Path, tmp_path: Path, name: str, content: str | None, words: str, dry_run: tuple[str, ...]
+) -> None:
+    text, out = tmp_path / name, tmp_path / "out"
+    text.parent.mkdir(exist_ok=True)
+    if content is not None:
+        text.write_text(content)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())  # one that puts nothing before a text
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
+    before = sorted(tmp_path.rglob("*"))
+    code, printed, error = run("compress", model, out, "--step", "rtn:bits=4", "--check", text, *dry_run)
+    assert code == 2 and words in error and error.count("\n") == 1 and not printed
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_multiple_choice_record(run, model: Path, tmp_path: Path) -> None:
     data = tmp_path / "q.jsonl"
     item = {

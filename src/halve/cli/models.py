@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,8 +23,13 @@ from halve.cli.options import (
     dtype_of,
 )
 from halve.cli.output import say, stream
-from halve.errors import HalveError
+from halve.errors import HalveError, OutputError
+from halve.files import resolve_out
+from halve.files.contents import CHECK, OTHERWISE
 from halve.measure.units import show_bytes
+
+if TYPE_CHECKING:
+    from halve.measure.quality.options import EvaluationOptions
 
 
 def compress(
@@ -45,6 +50,14 @@ def compress(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text (.txt, .raw, .jsonl) on which the result is compared with MODEL at the end: KL divergence, same top "
+            f"token, perplexity; the record is {CHECK} in OUT.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop before any weight is read.")
@@ -64,6 +77,7 @@ def compress(
     if step and recipe:
         raise HalveError("--step and --recipe were both given: use one of them")
     steps = read_recipe(recipe) if recipe else as_steps(step or [])
+    question = None if check is None else _check_question(check, model, out)
     if dry_run:
         options = CalibrationOptions(calibration, samples, window, seed)
         terminal.plan(plan_recipe(Request(model, out, steps, options, device, dtype_of(dtype))), steps)
@@ -82,6 +96,37 @@ def compress(
         on_plan=lambda plan: terminal.plan(plan, steps),
     )
     terminal.result(result)
+    if question is not None:
+        _compare_with_source(out, model, question, device, dtype)
+
+
+def _check_question(text: Path, model: str, out: Path) -> EvaluationOptions:
+    """What --check asks of OUT and MODEL; all that can be wrong with the text is found here, before any weight is read."""
+    from halve.checkpoint.reader import open_checkpoint
+    from halve.checkpoint.tokenizer import load_tokenizer
+    from halve.measure.quality.options import EvaluationOptions
+    from halve.measure.quality.tasks.perplexity import asked_stretches, read_text
+
+    protocol = "documents" if text.suffix == ".jsonl" else "windows"
+    options = EvaluationOptions("perplexity", text, protocol)
+    content = read_text(text, protocol)
+    if text.resolve().is_relative_to(resolve_out(out)):
+        raise OutputError(f"{out}: holds {text}, the text of --check: {OTHERWISE}")
+    asked_stretches(content, options, open_checkpoint(model).config, load_tokenizer(model))
+    return options
+
+
+def _compare_with_source(out: Path, model: str, asked: EvaluationOptions, device: str, dtype: str | None) -> None:
+    """Evaluate what was published against what it was made from; the record goes into its folder."""
+    from halve.cli import terminal
+    from halve.measure.quality.evaluate import evaluate
+    from halve.measure.records import write_record
+
+    record = evaluate(
+        out, task=asked.task, data=asked.data, protocol=asked.protocol, device=device, dtype=dtype_of(dtype), base=model
+    )
+    terminal.evaluation(record)
+    say(f"wrote {write_record(resolve_out(out) / CHECK, record)}")
 
 
 def generate(

@@ -19,9 +19,11 @@ COMPANIONS = (
     "generation_config.json tokenizer.* tokenizer_config.json special_tokens_map.json added_tokens.json vocab.* merges.txt "
     f"chat_template.* {TEMPLATES} tekken.json spiece.model LICENSE* LICENCE* License* NOTICE* Notice* USE_POLICY*"
 ).split()
+CHECK = "halve-check.json"  # of a model made by halve: the record of what it was compared with
 # what `--overwrite` may delete: names that programs write, none that a person would give to notes or adapters
 MODEL_FILES = [
     *"config.json quantize_config.json halve.json halve-log.jsonl model.safetensors model-?????-of-?????.safetensors".split(),
+    CHECK,
     *"model.safetensors.index.json pytorch_model.bin pytorch_model-?????-of-?????.bin pytorch_model.bin.index.json".split(),
     *COMPANIONS,
 ]

@@ -18,6 +18,7 @@ from halve.measure.quality.base import Asked, BaseComparison
 from halve.measure.quality.resume import Progress, ProgressFile
 from halve.measure.quality.scoring import BATCH_TOKENS, score, sequence_node
 from halve.measure.quality.task import Evaluation, Figures, Task
+from halve.model.config import ModelConfig
 from halve.model.decoder import Model
 from halve.model.vocabulary import check_ids
 from halve.progress import track
@@ -120,6 +121,31 @@ def split(tokenizer: TokenizerLike, text: Text, window: int) -> tuple[list[Stret
     return stretches, cut
 
 
+def window_of(text: Text, options: EvaluationOptions, config: ModelConfig) -> int:
+    """Tokens a window that a model of this config is asked in. Raises HalveError where its context does not hold them."""
+    context, window = config.max_positions, options.window
+    if window is None:
+        window = min(DEFAULT_WINDOW, context) if text.protocol == "windows" else context
+    if not 2 <= window <= context:
+        raise HalveError(f"window {window}: must be 2 to {context}, the context of this model")
+    return window
+
+
+def asked_stretches(
+    text: Text, options: EvaluationOptions, config: ModelConfig, tokenizer: TokenizerLike
+) -> tuple[list[Stretch], int]:
+    """What a model of this config is asked, see `split`; needs no weights.
+
+    Raises HalveError on a bad window or tokens that the model does not have, DataError on too short a text.
+    """
+    stretches, cut = split(tokenizer, text, window_of(text, options, config))
+    stretches = stretches[: options.limit]
+    if not stretches:
+        raise DataError(f"{text.name}: fewer than 2 tokens, nothing can be predicted; give a longer text")
+    check_ids(config.vocab_size, [stretch.tokens for stretch in stretches], tokenizer)
+    return stretches, cut
+
+
 def run(
     text: Text,
     options: EvaluationOptions,
@@ -133,18 +159,9 @@ def run(
 
     An interrupted run goes on from `progress_file`. Raises HalveError on a bad window, DataError on too short a text.
     """
-    context = model.config.max_positions
-    window, batch_tokens = options.window, options.batch_tokens or BATCH_TOKENS
-    if window is None:
-        window = min(DEFAULT_WINDOW, context) if text.protocol == "windows" else context
-    if not 2 <= window <= context:
-        raise HalveError(f"window {window}: must be 2 to {context}, the context of this model")
-    stretches, cut = split(tokenizer, text, window)
-    stretches = stretches[: options.limit]
+    window, batch_tokens = window_of(text, options, model.config), options.batch_tokens or BATCH_TOKENS
+    stretches, cut = asked_stretches(text, options, model.config, tokenizer)
     sequences = [stretch.tokens for stretch in stretches]
-    if not sequences:
-        raise DataError(f"{text.name}: fewer than 2 tokens, nothing can be predicted; give a longer text")
-    check_ids(model.config.vocab_size, sequences, tokenizer)
     asked: dict[str, Any] = {"task": "perplexity", "protocol": text.protocol, "window": window, "limit": options.limit}
     asked |= {"batch_tokens": batch_tokens, "data": {text.name: text.sha256}}
     if comparison is not None:
