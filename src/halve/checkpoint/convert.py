@@ -1,4 +1,4 @@
-"""A folder of pickled .bin weights -> safetensors. The only place that unpickles, and only tensors."""
+"""A folder of pickled .bin weights, or a GGUF file -> safetensors. The only place that unpickles, and only tensors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halve.checkpoint.gguf import convert_gguf
 from halve.checkpoint.reader import find_model, open_checkpoint
 from halve.checkpoint.tensors import INDEX, SINGLE, SafetensorsFolder, read_json, read_weight_map
 from halve.checkpoint.writer import save_shard
-from halve.errors import CheckpointError, reading
+from halve.errors import CheckpointError, HalveError, reading
 from halve.files import write_json
 from halve.files.contents import companions, copy_companions
 from halve.files.work import WorkFolder
@@ -22,12 +23,20 @@ from halve.model.wrappers import own_config
 from halve.progress import track
 
 
-def convert(model: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
-    """Write the weights of a `.bin` model folder as safetensors into the new folder `out`.
+def convert(model: str | Path, out: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
+    """Write the weights of a `.bin` model folder, or of a GGUF file, as safetensors into the new folder `out`.
 
-    One file at a time is in memory. Tensors that share storage (tied weights) are stored once each under the name
-    that the architecture reads. Raises CheckpointError for files that are not plain tensors.
+    Of a folder one file at a time is in memory. Tensors that share storage (tied weights) are stored once each under the
+    name that the architecture reads. `dtype`: of what a GGUF file becomes, default bfloat16. Raises CheckpointError for files
+    that are not plain tensors or no GGUF.
     """
+    file = Path(model).expanduser()
+    if file.is_file() and file.suffix != ".json":
+        return convert_gguf(file, out, dtype or torch.bfloat16, overwrite=overwrite)
+    if dtype is not None:
+        raise HalveError(
+            f"{model}: a dtype is asked for, and a folder of .bin weights keeps its own: leave out --dtype"
+        )
     folder = find_model(model)
     files = _listing(folder)
     origin = str(folder / "config.json")
@@ -100,7 +109,9 @@ def _listing(folder: Path) -> dict[Path, set[str] | None]:
             names.add(name)
     for path in files:
         if not path.is_file():
-            raise CheckpointError(f"{path}: no such file: convert needs a folder with pytorch_model.bin weights")
+            raise CheckpointError(
+                f"{path}: no such file: convert needs a folder with pytorch_model.bin weights, or a GGUF file"
+            )
     return files
 
 

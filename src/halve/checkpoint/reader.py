@@ -52,7 +52,10 @@ def find_model(model: str | Path, *, weights: bool = True) -> Path:
     path = Path(os.path.expanduser(model))
     with reading(path, CheckpointError):
         if path.is_file() and path.suffix != ".json":
-            raise CheckpointError(f"{path}: is a file: give the model's folder, or its config.json with random weights")
+            raise CheckpointError(
+                f"{path}: is a file: give the model's folder, or its config.json with random weights; a GGUF file becomes a "
+                "folder by `halve convert`"
+            )
         local = path.parent if path.is_file() else path if path.is_dir() else None
         found = local or fetch(str(model), weights=weights)
         link = link_outside(found)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from halve.checkpoint.tensors import SAFETENSORS_DTYPES
 from halve.errors import OutputError
 from halve.files import write_json, write_text
 from halve.files.contents import copy_companions
@@ -82,3 +86,33 @@ def save_shard(tensors: dict[str, Tensor], path: Path) -> None:
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(mode)
+
+
+def stream_shard(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    parts: Callable[[str], Iterable[Tensor]],
+) -> int:
+    """One safetensors file of tensors that come as runs of rows and are never held; returns their bytes.
+
+    Raises OutputError when it cannot be written.
+    """
+    name_of = {value: name for name, value in SAFETENSORS_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": name_of[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of 8, as the library writes them
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in shapes:
+                for part in parts(name):
+                    file.write(part.contiguous().view(torch.uint8).numpy().data)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else f"could not be written ({error})"
+        raise OutputError(f"{path}: {reason}: free some space or choose another place for OUT") from error
+    return end

@@ -171,11 +171,23 @@ def fetch(model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id (ow
     say(f"{model}: {show_bytes(size, 2)} in {folder}")
 
 
-def convert(model: Model, out: Out, overwrite: Overwrite = False) -> None:
-    """Turn a folder of pickled .bin weights into safetensors (most OPT checkpoints need it)."""
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of .bin weights, or a GGUF file.")],
+    out: Out,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bf16 or fp32: of what a GGUF file becomes (default: bf16).", show_default=False),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a folder of pickled .bin weights (most OPT checkpoints), or a GGUF file, into a folder of safetensors.
+
+    Of GGUF files Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 and Phi-3, of the types F32 to Q8_0 and Q2_K to Q6_K; quantized
+    ones take `pip install 'halve[gguf]'`.
+    """
     from halve.checkpoint.convert import convert as run
 
-    say(f"wrote {run(model, out, overwrite=overwrite)}")
+    say(f"wrote {run(model, out, dtype=dtype_of(dtype), overwrite=overwrite)}")
 
 
 def steps() -> None:
