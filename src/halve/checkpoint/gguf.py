@@ -30,10 +30,7 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class GgufTensors:
-    """The tensors of a GGUF file under their Hugging Face names, as `dtype`.
-
-    head_dim: of q and k whose rows are stored as neighbouring pairs, None where they are not.
-    """
+    """The tensors of a GGUF file under the names of `config`, a Hugging Face one, as `dtype`; CheckpointError for others."""
 
     def __init__(self, header: GgufHeader, config: dict[str, Any], dtype: torch.dtype) -> None:
         _, architecture = architecture_of(header)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,8 +84,8 @@ class GgufFields:
     def decimal(self, key: str, default: float | None = None) -> float:
         value = self.get(key)
         value = default if value is None else value
-        if not isinstance(value, float) or not math.isfinite(value):
-            raise self.fail(key, "must be a decimal number")
+        if not isinstance(value, float) or not abs(value) <= 1e30:  # neither true of NaN
+            raise self.fail(key, "must be a decimal number of at most 1e30")
         return float(str(np.float32(value)))  # as it was written before it was stored in 32 bits
 
     def only(self, key: str, *allowed: Any) -> None:
