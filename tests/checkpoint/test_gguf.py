@@ -164,6 +164,47 @@ def test_the_tokenizer_that_transformers_builds(name: str, kind: str, make_model
     assert ours.eos_ids == (2, 5) and ours.inner.chat_template == "{{ messages }}"
 
 
+LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+GEMMA_ROPES = {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "fields"),
+    [
+        (
+            "gemma3_text",
+            {"rope_parameters": GEMMA_ROPES, "final_logit_softcapping": 5.0, "sliding_window_pattern": 2},
+            {
+                "gemma3.rope.scaling.type": "linear",
+                "gemma3.rope.scaling.factor": 8.0,
+                "gemma3.rope.freq_base_swa": 20000.0,
+                "gemma3.final_logit_softcapping": 5.0,
+                "gemma3.attention.sliding_window_pattern": [True, False, True, False, True, False, True],
+            },
+        ),
+        ("gemma2", {"attn_logit_softcapping": 0.8}, {"gemma2.attn_logit_softcapping": 0.8}),
+        # scores by hidden size / heads, as Gemma 2 27B has them
+        ("gemma2", {"num_hidden_layers": 46, "head_dim": 16}, {}),
+        ("llama", {"rope_parameters": LINEAR}, {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 8.0}),
+    ],
+)
+def test_what_transformers_leaves_out(
+    name: str, options: dict[str, Any], fields: dict[str, Any], make_hf, tmp_path: Path
+) -> None:
+    folder = make_hf(name, **(MODELS[name] | options))
+    convert(write_gguf(folder, tmp_path / "m.gguf", fields=fields), tmp_path / "out", dtype=torch.float32)
+    assert (
+        relative(logits(tmp_path / "out"), their_logits(folder)) < 1e-4
+    )  # 46 layers of rounding; a field left out makes 0.3
+
+
+def test_a_text_begins_as_that_of_llama_3_does(make_model, tmp_path: Path) -> None:
+    fields = tokens_of("gpt2") | {"tokenizer.ggml.pre": "llama-bpe"}
+    for own, begins in (({}, (1,)), ({"tokenizer.ggml.add_bos_token": False}, ())):
+        file = write_gguf(make_model("llama"), tmp_path / "m.gguf", fields=fields | own)
+        assert Tokenizer(convert(file, tmp_path / "out", overwrite=True)).bos_ids == begins
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
