@@ -114,7 +114,12 @@ def make_samples(root: Path) -> dict[str, Sample]:
 
     root.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(vocab_size=304, num_key_value_heads=2, max_position_embeddings=64, **small)
     made = LlamaForCausalLM(config)
     dense = root / "dense"
