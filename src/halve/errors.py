@@ -55,6 +55,18 @@ def unreadable(error: OSError, path: Path | str) -> str:
     return f"{name}: cannot be read: {error.strerror or error}; check the path and its permissions"
 
 
+def refuse_pipe(path: Path, failure: type[HalveError]) -> None:
+    """Raise `failure` for a pipe or a device: opening or reading it may never end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise failure(f"{path}: is a pipe or a device, which may never end: put a file there")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, on one line and cut short: some repeat what the file holds."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= 300 else f"{line[:299]}…"
+
+
 def shown(value: Any) -> str:
     """A value out of a file as a message shows it: on one line, cut short, however long or deep it is."""
     return _SHORT.repr(value)

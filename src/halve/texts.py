@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from halve.errors import DataError, reading
+from halve.errors import DataError, first_line, reading, refuse_pipe
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ HUB_DOCUMENTS = 20_000  # documents of a set of the hub that are read
 def read_file(file: Path) -> tuple[str, bytes]:
     """The text of a UTF-8 file, a byte-order mark left out and lines ended by \\n, and its bytes as they are."""
     with reading(file, DataError):
+        refuse_pipe(file, DataError)
         content = file.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -79,6 +80,8 @@ def parse_json(text: str, where: str, want: str) -> Any:
         raise DataError(f"{where}{line}: not JSON ({error.msg}, column {error.colno}); {want}") from None
     except RecursionError:
         raise DataError(f"{where}: not JSON that can be read (nested too deeply); {want}") from None
+    except ValueError as error:  # a whole number of thousands of digits
+        raise DataError(f"{where}: not JSON that can be read ({first_line(error)}); {want}") from None
 
 
 def _without_lone_surrogates(value: Any) -> tuple[Any, int]:

@@ -14,7 +14,7 @@ from halve.checkpoint.gguf import convert_gguf
 from halve.checkpoint.reader import find_model, open_checkpoint
 from halve.checkpoint.tensors import INDEX, SINGLE, SafetensorsFolder, read_json, read_weight_map
 from halve.checkpoint.writer import save_shard
-from halve.errors import CheckpointError, HalveError, reading
+from halve.errors import CheckpointError, HalveError, first_line, reading, shown
 from halve.files import write_json
 from halve.files.contents import companions, copy_companions
 from halve.files.work import WorkFolder
@@ -68,7 +68,7 @@ def _write(folder: Path, files: dict[Path, set[str] | None], tied: bool, made: P
             if names - tensors.keys():
                 missing = min(names - tensors.keys())
                 raise CheckpointError(
-                    f"{path}: the index promises {missing!r} and the file does not hold it: download it again"
+                    f"{path}: the index promises {shown(missing)} and the file does not hold it: download it again"
                 )
             tensors = {name: tensors[name] for name in sorted(names)}
         if beside is not None:
@@ -121,9 +121,8 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{path}: not a plain file of tensors ({reason}): it is not opened any other way"
+            f"{path}: not a plain file of tensors ({first_line(error)}): it is not opened any other way"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{path}: holds something other than named tensors")

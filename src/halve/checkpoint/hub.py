@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halve.checkpoint.tensors import INDEX, SINGLE, read_weight_map
-from halve.errors import CheckpointError, OutputError
+from halve.errors import CheckpointError, OutputError, first_line
 from halve.files.contents import COMPANIONS, TEMPLATES
 
 _ABOUT = ["*.json", *(f"{name}*.jinja" if name.endswith("/") else name for name in COMPANIONS)]
@@ -40,7 +40,7 @@ def cached(model: str, *, weights: bool = True) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise CheckpointError(f"{model}: not a hub id ({_first_line(error)}): write owner/name") from error
+        raise CheckpointError(f"{model}: not a hub id ({first_line(error)}): write owner/name") from error
     return folder if _whole(folder, weights) else None
 
 
@@ -97,7 +97,7 @@ def _download(model: str, weights: bool) -> Path:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"{cache}: the disk is full: free some space and fetch {model} again") from error
         raise CheckpointError(
-            f"{model}: the download failed ({_first_line(error)}): run the same command again, finished files are kept"
+            f"{model}: the download failed ({first_line(error)}): run the same command again, finished files are kept"
         ) from error
 
 
@@ -115,7 +115,3 @@ def _check_files(model: str, files: list, weights: bool, cache: str) -> None:
             f"{model}: needs {needed:,} bytes and the disk of {cache} has {free:,} free: free some space, or set HF_HOME "
             "to a folder on another disk"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -29,7 +29,7 @@ from halve.checkpoint.tensors import (
     expect,
     read_json,
 )
-from halve.errors import CheckpointError, HalveError, reading
+from halve.errors import CheckpointError, HalveError, reading, shown
 from halve.files.contents import link_outside
 from halve.model import families
 from halve.model.config import ModelConfig
@@ -177,7 +177,7 @@ class Checkpoint:
         for name in self.tensors.shapes:
             if name not in known and not name.endswith(_HARMLESS_TENSORS):
                 raise CheckpointError(
-                    f"{self.folder}: unexpected tensor {name!r}: the config does not describe this model"
+                    f"{self.folder}: unexpected tensor {shown(name)}: the config does not describe this model"
                 )
 
     def _check_dtypes(self, linears: Iterable[LinearShape], vectors: Iterable[str]) -> None:

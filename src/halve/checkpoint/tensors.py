@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from halve.errors import CheckpointError, reading, shown
+from halve.errors import CheckpointError, first_line, reading, shown
 from halve.files.contents import leads_outside
 from halve.files.typed import parse_json
 
@@ -50,7 +50,7 @@ def expect(tensors: TensorSource, name: str, shape: tuple[int, ...], origin: str
     if name not in tensors.shapes:
         raise CheckpointError(
             f"{origin}: tensor {name!r} is missing; there are {len(tensors.shapes)}, such as "
-            f"{min(tensors.shapes, default='none')!r}: download the model again, or correct config.json"
+            f"{shown(min(tensors.shapes, default='none'))}: download the model again, or correct config.json"
         )
     if tensors.shapes[name] != shape:
         raise CheckpointError(
@@ -87,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
         try:
             value = parse_json(path)
         except ValueError as error:
-            raise CheckpointError(f"{path}: not readable as JSON ({error}): get an intact copy") from error
+            raise CheckpointError(f"{path}: not readable as JSON ({first_line(error)}): get an intact copy") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, not an object: get an intact copy")
     return value
@@ -100,7 +100,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(file, str) for file in weight_map.values())):
         raise CheckpointError(f"{index}: not an index (no weight_map of names to files): download it again")
     for file in set(weight_map.values()):
-        if leads_outside(file, index.parent):
+        if len(file) > 255 or leads_outside(file, index.parent):  # no file has a longer name
             raise CheckpointError(
                 f"{index}: names {shown(file)}, which is not in the model's folder: download the model again"
             )
@@ -127,7 +127,7 @@ class SafetensorsFolder:
         for name, path in index.items():
             if name not in self._paths:
                 raise CheckpointError(
-                    f"{path}: the index promises {name!r} and the file does not hold it: download it again"
+                    f"{path}: the index promises {shown(name)} and the file does not hold it: download it again"
                 )
 
     def _index(self) -> dict[str, Path]:
@@ -165,11 +165,13 @@ class SafetensorsFolder:
                 if index.get(name, path) != path:
                     continue
                 if name in self._paths:
-                    raise CheckpointError(f"{name!r} is in {self._paths[name]} and in {path}, the index names neither")
+                    raise CheckpointError(
+                        f"{shown(name)} is in {self._paths[name]} and in {path}, the index names neither"
+                    )
                 part = handle.get_slice(name)
                 dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
                 if dtype is None:
-                    raise CheckpointError(f"{path}: {name} has dtype {part.get_dtype()}, which is not handled")
+                    raise CheckpointError(f"{path}: {shown(name)} has dtype {part.get_dtype()}, which is not handled")
                 self.shapes[name] = tuple(part.get_shape())
                 self.dtypes[name] = torch.float32 if dtype == torch.float64 else dtype
                 self._paths[name] = path
@@ -187,7 +189,7 @@ class SafetensorsFolder:
                     yield handle
             except SafetensorError as error:
                 raise CheckpointError(
-                    f"{path}: truncated or corrupt safetensors file ({error}): download it again"
+                    f"{path}: truncated or corrupt safetensors file ({first_line(error)}): download it again"
                 ) from error
 
     def get(self, name: str) -> Tensor:

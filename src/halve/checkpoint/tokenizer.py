@@ -12,7 +12,7 @@ from typing import Any
 from halve.checkpoint.reader import find_model
 from halve.checkpoint.tensors import read_json
 from halve.checkpoint.token_bytes import spelled_bytes, token_bytes
-from halve.errors import CheckpointError, reading, shown, unreadable
+from halve.errors import CheckpointError, first_line, reading, shown, unreadable
 
 _JSON_OBJECTS = (
     "tokenizer.json",
@@ -103,10 +103,9 @@ class Tokenizer:
         except BaseException as error:
             if isinstance(error, OSError) and error.errno:
                 raise CheckpointError(unreadable(error, self.folder)) from error
-            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
             raise CheckpointError(
-                f"{self.folder}: {what} ({reason}): copy the model's own tokenizer files there, or upgrade transformers and "
-                "tokenizers if they are of a newer form"
+                f"{self.folder}: {what} ({first_line(error)}): copy the model's own tokenizer files there, or upgrade "
+                "transformers and tokenizers if they are of a newer form"
             ) from error
 
 

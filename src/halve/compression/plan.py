@@ -11,7 +11,7 @@ import torch
 
 from halve.checkpoint.reader import Checkpoint
 from halve.checkpoint.stored import StoredLinear
-from halve.errors import RecipeError
+from halve.errors import RecipeError, shown
 from halve.model import families
 from halve.model.config import ModelConfig
 from halve.model.families import Family
@@ -138,10 +138,10 @@ def select(
         try:
             matched = any(matches(pattern, s.name) for s in state.linears.values())
         except re.error as error:
-            raise RecipeError(f"pattern {pattern!r} is not a regular expression ({error})") from error
+            raise RecipeError(f"pattern {shown(pattern)} is not a regular expression ({error})") from error
         if not matched:
             examples = ", ".join(s.name for s in list(state.linears.values())[:2])
-            raise RecipeError(f"pattern {pattern!r} matches no linear: names are {examples}, ..., lm_head")
+            raise RecipeError(f"pattern {shown(pattern)} matches no linear: names are {examples}, ..., lm_head")
     for key, linear in state.linears.items():
         head = key[1] == "head"
         wanted = any((t == "Linear" and not head) or matches(t, linear.name) for t in targets)

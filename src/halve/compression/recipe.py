@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halve.compression.methods import METHODS, Method
-from halve.errors import RecipeError, reading, shown
+from halve.errors import RecipeError, reading, refuse_pipe, shown
 
 _LARGEST_RECIPE, _DEEPEST_RECIPE = 1 << 18, 20
 
@@ -27,9 +27,9 @@ def parse_step(text: str) -> Method:
     for item in _split(rest, ",") if rest else []:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
-            raise RecipeError(f"step {shown(text)}: {item!r} is not of the form key=value")
+            raise RecipeError(f"step {shown(text)}: {shown(item)} is not of the form key=value")
         if key.strip() in options:
-            raise RecipeError(f"step {shown(text)}: option {key.strip()!r} is given twice")
+            raise RecipeError(f"step {shown(text)}: option {shown(key.strip())} is given twice")
         options[key.strip()] = value.strip()
     return make_step(name.strip(), options)
 
@@ -115,7 +115,7 @@ def _scan(text: str, plain: set[int]) -> tuple[list[str], int | None]:
         places.append(place)
     if quote:
         raise RecipeError(
-            f"{text!r}: its {quote} is not closed: close it, or put a pattern that holds one in the other quotes"
+            f"{shown(text)}: its {quote} is not closed: close it, or put a pattern that holds one in the other quotes"
         )
     return places, brackets[0][1] if brackets else None
 
@@ -176,6 +176,8 @@ def _parse_yaml(path: Path) -> Any:
     """What a small YAML file holds. Its anchors are not followed: a few lines of them can stand for more than any memory."""
     import yaml
 
+    with reading(f"recipe {path}", RecipeError):
+        refuse_pipe(path, RecipeError)
     with reading(f"recipe {path}", RecipeError), path.open("rb") as file:
         content = file.read(_LARGEST_RECIPE + 1)
     if len(content) > _LARGEST_RECIPE:

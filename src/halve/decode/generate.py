@@ -17,7 +17,7 @@ from halve.decode.text_stream import TextStream, TokenizerLike
 from halve.errors import DataError, HalveError
 from halve.model.cache import KVCache
 from halve.model.decoder import Model
-from halve.model.vocabulary import check_ids
+from halve.model.vocabulary import check_finite, check_ids
 
 OnToken = Callable[[int, int], None]  # (row, token id), as soon as the token is known
 
@@ -50,7 +50,7 @@ class Decoder:
         return f"{self.engine.kernel} ({reasons})" if reasons else self.engine.kernel
 
     def prefill(self) -> Tensor:
-        """Run all prompts at once; returns the first new token of each, int64 [B, 1]."""
+        """Run all prompts at once; returns the first new token of each, int64 [B, 1]. HalveError for logits not finite."""
         lengths, device = [len(p) for p in self.prompts], self.model.device
         longest = max(lengths)
         # right padding: no live token attends to what comes after it, and decoding overwrites the padded slots
@@ -61,7 +61,9 @@ class Decoder:
             self.cache.lengths = ends_B
         # picked by index, so that the head reads contiguous rows and not a view with the stride of the prompt
         last_BD = hidden_BTD[torch.arange(len(lengths), device=device), ends_B - 1]
-        return self._choose(self.model.logits(last_BD))
+        logits_BV = self.model.logits(last_BD)
+        check_finite(logits_BV)
+        return self._choose(logits_BV)
 
     def step(self, tokens_B1: Tensor) -> Tensor:
         """Feed the tokens chosen last, int64 [B, 1]; returns the next ones."""

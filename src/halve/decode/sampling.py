@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from halve.errors import HalveError
+from halve.model.vocabulary import check_finite
 
 SEEDS = 1 << 62  # PyTorch takes 64 bits; what is added for rows and batches has to fit as well
 
@@ -61,7 +62,9 @@ class TokenChooser:
                 self._generators.append(generator.manual_seed(sampling.seed + row))
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
-        """int64 [B, 1] from logits [B, V]."""
+        """int64 [B, 1] from logits [B, V]; HalveError, on the CPU alone, where the largest is not finite."""
+        if logits_BV.device.type == "cpu":  # a GPU would wait for the answer at each step
+            check_finite(logits_BV.amax(-1))
         if self.sampling.greedy:
             return logits_BV.argmax(-1, keepdim=True)
         return sample(logits_BV.float(), self.sampling, self._generators).unsqueeze(1)

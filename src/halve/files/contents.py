@@ -10,7 +10,7 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from halve.errors import CheckpointError, reading
+from halve.errors import CheckpointError, reading, refuse_pipe
 from halve.files import read_object
 
 TEMPLATES = "additional_chat_templates/"  # the only folder of a model that is read
@@ -74,12 +74,16 @@ def leads_outside(name: str | Path, folder: Path) -> bool:
 
 
 def link_outside(folder: Path) -> Path | None:
-    """The first file of a model that is a link to something outside its folder; None without one."""
+    """The first file of a model that is a link to something outside its folder; None without one.
+
+    Raises CheckpointError for a pipe or a device among them.
+    """
     inner = folder / "additional_chat_templates"
     entries = [*folder.iterdir(), *(inner.iterdir() if inner.is_dir() else ())]
-    links = sorted(entry for entry in entries if entry.is_symlink())
-    named = (link for link in links if any(fnmatch(link.name, name) for name in _READ_FILES))
-    return next((link for link in named if leads_outside(link, folder)), None)
+    named = sorted(entry for entry in entries if any(fnmatch(entry.name, name) for name in _READ_FILES))
+    for entry in named:
+        refuse_pipe(entry, CheckpointError)
+    return next((entry for entry in named if entry.is_symlink() and leads_outside(entry, folder)), None)
 
 
 def _is_model(folder: Path) -> bool:

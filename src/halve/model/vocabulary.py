@@ -1,11 +1,14 @@
-"""The token ids that a model has an embedding for: the one check of all that is sent into it."""
+"""What may be sent into a model, ids that it has an embedding for, and what has to come out, logits that are numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from halve.errors import DataError
+import torch
+from torch import Tensor
+
+from halve.errors import DataError, HalveError
 
 
 class Speller(Protocol):
@@ -24,3 +27,9 @@ def check_ids(vocab_size: int, sequences: Iterable[Sequence[int]], tokenizer: Sp
                 f"{named} is outside of the model's vocabulary of {vocab_size} entries: use the tokenizer that belongs to "
                 "the model, or give the model the new tokens with transformers' resize_token_embeddings"
             )
+
+
+def check_finite(scores: Tensor) -> None:
+    """HalveError unless all logits, or log-probabilities, are."""
+    if not bool(torch.isfinite(scores).all()):
+        raise HalveError("the model's logits are not finite (NaN or Inf); use --dtype fp32, or check the checkpoint")

@@ -22,8 +22,9 @@ from halve.errors import HalveError
 from halve.measure.quality.base_file import BaseFile, BaseWriter, KeptItem
 from halve.measure.quality.divergence import Distribution, diverge, log_softmax
 from halve.measure.quality.resume import fingerprint
-from halve.measure.quality.scoring import Node, check_finite, passes, positions_at_a_time
+from halve.measure.quality.scoring import Node, passes, positions_at_a_time
 from halve.model.decoder import Model
+from halve.model.vocabulary import check_finite
 
 Encode = Callable[[TokenizerLike], Iterable[Sequence[int]]]  # every sequence of an evaluation
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halve.errors import HalveError
 from halve.measure.quality.prompts import common_prefix
 from halve.model.cache import KVCache
 from halve.model.decoder import Model
+from halve.model.vocabulary import check_finite
 
 LOGIT_ELEMENTS = 2**24  # float32 logits held at a time: 64 MB, 130 rows of a 128k vocabulary
 BATCH_TOKENS = 4096  # live cache slots of one batch, padding included
@@ -93,12 +93,6 @@ def score(model: Model, roots: Sequence[Node], slots: int, batch_tokens: int = B
             _add_targets(model, hidden_RTD, nodes, sums)
     check_finite(sums)
     return sums
-
-
-def check_finite(log_probs: Tensor) -> None:
-    """HalveError unless all are."""
-    if not bool(torch.isfinite(log_probs).all()):
-        raise HalveError("the model's logits are not finite (NaN or Inf); use --dtype fp32, or check the checkpoint")
 
 
 def passes(model: Model, roots: Sequence[Node], batch_tokens: int) -> Iterator[tuple[list[Node], Tensor]]:
