@@ -9,6 +9,7 @@ no more than MEMORY beyond what it has (RLIMIT_AS, then ru_maxrss), in no more t
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -445,7 +446,9 @@ def bounded() -> Iterator[None]:
 def main() -> None:
     from halve.measure.records import new_record, write_record
 
-    wanted, root = sys.argv[1:], Path(tempfile.mkdtemp())
+    parser = argparse.ArgumentParser(description="Repeat mutants by number, or draw many and write their record.")
+    parser.add_argument("wanted", nargs="+", metavar="NUMBER... | OUT.json")
+    wanted, root = parser.parse_args().wanted, Path(tempfile.mkdtemp())
     try:
         samples = make_samples(root / "samples")
         if all(word.isdecimal() for word in wanted):
