@@ -15,8 +15,6 @@ from torch import Tensor
 
 from halve import compress, evaluate, load_model
 from halve.checkpoint.reader import open_checkpoint
-from halve.compression import compress as compression
-from halve.compression.windows import Calibration
 from halve.errors import CheckpointError
 from tests.common import FAMILIES, logits, relative, their_logits, write_word_tokenizer
 
@@ -30,12 +28,7 @@ STEPS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def drawn_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    windows = torch.randint(0, 97, (5, 32), generator=torch.Generator().manual_seed(1))
-    drawn = Calibration(windows[:4], windows[4:], {"windows": 4, "windows_asked": 4})
-    monkeypatch.setattr(compression, "read_documents", lambda _: ["drawn"])
-    monkeypatch.setattr(compression, "_windows", lambda *_: drawn)
+pytestmark = pytest.mark.usefixtures("drawn_windows")
 
 
 def stored(folder: Path) -> dict[str, Tensor]:

@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from halve import compress
-from halve.compression import compress as compression
-from halve.compression.windows import Calibration
 from tests.common import logits, relative, their_logits
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,13 +31,7 @@ RECIPES: dict[str, list[str]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def drawn_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random tokens in place of text: what is calibrated on does not matter here."""
-    windows = torch.randint(0, 97, (5, 32), generator=torch.Generator().manual_seed(1))
-    drawn = Calibration(windows[:4], windows[4:], {"windows": 4, "windows_asked": 4})
-    monkeypatch.setattr(compression, "read_documents", lambda _: ["drawn"])
-    monkeypatch.setattr(compression, "_windows", lambda *_: drawn)
+pytestmark = pytest.mark.usefixtures("drawn_windows")
 
 
 def made(make_hf, model: str) -> Path:

@@ -20,6 +20,7 @@ from halve.measure.quality import divergence
 from halve.measure.quality.base import BaseComparison, Layout
 from halve.measure.quality.base_file import BaseFile, BaseWriter, KeptItem
 from halve.measure.quality.divergence import Distribution, log_softmax
+from halve.measure.quality.evaluate import LoadedModel
 from halve.measure.quality.scoring import question_nodes, sequence_node
 from tests.common import write_lines, write_word_tokenizer
 
@@ -201,7 +202,13 @@ def test_a_file_of_questions(tmp_path: Path, dense: Path, changed: Path, exam: P
 
 
 def test_what_was_not_asked_the_same_is_refused(
-    tmp_path: Path, make_hf: Callable[..., Path], dense: Path, changed: Path, text: Path, exam: Path
+    tmp_path: Path,
+    make_hf: Callable[..., Path],
+    dense: Path,
+    changed: Path,
+    text: Path,
+    exam: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base = tmp_path / "text.base"
     run(text, dense, save_base=base)
@@ -227,6 +234,10 @@ def test_what_was_not_asked_the_same_is_refused(
         run(text, smaller, base=dense)
     with pytest.raises(HalveError, match="is a file of predictions already"):
         run(text, changed, base=base, save_base=tmp_path / "again.base")
+    with monkeypatch.context() as patch:
+        patch.setattr(LoadedModel, "load", lambda *_, **__: pytest.fail("weights were loaded first"))
+        with pytest.raises(HalveError, match="nowhere"):
+            run(text, changed, base=tmp_path / "nowhere")
     with pytest.raises(HalveError, match="base_tokens 0: must be at least 1"):
         run(text, changed, base=dense, save_base=tmp_path / "again.base", base_tokens=0)
     with pytest.raises(HalveError, match="predicts nothing to compare"):

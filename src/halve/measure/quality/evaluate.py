@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 from halve.checkpoint.identity import model_identity, versions
-from halve.checkpoint.reader import check_device, find_model, load_model
+from halve.checkpoint.reader import check_device, find_model, load_model, open_checkpoint
 from halve.checkpoint.tokenizer import load_tokenizer
 from halve.decode.text_stream import TokenizerLike
 from halve.errors import HalveError
@@ -128,9 +128,12 @@ class BaseRequest:
     ) -> None:
         if base_tokens < 1:
             raise HalveError(f"base_tokens {base_tokens}: must be at least 1")
-        self._file = FileBase(Path(base)) if base is not None and Path(base).is_file() else None
+        path = None if base is None else Path(os.path.expanduser(base))
+        self._file = FileBase(path) if path is not None and path.is_file() else None
         if self._file is not None and save is not None:
             raise HalveError(f"base {base}: is a file of predictions already; save a base from the model itself")
+        if base is not None and self._file is None:
+            open_checkpoint(os.fspath(base))  # what is wrong with it is told before the model is loaded
         self._base = base
         self._base_tokens = base_tokens
         self.save = None if save is None else check_output_path(save, "a base", is_base)
