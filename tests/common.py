@@ -128,3 +128,21 @@ def write_lines(path: Path, *records: Any) -> Path:
     """A JSON-lines file of `records`."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+# what stands for a value in the text of a JSON file, because Python does not write it
+RAW = {
+    "@deep": "[" * 3000 + "]" * 3000,
+    "@huge": "1" + "0" * 400,
+    "@longest": "9" * 5000,
+    "@nan": "NaN",
+    "@big": "1e400",
+}
+
+
+def raw_json(value: Any) -> str:
+    """`value` as JSON, the names of RAW as what they stand for."""
+    text = json.dumps(value, default=str)
+    for name, raw in RAW.items():
+        text = text.replace(f'"{name}"', raw)
+    return text

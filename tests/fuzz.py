@@ -40,7 +40,7 @@ from halve.errors import HalveError
 from halve.measure.quality.race import load_question_set
 from halve.texts import read_documents
 from tests.checkpoint.test_gptq_format import to_gptq
-from tests.common import write_lines
+from tests.common import RAW, raw_json, write_lines
 from tests.vocabularies import small_folder
 
 SECONDS, MEMORY = 10, 1 << 30
@@ -183,14 +183,6 @@ def make_samples(root: Path) -> dict[str, Sample]:
 
 # what is changed
 
-# what stands for a value in the text of a file, because Python does not write it
-RAW = {
-    "@deep": "[" * 3000 + "]" * 3000,
-    "@huge": "1" + "0" * 400,
-    "@longest": "9" * 5000,
-    "@nan": "NaN",
-    "@big": "1e400",
-}
 VALUES: list[Any] = [
     None,
     True,
@@ -246,9 +238,7 @@ def change_json(content: bytes, draw: random.Random) -> tuple[bytes, str]:
                 deepcopy(container[key])
             )
             said.append(f"{key} again")
-    text = json.dumps(value, default=str)
-    for name, raw in RAW.items():
-        text = text.replace(f'"{name}"', raw)
+    text = raw_json(value)
     if row is not None:
         text = "\n".join([*lines[:row], text, *lines[row + 1 :]])
     return text.encode(), ", ".join(said)

@@ -18,19 +18,11 @@ from halve.measure.records import find_records, read_record, write_record
 from halve.measure.table import compare
 from halve.report.contents import read_contents
 from halve.report.page import write_page
+from tests.common import RAW, raw_json
 
 from .conftest import analysis, evaluation, speed, trial
 
 PROJECT = Path(__file__).resolve().parents[2]
-# what stands for a value in the text of a file, because Python does not write it
-RAW = {
-    "@deep": "[" * 5000 + "]" * 5000,
-    "@huge": "1" + "0" * 400,
-    "@longest": "9" * 5000,
-    "@nan": "NaN",
-    "@inf": "-Infinity",
-    "@big": "1e400",
-}
 VALUES = [
     None,
     True,
@@ -72,10 +64,7 @@ def odd(value: Any, draw: random.Random) -> str:
             del container[key]
         else:
             container[key] = draw.choice(VALUES)
-    text = json.dumps(value)
-    for name, raw in RAW.items():
-        text = text.replace(f'"{name}"', raw)
-    return text
+    return raw_json(value)
 
 
 def samples(study: Path) -> dict[str, Any]:
@@ -122,7 +111,9 @@ def test_whatever_is_in_a_file_the_others_are_shown(name: str, study: Path, tmp_
     compare(find_records([tmp_path]).records).markdown()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[", *RAW.values(), '{"kind": "benchmark", "command": 1}', "\ufeff{}"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[", "-Infinity", *RAW.values(), '{"kind": "benchmark", "command": 1}', "\ufeff{}"]
+)
 def test_one_bad_file_hides_nothing(text: str, tmp_path: Path) -> None:
     write_record(tmp_path / "a.json", evaluation("a", [], 0.5))
     (tmp_path / "odd.json").write_text(text)
