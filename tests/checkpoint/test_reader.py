@@ -67,7 +67,7 @@ def test_no_config(folder: Path) -> None:
 
 def test_config_is_not_json(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not readable as JSON"):
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
         open_checkpoint(folder)
 
 

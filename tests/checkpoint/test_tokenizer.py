@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -111,7 +112,7 @@ JSON_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 @pytest.mark.parametrize("name", JSON_FILES)
 def test_a_file_that_is_no_json_object_is_named(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{name}: ") as caught:
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}(: | is )") as caught:
         load_tokenizer(folder)
     assert "\n" not in str(caught.value)
 

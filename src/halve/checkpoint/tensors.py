@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halve.errors import CheckpointError, first_line, reading, shown
 from halve.files.contents import leads_outside
-from halve.files.typed import parse_json
+from halve.files.typed import parsed
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -81,13 +81,8 @@ def all_finite(tensor: Tensor) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError when it is missing, cannot be read, or is malformed."""
-    with reading(path, CheckpointError):
-        if not path.exists():
-            raise CheckpointError(f"{path.parent}: no {path.name}: is it a model folder?")
-        try:
-            value = parse_json(path)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not readable as JSON ({first_line(error)}): get an intact copy") from error
+    missing = f"{path.parent}: no {path.name}: is it a model folder?"
+    value = parsed(path, CheckpointError, missing, "get an intact copy")
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, not an object: get an intact copy")
     return value

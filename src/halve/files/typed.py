@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from halve.errors import DataError, reading
+from halve.errors import DataError, HalveError, first_line, reading
 
 _DEEPEST = 100  # levels of a JSON file: a handful
 _LONGEST = 64 << 20  # bytes of one
@@ -49,19 +49,24 @@ def parse_json(path: Path) -> Any:
     raise ValueError(f"nested deeper than {_DEEPEST} levels")
 
 
+def parsed(path: Path, failure: type[HalveError], missing: str, remedy: str) -> Any:
+    """The JSON in a file, or `failure`: `missing` where there is none, and with this remedy where it is no JSON."""
+    with reading(path, failure):
+        if not path.exists():
+            raise failure(missing)
+        try:
+            return parse_json(path)
+        except ValueError as error:
+            raise failure(f"{path} is not valid JSON ({first_line(error)}): {remedy}") from error
+
+
 def read_value(path: Path) -> Any:
     """What a JSON file of ours holds, of any type.
 
     Raises DataError when it is missing or not JSON, and for what JSON allows and no program of ours writes: NaN and
     infinities, numbers beyond 64 bits.
     """
-    with reading(path, DataError):
-        if not path.exists():
-            raise DataError(f"{path} does not exist: name a file that is there")
-        try:
-            value = parse_json(path)
-        except ValueError as error:
-            raise DataError(f"{path} is not valid JSON ({error}): {_REMEDY}") from error
+    value = parsed(path, DataError, f"{path} does not exist: name a file that is there", _REMEDY)
     fault = _odd(value)
     if fault is not None:
         raise _malformed(path, fault)
