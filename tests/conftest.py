@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from halve.checkpoint.tokenizer import Tokenizer
+from halve.compression import compress as compression
+from halve.compression.windows import Calibration
 from tests.vocabularies import sentencepiece_folder, small_folder, tiktoken_folder
 
 # read by Triton when it is imported: without a GPU its kernels run in its interpreter, on tensors of the CPU
@@ -88,3 +90,12 @@ def make_hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def drawn_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random tokens in place of text: for tests to which it does not matter what is calibrated on."""
+    windows = torch.randint(0, 97, (5, 32), generator=torch.Generator().manual_seed(1))
+    drawn = Calibration(windows[:4], windows[4:], {"windows": 4, "windows_asked": 4})
+    monkeypatch.setattr(compression, "read_documents", lambda _: ["drawn"])
+    monkeypatch.setattr(compression, "_windows", lambda *_: drawn)

@@ -149,7 +149,7 @@ def unpack(packed_OW: Tensor, bits: int, columns: int) -> Tensor:
     if 8 % bits == 0 and sys.byteorder == "little":
         # no code crosses a byte: taken from the bytes as they lie, six times faster than from words
         shift = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed_OW.device)
-        stored = packed_OW.contiguous().view(torch.uint8).unsqueeze(-1) >> shift
+        stored = packed_OW.contiguous().flatten().view(torch.uint8).unsqueeze(-1) >> shift
         stored = stored.bitwise_and_((1 << bits) - 1).view(torch.int8).sub_(1 << (bits - 1))
         return stored.view(rows, -1)[:, :columns].contiguous()
     blocks = -(-columns // 32)
@@ -167,6 +167,35 @@ def unpack(packed_OW: Tensor, bits: int, columns: int) -> Tensor:
         value -= 1 << (bits - 1)
         codes[first : first + step] = value.view(-1, blocks * 32)[:, :columns]
     return codes
+
+
+@dataclass(frozen=True)
+class CodeRun:
+    """Some codes in a row: the words they lie in, and how many other codes stand before them there."""
+
+    words: range
+    before: int
+    count: int
+    bits: int
+
+    @property
+    def packed_words(self) -> int:
+        """Words that hold the codes alone."""
+        return -(-self.count * self.bits // 32)
+
+
+def code_run(codes: range, bits: int) -> CodeRun:
+    """Where the codes of such columns lie in a packed row; the words begin with a code."""
+    unit = 32 if 32 % bits else 32 // bits  # codes that fill words
+    words = range(codes.start // unit * (unit * bits // 32), -(-codes.stop * bits // 32))
+    return CodeRun(words, codes.start % unit, len(codes), bits)
+
+
+def cut_run(packed_OW: Tensor, run: CodeRun) -> Tensor:
+    """A run's codes alone, packed, out of its words [O, W]; the words themselves where nothing else is in them."""
+    if run.before == 0 and run.count * run.bits % 32 == 0:
+        return packed_OW
+    return pack(unpack(packed_OW, run.bits, run.before + run.count)[:, run.before :], run.bits)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ LAYERS = [
     {"progress"},
     {"files", "texts"},
     {"quantization"},
-    {"kernels"},
+    {"kernels", "ranks"},
     {"model"},
     {"checkpoint", "decode"},
     {"compression", "measure"},

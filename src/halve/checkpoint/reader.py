@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from halve.checkpoint.hub import fetch
 from halve.checkpoint.manifest import Provenance, read_manifest
 from halve.checkpoint.naming import check_parts, refuse_adapter, split_merged, under_own_names
 from halve.checkpoint.schemes import read_schemes
+from halve.checkpoint.shares import SharedTensors, plan_tensors
 from halve.checkpoint.stored import BIAS, PACKED, WEIGHT, StoredLinear, tensor_names
 from halve.checkpoint.tensors import (
     FLOATING,
@@ -37,8 +38,10 @@ from halve.model.decoder import Block, Model, Norm
 from halve.model.families import Family, LinearShape, NormShape
 from halve.model.linear import Linear
 from halve.model.merge import merge_siblings
+from halve.model.shares import split
 from halve.model.wrappers import own_config, own_tensors
 from halve.quantization import QuantSpec
+from halve.ranks.collective import ALONE, Ranks
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 _HARMLESS_TENSORS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
@@ -159,6 +162,17 @@ class Checkpoint:
         norms = {s.role: self.norm(s, dtype, device) for s in families.block_norms(family, config, index)}
         return Block(config, config.layers[index], index, linears, norms)
 
+    def shares(self, ranks: int) -> Iterator[Checkpoint]:
+        """What each of so many ranks has of the model, as checkpoints of narrower ones; no weight is read.
+
+        Raises HalveError, with the layer and the nearest widths that fit, where ranks cannot share it.
+        """
+        linears = [*self.linear_shapes(), *families.projection_linears(self.family, self.config)]
+        stored = [self.stored(s) for s in linears if s.role != "head" or not self.config.tied]
+        for share in split(self.config, ranks):
+            plan, schemes = plan_tensors(share, self.family, stored, self.tensors, self.dtype)
+            yield replace(self, config=share.config, tensors=SharedTensors(self.tensors, plan), schemes=schemes)
+
     def check(self) -> None:
         """Every tensor present, none unexpected, all of the right shape; from the headers alone."""
         check_parts(self.tensors, self.family, self.config, self.raw, str(self.folder))
@@ -263,24 +277,29 @@ def load_model(
     device: torch.device | str = "cpu",
     backend: str = "auto",
     random_weights: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Model:
     """Load a model for running: siblings merged, one kernel chosen per linear.
 
     `model`: folder, hub id, or config.json with `random_weights`; `dtype` float32 or bfloat16 (default: the
-    checkpoint's). Raises HalveError subclasses for anything wrong with the folder.
+    checkpoint's). Of several `ranks` each reads and holds its share. Raises HalveError subclasses for anything wrong with
+    the folder.
     """
     check_device(device)
     checkpoint = open_checkpoint(model, random_weights, dtype)
-    dtype = compute_dtype(checkpoint, dtype, device)
+    dtype, vocab_size = compute_dtype(checkpoint, dtype, device), checkpoint.config.vocab_size
+    if ranks.size > 1:
+        checkpoint = list(checkpoint.shares(ranks.size))[ranks.rank]
     embed = checkpoint.embedding(dtype, device)
     projections = checkpoint.projections(dtype, device)
     blocks = []
     for index in range(len(checkpoint.config.layers)):
         block = checkpoint.block(index, dtype, device)
         merge_siblings(block)
+        block.ranks = ranks
         blocks.append(block)
     loaded = Model(
-        checkpoint.config,
+        replace(checkpoint.config, vocab_size=vocab_size),
         embed,
         blocks,
         checkpoint.final_norm(dtype, device),
@@ -288,6 +307,7 @@ def load_model(
         checkpoint.positions(dtype, device),
         projections.get("project_in"),
         projections.get("project_out"),
+        ranks,
     )
     for _, linear in loaded.linears():
         linear.select_backend(backend, dtype)

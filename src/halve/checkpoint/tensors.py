@@ -45,6 +45,23 @@ class TensorSource(Protocol):
     def get(self, name: str) -> Tensor: ...
 
 
+def read_part(tensors: TensorSource, name: str, rows: range, columns: range | None) -> tuple[Tensor, int]:
+    """Some rows, and of a matrix some columns, of a tensor in memory of their own, and the bytes that were read for them:
+    no others where the source can read parts."""
+    part = getattr(tensors, "part", None)
+    if part is not None:
+        found = part(name, rows, columns)
+        return found, found.nbytes
+    whole = tensors.get(name)
+    return _cut(whole, rows, columns).clone(memory_format=torch.contiguous_format), whole.nbytes
+
+
+def _cut(tensor: Any, rows: range, columns: range | None) -> Any:
+    """Of a tensor, or of one that a file holds."""
+    row = slice(rows.start, rows.stop)
+    return tensor[row] if columns is None else tensor[row, columns.start : columns.stop]
+
+
 def expect(tensors: TensorSource, name: str, shape: tuple[int, ...], origin: str) -> None:
     """CheckpointError, which names `origin`, unless the tensor is there in this shape."""
     if name not in tensors.shapes:
@@ -192,13 +209,23 @@ class SafetensorsFolder:
         # a mapping of its own for each tensor: what was read leaves memory with it
         with self._opened(self._paths[name]) as handle:
             tensor = handle.get_tensor(name)
-        if name not in self._finite and not all_finite(tensor):
+        tensor = self._checked(name, tensor, name not in self._finite)
+        self._finite.add(name)
+        return tensor
+
+    def part(self, name: str, rows: range, columns: range | None) -> Tensor:
+        """Some rows and columns of the tensor, of which alone the file is read; otherwise as `get`."""
+        with self._opened(self._paths[name]) as handle:
+            tensor = _cut(handle.get_slice(name), rows, columns).clone(memory_format=torch.contiguous_format)
+        return self._checked(name, tensor, True)
+
+    def _checked(self, name: str, tensor: Tensor, unseen: bool) -> Tensor:
+        if unseen and not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
                 f"{self.folder}: {name} holds {bad} NaN or infinite values of {tensor.numel()}: "
                 "nothing can be computed with it, get an intact copy"
             )
-        self._finite.add(name)
         return cast(f"{self.folder}: {name}", tensor, torch.float32) if tensor.dtype == torch.float64 else tensor
 
 
@@ -213,6 +240,9 @@ class RenamedTensors:
 
     def get(self, name: str) -> Tensor:
         return self._tensors.get(self._stored[name])
+
+    def part(self, name: str, rows: range, columns: range | None) -> Tensor:
+        return read_part(self._tensors, self._stored[name], rows, columns)[0]
 
 
 class TensorsOfRows:
@@ -230,6 +260,10 @@ class TensorsOfRows:
             return self._tensors.get(name)
         stored, first, end = self._rows[name]
         return self._tensors.get(stored)[first:end].clone()  # the other rows leave memory
+
+    def part(self, name: str, rows: range, columns: range | None) -> Tensor:
+        stored, first, _ = self._rows.get(name, (name, 0, 0))
+        return read_part(self._tensors, stored, range(rows.start + first, rows.stop + first), columns)[0]
 
 
 class RandomTensors:

@@ -58,6 +58,8 @@ class CpuStep(TorchStep):
         others = {str(getattr(m, "kernel", None)) for m in matmuls if not isinstance(m, CpuMatmul)}
         if others:
             return f"a layer runs on {min(others)}"
+        if model.ranks.size > 1:
+            return "a model shared by ranks"
         config = model.config
         if config.norm_sum or model.project_in is not None:
             return "norms after the sums, or a projected embedding"

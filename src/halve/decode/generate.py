@@ -1,6 +1,7 @@
 """Text from a model: one pass over the prompts (prefill), then one token a step (decode), on a cache sized once.
 
-Shape legend: B prompts, T tokens of the longest prompt, D hidden size.
+Shape legend: B prompts, T tokens of the longest prompt, D hidden size, v tokens that this rank has of
+the vocabulary: on one rank all.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Decoder:
         self.prompts = prompts
         self.engine, self.passed_over = start_engine(model, len(prompts), capacity)
         self.cache: KVCache = self.engine.cache
-        self._choose = TokenChooser(sampling, len(prompts), model.device)
+        self._choose = TokenChooser(sampling, len(prompts), model.device, model.vocabulary)
 
     @property
     def kernel(self) -> str:
@@ -61,9 +62,9 @@ class Decoder:
             self.cache.lengths = ends_B
         # picked by index, so that the head reads contiguous rows and not a view with the stride of the prompt
         last_BD = hidden_BTD[torch.arange(len(lengths), device=device), ends_B - 1]
-        logits_BV = self.model.logits(last_BD)
-        check_finite(logits_BV)
-        return self._choose(logits_BV)
+        logits_Bv = self.model.own_logits(last_BD)
+        check_finite(logits_Bv)
+        return self._choose(logits_Bv)
 
     def step(self, tokens_B1: Tensor) -> Tensor:
         """Feed the tokens chosen last, int64 [B, 1]; returns the next ones."""

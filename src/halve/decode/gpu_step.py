@@ -54,6 +54,8 @@ class GpuStep:
             return triton_backend.missing()
         if batch > triton_backend.MAX_ROWS:
             return f"{batch} prompts at once, the fused kernels take {triton_backend.MAX_ROWS}"
+        if model.ranks.size > 1:
+            return "a model shared by ranks"
         return gpu_launches.unsupported(model)
 
 

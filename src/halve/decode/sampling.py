@@ -13,6 +13,7 @@ from torch import Tensor
 
 from halve.errors import HalveError
 from halve.model.vocabulary import check_finite
+from halve.model.vocabulary_share import VocabularyShare
 
 SEEDS = 1 << 62  # PyTorch takes 64 bits; what is added for rows and batches has to fit as well
 
@@ -53,8 +54,11 @@ class Sampling:
 class TokenChooser:
     """Chooses the next token of every row; each row draws from a stream of its own."""
 
-    def __init__(self, sampling: Sampling, batch: int, device: torch.device) -> None:
+    def __init__(
+        self, sampling: Sampling, batch: int, device: torch.device, vocabulary: VocabularyShare | None = None
+    ) -> None:
         self.sampling = sampling
+        self._shared = None if vocabulary is None or vocabulary.ranks.size == 1 else vocabulary
         self._generators: list[torch.Generator] = []
         if not sampling.greedy:
             for row in range(batch):
@@ -62,7 +66,15 @@ class TokenChooser:
                 self._generators.append(generator.manual_seed(sampling.seed + row))
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
-        """int64 [B, 1] from logits [B, V]; HalveError, on the CPU alone, where the largest is not finite."""
+        """int64 [B, 1] from logits [B, V], or of ranks that share a vocabulary those of its own tokens; HalveError, on the
+        CPU alone, where the largest is not finite."""
+        if self._shared is not None and self.sampling.greedy:
+            tokens, best_B = self._shared.greedy(logits_BV)
+            if logits_BV.device.type == "cpu":
+                check_finite(best_B)
+            return tokens
+        if self._shared is not None:
+            logits_BV = self._shared.join(logits_BV)
         if logits_BV.device.type == "cpu":  # a GPU would wait for the answer at each step
             check_finite(logits_BV.amax(-1))
         if self.sampling.greedy:

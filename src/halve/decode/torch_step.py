@@ -1,6 +1,6 @@
 """Decode steps by the model's own operations, one after another: the engine for every model and every device.
 
-Shape legend: B prompts, V vocabulary.
+Shape legend: B prompts, v tokens that this rank has of the vocabulary: on one rank all.
 """
 
 from __future__ import annotations
@@ -37,5 +37,5 @@ class TorchStep:
         return choose(self.logits(tokens_B1))
 
     def logits(self, tokens_B1: Tensor) -> Tensor:
-        """[B, V] after tokens int64 [B, 1]; the cache grows by one."""
-        return self.model(tokens_B1, self.cache)[:, 0]
+        """Of this rank's tokens, [B, v], after tokens int64 [B, 1]; the cache grows by one."""
+        return self.model.own_logits(self.model.hidden(tokens_B1, self.cache))[:, 0]

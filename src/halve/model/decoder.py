@@ -17,7 +17,9 @@ from halve.model.cache import KVCache
 from halve.model.config import LayerConfig, ModelConfig
 from halve.model.linear import Linear
 from halve.model.rotary import Rotary
+from halve.model.vocabulary_share import VocabularyShare
 from halve.model.wiring import ATTENTION, SUBLAYERS
+from halve.ranks.collective import ALONE, Ranks
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -91,7 +93,10 @@ class Span:
 
 
 class Block(nn.Module):
-    """One layer. Absent sublayers are None; q/k/v and gate/up may be merged into one matmul (`merge_siblings`)."""
+    """One layer. Absent sublayers are None; q/k/v and gate/up may be merged into one matmul (`merge_siblings`).
+
+    On one of several `ranks` it has some of the heads and channels, and what sublayers write is added up.
+    """
 
     def __init__(
         self,
@@ -103,6 +108,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.layer, self.index = config, layer, index
+        self.ranks: Ranks = ALONE
         self.linears = nn.ModuleDict(linears)
         self.norms = nn.ModuleDict(norms)
         self.activation = ACTIVATIONS[config.activation]
@@ -123,7 +129,7 @@ class Block(nn.Module):
             yield x
             x = self._heads(x, span) if sublayer is ATTENTION else self._hidden(x)
             yield x
-            x = self.linears[sublayer.writer](x)
+            x = self.ranks.add(self.linears[sublayer.writer](x))
             x = self.norms[sublayer.output_norm](x) if self.config.norm_output else x
             x = x_BTD + (x if self.config.residual_scale == 1 else x * self.config.residual_scale)
             x_BTD = self.norms[sublayer.norm](x) if self.config.norm_sum else x
@@ -138,7 +144,7 @@ class Block(nn.Module):
         else:
             q, k, v = (self.linears[name](x) for name in ("q_proj", "k_proj", "v_proj"))
         if self.config.qk_norm_whole:
-            q, k = self.norms["q_norm"](q), self.norms["k_norm"](k)
+            q, k = (whole_norm(self.norms[name], t, self.ranks) for name, t in (("q_norm", q), ("k_norm", k)))
         q, k, v = (t.view(batch, tokens, -1, size).transpose(1, 2) for t in (q, k, v))
         if self.config.qk_norm and not self.config.qk_norm_whole:
             q, k = self.norms["q_norm"](q), self.norms["k_norm"](k)
@@ -162,6 +168,15 @@ class Block(nn.Module):
         norms = [n for n in self.norms.values() if isinstance(n, Norm)]
         total = sum(t.nbytes for n in norms for t in (n.weight, n.bias) if t is not None)
         return total + sum(linear.nbytes for linear in self.linears.values() if isinstance(linear, Linear))
+
+
+def whole_norm(norm: nn.Module, x: Tensor, ranks: Ranks) -> Tensor:
+    """RMSNorm over the channels of all ranks, of which `x` and the norm's weight are this one's."""
+    if ranks.size == 1:
+        return norm(x)
+    assert isinstance(norm, Norm) and norm.weight is not None
+    squares = ranks.add(x.float().pow(2).sum(-1, keepdim=True))
+    return (x * torch.rsqrt(squares / (x.shape[-1] * ranks.size) + norm.eps) * norm.weight).type_as(x)
 
 
 def run_to_end(stages: Generator[Tensor, None, Tensor]) -> Tensor:
@@ -224,9 +239,11 @@ class Model(nn.Module):
         positions: Tensor | None = None,
         project_in: Linear | None = None,
         project_out: Linear | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
         self.config, self.embed, self.positions = config, embed, positions
+        self.ranks, self.vocabulary = ranks, VocabularyShare(ranks, config.vocab_size)
         self.blocks = nn.ModuleList(blocks)
         self.final_norm, self.head = final_norm, head
         self.project_in, self.project_out = project_in, project_out
@@ -247,7 +264,8 @@ class Model(nn.Module):
     def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the head reads, [B, T, embed size]. With a cache, tokens continue it and its lengths grow by T."""
         span = Span(self.rotaries, tokens_BT.shape[1], self.dtype, self.device, cache)
-        x = embed_tokens(self.config, tokens_BT, span, self.embed, self.positions, self.project_in)
+        x = self.vocabulary.embed(tokens_BT, self.embed)
+        x = place_embeddings(self.config, x, span, self.positions, self.project_in)
         for block in self.blocks:
             x = block(x, span)
         if cache is not None:
@@ -262,6 +280,10 @@ class Model(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of what `hidden` returned."""
+        return self.vocabulary.join(self.own_logits(hidden))
+
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """Of all logits those of this rank's tokens, `vocabulary.own`."""
         return finish_logits(self.config, self.head(hidden))
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
@@ -315,7 +337,13 @@ def embed_tokens(
     project_in: Linear | None,
 ) -> Tensor:
     """Input of the first block, [B, T, D]."""
-    x = functional.embedding(tokens_BT, embed)
+    return place_embeddings(config, functional.embedding(tokens_BT, embed), span, positions, project_in)
+
+
+def place_embeddings(
+    config: ModelConfig, x: Tensor, span: Span, positions: Tensor | None, project_in: Linear | None
+) -> Tensor:
+    """Input of the first block, [B, T, D], of the rows of the embedding."""
     if config.embed_scale != 1:
         x = x * embed_scale(config, x.dtype)
     if project_in is not None:
