@@ -1,0 +1,131 @@
+"""Ranks compute what one process computes: logits, tokens, sampled tokens, of every family and stored form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halve.checkpoint.reader import load_model
+from halve.checkpoint.tensors import SafetensorsFolder
+from halve.compression.compress import compress
+from halve.decode.generate import generate
+from halve.decode.sampling import Sampling
+from halve.model.vocabulary_share import VocabularyShare
+from halve.ranks.collective import ALONE, Ranks
+from tests.common import FAMILIES, TOKENS, relative
+from tests.ranks.processes import on_ranks
+
+# Both sides add the same products, in other orders: ranks add up parts of a sum of at most 48 terms. Such sums differ by a few
+# roundings (2^-24 of float32, 2^-9 of bfloat16 after every layer), which six sublayers and a norm that divides by what is left
+# grow by less than 30; tokens that are told apart by less could differ, random logits of these models are not so close.
+TOLERANCE = {torch.float32: 30 * 2**-24, torch.bfloat16: 30 * 2**-9}
+PROMPTS = [[5, 9, 3, 44], [7] * 11, [90, 2, 61, 33, 8, 8, 17]]
+SAMPLED = Sampling(temperature=1.0, top_k=40, top_p=0.95, seed=3)
+
+
+def computed(ranks: Ranks, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Logits, and what is generated from unequal prompts, greedily and not."""
+    model = load_model(folder, dtype=dtype, ranks=ranks)
+    options: list[dict[str, Any]] = [{}, {"sampling": SAMPLED}]
+    return {
+        "logits": model(TOKENS[:, :12]).float().clone(),
+        "tokens": [[g.tokens for g in generate(model, PROMPTS, max_new_tokens=5, **o)] for o in options],
+        "cache": model.new_cache(1, 8).nbytes,
+        "bytes": model.weight_bytes(),
+    }
+
+
+def check(folder: Path, ranks: int, dtype: torch.dtype = torch.float32) -> None:
+    with torch.inference_mode():
+        expected = computed(ALONE, folder, dtype)
+    for rank, found in enumerate(on_ranks(ranks, computed, folder, dtype)):
+        assert isinstance(found, dict), (rank, found)
+        assert relative(found["logits"], expected["logits"]) < TOLERANCE[dtype], rank
+        if dtype == torch.float32:
+            assert found["tokens"] == expected["tokens"], rank
+
+
+@pytest.mark.parametrize(("family", "options"), FAMILIES)
+def test_families_on_two_ranks(make_hf: Callable[..., Path], family: str, options: dict[str, Any]) -> None:
+    check(make_hf(family, **options), 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [f for f in FAMILIES if f[0] in ("llama", "qwen3", "gemma3_text", "olmo2", "opt")]
+)
+def test_families_on_four_ranks(make_hf: Callable[..., Path], family: str, options: dict[str, Any]) -> None:
+    """Of all but OPT two ranks have the same key/value head."""
+    check(make_hf(family, **options), 4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "opt"])
+def test_bfloat16(make_hf: Callable[..., Path], family: str) -> None:
+    check(make_hf(family, **dict(FAMILIES)[family]), 2, torch.bfloat16)
+
+
+STEPS = {
+    "int8 with the head": (["rtn:bits=8,targets=Linear|lm_head"], 2),
+    "int4 g16": (["rtn:bits=4,group_size=16"], 4),
+    "int3 g16 asymmetric": (["rtn:bits=3,group_size=16,symmetric=false"], 2),
+    "kept inputs of int4": (["rtn:bits=4,group_size=16", "l1-inputs:fraction=0.3,shared=true"], 2),
+    "removed outputs": (["l1-outputs:fraction=0.3,targets=Linear|lm_head", "rtn:bits=8"], 2),
+    "hardly any inputs": (["l1-inputs:fraction=0.9"], 4),
+    "sublayers gone": (["drop-mlp:layers=0", "drop-attention:layers=1", "rtn:bits=8"], 2),
+}
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_compressed_models(make_hf: Callable[..., Path], tmp_path: Path, steps: str) -> None:
+    recipe, ranks = STEPS[steps]
+    check(compress(make_hf("llama", attention_bias=True, mlp_bias=True), tmp_path / "out", recipe).out, ranks)
+
+
+def test_pruned_layers(make_hf: Callable[..., Path], tmp_path: Path, drawn_windows: None) -> None:
+    folder = make_hf("llama", num_attention_heads=8, num_key_value_heads=4)
+    steps = ["prune-heads:widths=2|4|2", "prune-mlp:widths=21|48|7", "rtn:bits=4,group_size=16,fallback=channel"]
+    check(compress(folder, tmp_path / "out", steps).out, 2)
+
+
+def test_opt_with_projections_and_norms_of_sums(make_hf: Callable[..., Path]) -> None:
+    check(make_hf("opt", word_embed_proj_dim=16, do_layer_norm_before=False), 2)
+
+
+def test_ranks_hold_their_share(make_hf: Callable[..., Path]) -> None:
+    folder = make_hf("llama", tie_word_embeddings=False, num_key_value_heads=4, vocab_size=100)
+    whole = load_model(folder)
+    norms = sum(32 * 4 for _ in range(2 * 3 + 1))
+    for found in on_ranks(2, computed, folder, torch.float32):
+        assert found["bytes"] - norms == (whole.weight_bytes() - norms) / 2
+        assert found["cache"] == whole.new_cache(1, 8).nbytes / 2
+
+
+def equal_logits(ranks: Ranks) -> list[int]:
+    """Greedy tokens where the largest logit occurs twice: on both ranks, on one rank, at the border."""
+    rows = torch.full((4, 7), -1.0)
+    for row, tokens in enumerate([(1, 5), (0, 2), (3, 6), (2, 3)]):
+        rows[row, list(tokens)] = 2.0
+    vocabulary = VocabularyShare(ranks, 7)
+    own = rows[:, vocabulary.own.start : vocabulary.own.stop]
+    assert torch.equal(vocabulary.join(own), rows)
+    return vocabulary.greedy(own)[0].flatten().tolist()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_first_of_equal_logits(ranks: int) -> None:
+    assert on_ranks(ranks, equal_logits) == [[1, 0, 3, 2]] * ranks
+
+
+def test_real_models(assets: Path) -> None:
+    for name in ("stories260K", "babyllama-tok361"):
+        check(assets / "models" / name, 2)
+
+
+def test_a_single_file_is_read_in_parts(make_hf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that read a tensor whole would hold it whole for a while."""
+    folder = make_hf("llama", tie_word_embeddings=False)
+    monkeypatch.setattr(SafetensorsFolder, "get", lambda _, name: pytest.fail(f"{name} was read whole"))
+    assert all(isinstance(found, dict) for found in on_ranks(2, computed, folder, torch.float32))
