@@ -39,17 +39,22 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout_s: fl
         for process in processes:
             process.start()
         end = time.monotonic() + PATIENCE_S
-        for process in processes:
-            process.join(max(0.0, end - time.monotonic()))
-        hung = [process for process in processes if process.is_alive()]
-        for process in hung:
-            process.kill()  # one that is stopped as well
+        while (alive := [p for p in processes if p.is_alive()]) and time.monotonic() < end:
+            if len(alive) < size and all(_stopped(process.pid) for process in alive):
+                break  # as torchrun ends those that are left
+            alive[0].join(0.05)
+        for process in alive:
+            process.kill()
             process.join()
         results = [Path(folder) / str(rank) for rank in range(size)]
         return [
             torch.load(path, weights_only=False) if path.exists() else process.exitcode
             for path, process in zip(results, processes, strict=True)
         ]
+
+
+def _stopped(process: int | None) -> bool:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _rank(

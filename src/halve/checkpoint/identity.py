@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib import metadata
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from halve.checkpoint.tensors import INDEX, SINGLE, read_weight_map
 from halve.files.contents import companions
 from halve.files.identity import hash_files
 
+_WHOLE, _PIECES, _PIECE = 64 << 20, 256, 64 << 10  # bytes, pieces, bytes a piece
 _READ = ("config.json", "halve.json", OLD_GPTQ)  # beside the weights, and what goes with them
 
 
@@ -25,6 +27,27 @@ def model_identity(folder: Path, *, weights: bool = True) -> dict[str, str]:
     named = {path.relative_to(folder).as_posix(): path for path in files if path.is_file()}
     commit = {"hub commit": folder.name} if folder.parent.name == "snapshots" else {}
     return commit | hash_files(named)
+
+
+def sampled_identity(folder: Path, *, weights: bool = True) -> dict[str, str]:
+    """As `model_identity`, but of a large file of weights its size, beginning and end and places between are hashed, in
+    moments: enough to tell two models apart, not two that differ in a few numbers."""
+    samples = {path.name: _sample(path) for path in (_weight_files(folder) if weights else [])}
+    return model_identity(folder, weights=False) | samples
+
+
+def _sample(path: Path) -> str:
+    """SHA-256 of a file, of one beyond _WHOLE bytes that of its size and of _PIECES pieces, evenly apart."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    digest.update(b"%d" % size)
+    with path.open("rb") as file:
+        if size <= _WHOLE:
+            digest.update(file.read())
+        else:
+            for number in range(_PIECES):
+                file.seek((size - _PIECE) * number // (_PIECES - 1))
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()
 
 
 def _weight_files(folder: Path) -> list[Path]:

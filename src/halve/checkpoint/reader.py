@@ -15,6 +15,7 @@ from halve.checkpoint.config import with_dtype
 from halve.checkpoint.foreign import gptq_file, quantization_of, refuse_by_names
 from halve.checkpoint.gptq_format import GptqTensors
 from halve.checkpoint.hub import fetch
+from halve.checkpoint.identity import sampled_identity, versions
 from halve.checkpoint.manifest import Provenance, read_manifest
 from halve.checkpoint.naming import check_parts, refuse_adapter, split_merged, under_own_names
 from halve.checkpoint.schemes import read_schemes
@@ -289,6 +290,8 @@ def load_model(
     checkpoint = open_checkpoint(model, random_weights, dtype)
     dtype, vocab_size = compute_dtype(checkpoint, dtype, device), checkpoint.config.vocab_size
     if ranks.size > 1:
+        ranks.agree(sampled_identity(checkpoint.folder, weights=not random_weights) | versions())
+        ranks.agree({"dtype": str(dtype), "backend": backend, "kind of device": torch.device(device).type})
         checkpoint = list(checkpoint.shares(ranks.size))[ranks.rank]
     embed = checkpoint.embedding(dtype, device)
     projections = checkpoint.projections(dtype, device)
@@ -309,6 +312,8 @@ def load_model(
         projections.get("project_out"),
         ranks,
     )
+    if isinstance(checkpoint.tensors, SharedTensors):
+        loaded.read_bytes = checkpoint.tensors.read_bytes
     for _, linear in loaded.linears():
         linear.select_backend(backend, dtype)
     return loaded

@@ -16,6 +16,7 @@ from halve.cli.output import complain, to_any_terminal
 from halve.errors import HalveError
 from halve.escapes import lines
 from halve.measure.machine import ask_for_huge_pages
+from halve.ranks.job import started_ranks
 
 app = typer.Typer(
     name="halve",
@@ -29,6 +30,8 @@ app = typer.Typer(
 # typer brings its own copy of click in some versions; this is the base of its usage errors in all of them
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+
+SHARED = ("evaluate", "benchmark", "generate")  # several processes may run them together
 
 # in the order in which the help lists them
 for command in (
@@ -50,10 +53,17 @@ for command in (
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         print(__version__)
         raise typer.Exit
+    if started_ranks() > 1 and context.invoked_subcommand not in SHARED:
+        raise HalveError(
+            f"{context.invoked_subcommand} is run by one process: torchrun starts {', '.join(SHARED)} alone"
+        )
 
 
 def main() -> None:

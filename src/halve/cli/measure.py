@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from halve.cli.options import Device, Dtype, Json, Model, Protocol, Seed, Task, Template, dtype_of
+from halve.cli.options import Device, Dtype, Json, Model, Protocol, Seed, Task, Template, Tp, dtype_of
 from halve.cli.output import complain, say
+from halve.cli.ranks import together
 from halve.errors import HalveError
 from halve.measure.quality.base_file import BASE_TOKENS
 from halve.studies.system1.protocol import protocol_named
@@ -53,6 +54,7 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
+    tp: Tp = 1,
     json: Json = None,
 ) -> None:
     """Measure the perplexity or multiple-choice accuracy of MODEL, the very folder that will ship.
@@ -63,25 +65,27 @@ def evaluate(
     from halve.measure.quality.evaluate import evaluate as run
     from halve.measure.records import check_record_path, write_record
 
-    record = run(
-        model,
-        task=task,
-        data=data,
-        protocol=protocol_named(protocol),
-        template=template,
-        limit=limit,
-        window=window,
-        seed=seed,
-        device=device,
-        dtype=dtype_of(dtype),
-        progress_file=None if json is None else check_record_path(json).with_suffix(".progress.jsonl"),
-        base=base,
-        save_base=save_base,
-        base_tokens=base_tokens,
-    )
-    terminal.evaluation(record)
-    if json is not None:
-        say(f"wrote {write_record(json, record)}")
+    with together(tp, device) as (ranks, device):
+        record = run(
+            model,
+            task=task,
+            data=data,
+            protocol=protocol_named(protocol),
+            template=template,
+            limit=limit,
+            window=window,
+            seed=seed,
+            device=device,
+            dtype=dtype_of(dtype),
+            progress_file=None if json is None else check_record_path(json).with_suffix(".progress.jsonl"),
+            base=base,
+            save_base=save_base,
+            base_tokens=base_tokens,
+            ranks=ranks,
+        )
+        terminal.evaluation(record)
+        if json is not None and not ranks.rank:
+            say(f"wrote {write_record(json, record)}")
 
 
 def benchmark(
@@ -111,6 +115,7 @@ def benchmark(
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
+    tp: Tp = 1,
     json: Json = None,
 ) -> None:
     """Measure prefill and decode at batch 1, peak memory, and the share of the memory-bandwidth limit reached.
@@ -122,24 +127,27 @@ def benchmark(
     from halve.measure.records import check_record_path, write_record
     from halve.measure.speed.benchmark import BenchmarkOptions, Placement, benchmark_side_by_side
 
-    options = BenchmarkOptions(prompt_tokens, new_tokens, runs, long_prompt_tokens)
-    placement = Placement(device, dtype_of(dtype), backend, random_weights)
-    if len(model) > 1 and profile is not None:
-        raise HalveError(f"--profile takes one model, {len(model)} were given")
-    targets = []
-    if json is not None:
-        names = (
-            [json] if len(model) == 1 else [json / f"{number}-{Path(m).name}.json" for number, m in enumerate(model, 1)]
-        )
-        if len(model) > 1:
-            json.mkdir(parents=True, exist_ok=True)
-        targets = [check_record_path(name) for name in names]
-    plot = None if profile is None else check_picture_path(profile)
-    records = benchmark_side_by_side(model, options, placement, profile_plot=plot)
-    for record in records:
-        terminal.benchmark(record)
-    for target, record in zip(targets, records, strict=False):
-        say(f"wrote {write_record(target, record)}")
+    with together(tp, device) as (ranks, device):
+        options = BenchmarkOptions(prompt_tokens, new_tokens, runs, long_prompt_tokens)
+        placement = Placement(device, dtype_of(dtype), backend, random_weights, ranks)
+        if len(model) > 1 and profile is not None:
+            raise HalveError(f"--profile takes one model, {len(model)} were given")
+        targets = []
+        if json is not None:
+            names = (
+                [json]
+                if len(model) == 1
+                else [json / f"{number}-{Path(m).name}.json" for number, m in enumerate(model, 1)]
+            )
+            if len(model) > 1:
+                json.mkdir(parents=True, exist_ok=True)
+            targets = [check_record_path(name) for name in names]
+        plot = None if profile is None else check_picture_path(profile)
+        records = benchmark_side_by_side(model, options, placement, profile_plot=plot)
+        for record in records:
+            terminal.benchmark(record)
+        for target, record in zip(targets if not ranks.rank else [], records, strict=False):
+            say(f"wrote {write_record(target, record)}")
 
 
 def compare(

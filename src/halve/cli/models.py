@@ -19,10 +19,12 @@ from halve.cli.options import (
     Temperature,
     TopK,
     TopP,
+    Tp,
     Window,
     dtype_of,
 )
 from halve.cli.output import say, stream
+from halve.cli.ranks import together
 from halve.errors import HalveError, OutputError
 from halve.files import resolve_out
 from halve.files.contents import CHECK, OTHERWISE
@@ -139,6 +141,7 @@ def generate(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
+    tp: Tp = 1,
 ) -> None:
     """Continue text with MODEL, streaming to the terminal."""
     from halve.checkpoint.reader import load_model
@@ -146,17 +149,23 @@ def generate(
     from halve.decode.generate import generate_text
     from halve.decode.sampling import Sampling
 
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    tokenizer = load_tokenizer(model)
-    loaded = load_model(model, dtype=dtype_of(dtype), device=device)
+    with together(tp, device) as (ranks, device):
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        tokenizer = load_tokenizer(model)
+        loaded = load_model(model, dtype=dtype_of(dtype), device=device, ranks=ranks)
 
-    single = len(prompt) == 1
-    if single:
-        stream(prompt[0])
-    results = generate_text(
-        loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling, on_text=stream if single else None
-    )
-    stream("\n" if single else "\n\n".join(p + r.text for p, r in zip(prompt, results, strict=True)) + "\n")
+        single = len(prompt) == 1
+        if single:
+            stream(prompt[0])
+        results = generate_text(
+            loaded,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            on_text=stream if single else None,
+        )
+        stream("\n" if single else "\n\n".join(p + r.text for p, r in zip(prompt, results, strict=True)) + "\n")
 
 
 def fetch(model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id (owner/name).")]) -> None:

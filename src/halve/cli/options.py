@@ -49,6 +49,14 @@ Dtype = Annotated[
         show_default=False,
     ),
 ]
+Tp = Annotated[
+    int,
+    typer.Option(
+        "--tp",
+        metavar="RANKS",
+        help="Tensor parallel: this many processes, which torchrun starts, share the model (docs/tensor_parallel.md).",
+    ),
+]
 Json = Annotated[Path | None, typer.Option(help="Write one record to this file.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 from rich.console import Console
 
 from halve.escapes import lines, plain
+from halve.ranks.job import started_ranks
 
 
 def say(text: str) -> None:
@@ -17,7 +19,8 @@ def say(text: str) -> None:
 
 def complain(text: str) -> None:
     """One line on stderr, beginning with the program's name."""
-    print(plain(f"halve: {' '.join(text.split())}"), file=sys.stderr, flush=True)
+    who = f"halve: rank {os.environ.get('RANK')}" if started_ranks() > 1 else "halve"
+    print(plain(f"{who}: {' '.join(text.split())}"), file=sys.stderr, flush=True)
 
 
 def stream(text: str) -> None:

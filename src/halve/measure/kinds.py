@@ -63,6 +63,7 @@ class EvaluationRecord(Circumstances):
 
     device: str
     dtype: str
+    tp: NotRequired[Count]  # ranks that shared the model
     bos_ids: NotRequired[list[int]]
     weight_bytes: NotRequired[Count]
     disk_bytes: NotRequired[Count]
@@ -144,8 +145,22 @@ class LongPrompt(TypedDict):
     peak_memory_bytes: NotRequired[Count]
 
 
+class RankFigures(TypedDict):
+    """What one of several ranks read of the files, holds, and used at most; None where the system does not tell."""
+
+    device: str
+    read_bytes: Count
+    weight_bytes: Count
+    step_weight_bytes: Count
+    peak_memory_bytes: Count | None
+
+
 class BenchmarkRecord(Circumstances):
-    """Speed and memory of one model; docs/benchmark.md explains the figures."""
+    """Speed and memory of one model; docs/benchmark.md explains the figures. Shared by ranks, the figures are those of the
+    first, and `ranks` has what each held."""
+
+    tp: NotRequired[Count]
+    ranks: NotRequired[list[RankFigures]]
 
     device: str
     device_name: str

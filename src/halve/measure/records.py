@@ -28,6 +28,7 @@ from halve.files.contents import is_record
 from halve.files.typed import check_type, finite, read_value
 from halve.measure.kinds import KINDS, LATER, Circumstances
 from halve.measure.machine import describe_machine
+from halve.ranks.collective import Ranks
 from halve.texts import files_below
 
 Record = dict[str, Any]  # of any kind, while it is made
@@ -68,6 +69,11 @@ def new_record(
     }
 
 
+def tp_of(ranks: Ranks) -> dict[str, int]:
+    """What a record says of the ranks that shared the model; of one, nothing."""
+    return {"tp": ranks.size} if ranks.size > 1 else {}
+
+
 @dataclass(frozen=True)
 class Measurement:
     """What one record measured: where two are equal the same thing was measured again, where they differ it was not.
@@ -103,7 +109,7 @@ class Measurement:
 
 _MEASURED = {
     "evaluation": ("task", "protocol", "template", "data", "data_sha256", "window", "limit", "sampling"),
-    "benchmark": ("device_name", "backend", "prompt_tokens", "new_tokens", "batch"),
+    "benchmark": ("device_name", "backend", "prompt_tokens", "new_tokens", "batch", "tp"),
 }
 
 

@@ -244,6 +244,7 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.embed, self.positions = config, embed, positions
         self.ranks, self.vocabulary = ranks, VocabularyShare(ranks, config.vocab_size)
+        self.read_bytes: int | None = None  # of the files, where that is not all they hold
         self.blocks = nn.ModuleList(blocks)
         self.final_norm, self.head = final_norm, head
         self.project_in, self.project_out = project_in, project_out

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -13,7 +16,8 @@ from torch.distributed.distributed_c10d import Store
 
 from halve.errors import HalveError, first_line
 
-LAST_WORDS_S = 2.0  # so long ranks wait for what others say of their end
+LAST_WORDS_S = 10.0  # so long at most ranks wait for what others say of their end
+_SPEAKING_S = 1.0
 _LOOKS_PER_S = 100
 
 
@@ -28,6 +32,7 @@ class RankBoard:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self._store = store
         self._gathered = 0
+        store.set(f"process/{rank}", f"{platform.node()} {os.getpid()}")
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, which JSON can hold, in the order of ranks. Raises RankLostError."""
@@ -55,8 +60,14 @@ class RankBoard:
         """Say why this rank ends; lost: because of others. Whether nobody has to be told: rank 0 says the same."""
         try:
             self._store.set(f"end/{self.rank}", json.dumps({"reason": reason, "lost": lost}))
-            self._wait(lambda: 0 in self._ends(), LAST_WORDS_S if self.rank else 0)
-            return self.rank > 0 and self._ends().get(0, {}).get("reason") == reason
+            _leave_group()
+            if self.rank == 0:
+                return False
+            self._wait(lambda: 0 in self._ends() or self._gone(0), LAST_WORDS_S)
+            told = self._ends().get(0, {}).get("reason") == reason
+            if told:
+                time.sleep(_SPEAKING_S)  # the launcher ends all ranks when the first one ends: rank 0 is to be heard
+            return told
         except (RuntimeError, OSError):  # the store is gone as well
             return False
 
@@ -73,11 +84,9 @@ class RankBoard:
     def _why(self, error: Exception, late: bool) -> str:
         try:
             self._store.set(f"lost/{self.rank}", "")
-            if dist.is_initialized():
-                dist.destroy_process_group()  # so that who waits for this rank is told as well
-            others = [rank for rank in range(self.size) if rank != self.rank]
-            self._wait(lambda: self._culprit() is not None or not self._silent(others), LAST_WORDS_S)
-            culprit, silent = self._culprit(), self._silent(others)
+            _leave_group()
+            self._wait(lambda: self._culprit() is not None or all(map(self._gone, self._silent())), LAST_WORDS_S)
+            culprit, silent = self._culprit(), self._silent()
         except (RuntimeError, OSError):
             return "rank 0, where the ranks meet, ended without a word: killed, perhaps for memory"
         if culprit is not None:
@@ -93,9 +102,22 @@ class RankBoard:
         """The first rank that ended for a reason of its own, and the reason."""
         return next(((rank, end["reason"]) for rank, end in self._ends().items() if not end["lost"]), None)
 
-    def _silent(self, ranks: list[int]) -> list[int]:
-        """Those that have not said that they are lost."""
-        return [rank for rank in ranks if not self._store.check([f"lost/{rank}"])]
+    def _silent(self) -> list[int]:
+        """The ranks that have not said that they are lost."""
+        return [rank for rank in range(self.size) if not self._store.check([f"lost/{rank}"])]
+
+    def _gone(self, rank: int) -> bool:
+        """Whether the process of a rank on this machine is known to have ended; of another machine nothing is known."""
+        if not self._store.check([f"process/{rank}"]):
+            return False
+        machine, process = self._store.get(f"process/{rank}").decode().rsplit(" ", 1)
+        if machine != platform.node() or not Path("/proc/self/stat").exists():
+            return False
+        try:
+            status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return True
+        return status.rpartition(")")[2].split()[0] in ("Z", "X")  # behind the name: a state; these are ended processes
 
     def _ends(self) -> dict[int, dict[str, Any]]:
         """What ranks said of their end."""
@@ -108,3 +130,9 @@ class RankBoard:
         while not (found := there()) and time.monotonic() < end:
             time.sleep(1 / _LOOKS_PER_S)
         return found
+
+
+def _leave_group() -> None:
+    """Close what this rank computes with others by, so that who waits for it is told."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -30,8 +30,9 @@ from halve.measure.quality.protocols import ChoiceProtocol
 from halve.measure.quality.resume import ProgressFile
 from halve.measure.quality.task import Evaluation
 from halve.measure.quality.tasks import TASKS
-from halve.measure.records import checkpoint_recipe, new_record
+from halve.measure.records import checkpoint_recipe, new_record, tp_of
 from halve.model.decoder import Model
+from halve.ranks.collective import ALONE, Ranks
 
 
 def evaluate(
@@ -52,6 +53,7 @@ def evaluate(
     base: str | os.PathLike[str] | None = None,
     save_base: str | os.PathLike[str] | None = None,
     base_tokens: int = BASE_TOKENS,
+    ranks: Ranks = ALONE,
 ) -> EvaluationRecord:
     """Evaluate one model, reloaded from `model` (a folder or hub id), and return the record; docs/evaluation.md has its keys.
 
@@ -59,7 +61,8 @@ def evaluate(
     are kept there and taken up again by a later run of the same model, data and options; removed at the end (not used
     with save_base). base: what the model is compared with, the folder or hub id of the model it was made from or a file
     of its predictions. save_base: such a file is written, of the base or without one of the model itself, with the
-    `base_tokens` most probable tokens of every position. Raises HalveError (request) or DataError (data) before any
+    `base_tokens` most probable tokens of every position. ranks: those that share the models; all get the same figures, the
+    first alone writes files, and no progress is kept. Raises HalveError (request) or DataError (data) before any
     weight is read.
     """
     device = check_device(device)
@@ -71,13 +74,13 @@ def evaluate(
             "use a protocol that scores the options"
         )
     evaluation = prepare(options)
-    loaded = LoadedModel.load(model, device=device, dtype=dtype)
+    loaded = LoadedModel.load(model, device=device, dtype=dtype, ranks=ranks)
     with request.opened(loaded, device, dtype) as comparison:
         return evaluate_loaded(
             loaded,
             evaluation,
             command=command,
-            progress_file=None if request.save else progress_file,
+            progress_file=None if request.save or ranks.size > 1 else progress_file,
             comparison=comparison,
         )
 
@@ -107,12 +110,13 @@ class LoadedModel:
         dtype: torch.dtype | None = None,
         name: str | None = None,
         tokenizer: TokenizerLike | None = None,
+        ranks: Ranks = ALONE,
     ) -> LoadedModel:
         """Load a folder or hub id. `name`: for records, where it is not `model`; `tokenizer`: where it is there already."""
         model = os.fspath(model)
         tokenizer = tokenizer or load_tokenizer(model)
         folder = find_model(model)
-        loaded = load_model(model, dtype=dtype, device=device)
+        loaded = load_model(model, dtype=dtype, device=device, ranks=ranks)
         return cls(name or model, folder, checkpoint_recipe(folder), device, loaded, tokenizer)
 
     def as_base(self) -> ModelBase:
@@ -150,10 +154,12 @@ class BaseRequest:
             return
         base: Base | None = self._file
         if base is None and self._base is not None:
-            base = LoadedModel.load(self._base, device=device, dtype=dtype).as_base()
+            base = LoadedModel.load(self._base, device=device, dtype=dtype, ranks=loaded.model.ranks).as_base()
         with ExitStack() as stack:
-            if self.save is None:
+            if self.save is None or loaded.model.ranks.rank:  # the first rank writes for all
                 yield BaseComparison(base)
+                if self.save is not None and base is None:
+                    loaded.as_base()  # asks the model as well
                 return
             writer = BaseWriter(stack.enter_context(replacing(self.save)), self._base_tokens)
             stack.callback(writer.close)
@@ -189,6 +195,7 @@ def evaluate_loaded(
         device=loaded.device,
         dtype=dtype_name(loaded.model.dtype),
         bos_ids=list(loaded.tokenizer.bos_ids),
+        **tp_of(loaded.model.ranks),
         **figures,
     )
     return cast(EvaluationRecord, record)

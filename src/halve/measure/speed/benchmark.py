@@ -19,14 +19,15 @@ import torch
 from halve.checkpoint.reader import DTYPES, check_device
 from halve.errors import HalveError
 from halve.kernels.cpu import load_library
-from halve.measure.kinds import BenchmarkRecord
+from halve.measure.kinds import BenchmarkRecord, RankFigures
 from halve.measure.machine import bandwidth_gb_per_s, describe_device, dtype_name, last_level_cache_bytes
 from halve.measure.pictures import check_picture_path
-from halve.measure.records import new_record
+from halve.measure.records import new_record, tp_of
 from halve.measure.speed.profiling import profile_run
 from halve.measure.speed.timed_model import BenchmarkOptions, ExtraTiming, Placement, TimedModel
 from halve.measure.speed.timing import spread, step_floor_ms
 from halve.progress import progress
+from halve.ranks.collective import ALONE, Ranks
 
 _BUSY = 0.8  # a bandwidth below this share of the best: another program was at the memory bus
 
@@ -45,16 +46,18 @@ def benchmark(
     seed: int = 0,
     profile_plot: str | os.PathLike[str] | None = None,
     command: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> BenchmarkRecord:
     """Measure one model, loaded from `model` (a folder or hub id; with `random_weights` a config is enough).
 
     Returns a record; docs/benchmark.md explains its keys. `dtype` None is the checkpoint's own; `long_prompt_tokens`
     None is 2,048 unless that would take over five minutes, 0 leaves the long prompt out. `profile_plot` names a PNG for
-    the memory timeline and adds time and memory by operation to the record. Raises HalveError when the tokens do not
+    the memory timeline and adds time and memory by operation to the record. Of several `ranks` that share the model every
+    one is called, and gets a record of its own times. Raises HalveError when the tokens do not
     fit the context, the device is not there, or the backend cannot run a layer.
     """
     options = BenchmarkOptions(prompt_tokens, new_tokens, runs, long_prompt_tokens, seed)
-    placement = Placement(device, dtype, backend, random_weights)
+    placement = Placement(device, dtype, backend, random_weights, ranks)
     plot = None if profile_plot is None else check_picture_path(profile_plot)
     (record,) = benchmark_side_by_side([model], options, placement, command=command, profile_plot=plot)
     return record
@@ -78,6 +81,8 @@ def benchmark_side_by_side(
     placement = placement or Placement()
     if profile_plot is not None and len(models) != 1:
         raise HalveError(f"profiling takes a single model, {len(models)} were given: profile them one by one")
+    if profile_plot is not None and placement.ranks.size > 1:
+        raise HalveError(f"profiling takes one process, {placement.ranks.size} share the model: profile without --tp")
     placement = replace(placement, device=check_device(placement.device))
     timed_models = [TimedModel.open(model, options, placement, extra) for model in models]
     command = command or _command([timed.name for timed in timed_models], options, placement)
@@ -100,11 +105,11 @@ def measure_in_turns(
             timed.warm_up(options)
             advance(1)
         # between all runs, and the best one counts: another program may be at the memory bus for some of them
-        bandwidths = [bandwidth_gb_per_s(placement.device)]
+        bandwidths = [_bandwidth(placement)]
         for _ in range(options.runs):
             for timed in models:
                 timed.measure(options)
-                bandwidths.append(bandwidth_gb_per_s(placement.device))
+                bandwidths.append(_bandwidth(placement))
                 timed.bandwidths.append(max(bandwidths[-2:]))
                 advance(1)
     records = [make_record(timed, options, placement, max(bandwidths), command) for timed in models]
@@ -115,6 +120,26 @@ def measure_in_turns(
     if len(records) > 1:
         _add_ratios(records)
     return records
+
+
+def _bandwidth(placement: Placement) -> float:
+    """GB/s of the machine; of ranks, which measure at the same time, the part that this one gets."""
+    placement.ranks.gather(None)
+    return bandwidth_gb_per_s(placement.device)
+
+
+def _rank_figures(timed: TimedModel, placement: Placement) -> dict[str, Any]:
+    """What each rank held."""
+    if placement.ranks.size == 1:
+        return {}
+    own: RankFigures = {
+        "device": placement.device,
+        "read_bytes": timed.model.read_bytes or 0,
+        "weight_bytes": timed.model.weight_bytes(),
+        "step_weight_bytes": timed.model.step_bytes(),
+        "peak_memory_bytes": timed.memory.get("peak"),
+    }
+    return tp_of(placement.ranks) | {"ranks": placement.ranks.gather(own)}
 
 
 def make_record(
@@ -140,6 +165,7 @@ def make_record(
         decode_kernel=timed.passes[options.prompt_tokens][-1].decode_kernel,
         random_weights=placement.random_weights,
         batch=1,
+        **_rank_figures(timed, placement),
         **(asdict(options) | {"long_prompt_tokens": options.long} | figures[options.prompt_tokens]),
         long_prompt=None if options.long == options.prompt_tokens else figures.get(options.long),
         **_extra_figures(timed),
@@ -217,7 +243,10 @@ def _notes(timed: TimedModel, placement: Placement) -> list[str]:
     if placement.device.startswith("cuda"):
         notes.append("peak memory is the allocator's; it includes loading")
         return notes
-    if "peak" in timed.memory:
+    if placement.ranks.size > 1:
+        notes.append("figures are the first rank's; bandwidth is what a rank gets while all of them read")
+        notes.append("peak memory is the resident memory of this rank's process, Python and PyTorch included")
+    elif "peak" in timed.memory:
         notes.append("peak memory is the resident memory of a separate process, Python and PyTorch included")
     if timed.bandwidths and min(timed.bandwidths) < _BUSY * max(timed.bandwidths):
         low, high = min(timed.bandwidths), max(timed.bandwidths)
@@ -244,6 +273,7 @@ def _command(names: list[str], options: BenchmarkOptions, placement: Placement) 
     words += ["--dtype", names_of_dtypes[placement.dtype]] if placement.dtype in names_of_dtypes else []
     words += [] if placement.backend == "auto" else ["--backend", placement.backend]
     words += ["--random-weights"] if placement.random_weights else []
+    words += ["--tp", str(placement.ranks.size)] if placement.ranks.size > 1 else []
     return shlex.join(words)
 
 

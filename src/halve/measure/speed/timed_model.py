@@ -15,10 +15,11 @@ import torch
 from halve.checkpoint.reader import Checkpoint, load_model, open_checkpoint
 from halve.decode.sampling import check_seed
 from halve.errors import HalveError
-from halve.measure.machine import dtype_name
+from halve.measure.machine import dtype_name, resident_bytes
 from halve.measure.speed.peak_memory import peak_memory
 from halve.measure.speed.timing import PassTimes, random_prompt, time_pass
 from halve.model.decoder import Model
+from halve.ranks.collective import ALONE, Ranks
 
 LONG_PROMPT_TOKENS = 2048
 LONG_PROMPT_BUDGET_S = 300  # left out by default where it would take longer: a large model on a small CPU takes hours
@@ -56,6 +57,7 @@ class Placement:
     dtype: torch.dtype | None = None
     backend: str = "auto"
     random_weights: bool = False
+    ranks: Ranks = ALONE
 
 
 class ExtraTiming(ABC):
@@ -131,6 +133,10 @@ class TimedModel:
         if torch.device(placement.device).type == "cuda":
             self._load_on_cuda(placement)
             return
+        if placement.ranks.size > 1:  # no process of its own could be one of the ranks
+            self.memory = {"baseline": resident_bytes()["now"]} if resident_bytes() else {}
+            self._load(placement)
+            return
         try:
             self.memory = peak_memory(
                 self.name,
@@ -154,6 +160,7 @@ class TimedModel:
             device=placement.device,
             backend=placement.backend,
             random_weights=placement.random_weights,
+            ranks=placement.ranks,
         )
 
     def _load_on_cuda(self, placement: Placement) -> None:
@@ -191,12 +198,15 @@ class TimedModel:
             long = self._cuda_peak(random_prompt(self.model, options.long, options.seed), options)
             self.memory["peak_long"] = max(long, self.memory["peak_loading"])
         self.measure(options)
+        if self.model.ranks.size > 1 and not on_cuda and "peak" in resident_bytes():
+            self.memory["peak"] = resident_bytes()["peak"]  # before anything else is measured in this process
         for times in (*self.passes.values(), self.extra_rounds):
             times.clear()
 
     def _leave_out_a_slow_prompt(self, prompt: list[int], options: BenchmarkOptions) -> None:
         ttft_ms = time_pass(self.model, prompt, 2).ttft_ms  # the pass before took the compiling and first touches
         needed_s = ttft_ms / 1e3 * options.long / options.prompt_tokens * (options.runs + 1)
+        needed_s = max(self.model.ranks.gather(needed_s))  # all ranks decide alike
         if needed_s > LONG_PROMPT_BUDGET_S and options.long != options.prompt_tokens:
             del self.passes[options.long]
             self.not_measured["long_prompt"] = (
