@@ -10,6 +10,7 @@ import torch
 
 from halve.decode.generate import Decoder, generate
 from halve.decode.sampling import Sampling
+from halve.model.config import ModelConfig
 from halve.model.decoder import Model
 
 
@@ -89,10 +90,15 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 def kv_bytes_per_step(model: Model, live_tokens: int) -> int:
     """Bytes of keys and values one query attends to when `live_tokens` tokens, itself included, are in the cache."""
+    return cache_bytes(model.config, model.embed.element_size(), live_tokens)
+
+
+def cache_bytes(config: ModelConfig, number_bytes: int, live_tokens: int) -> int:
+    """The same from a config, in numbers of so many bytes."""
     total = 0
-    for layer in model.config.layers:
+    for layer in config.layers:
         seen = live_tokens if layer.sliding_window is None else min(live_tokens, layer.sliding_window)
-        total += 2 * layer.num_kv_heads * model.config.head_dim * seen * model.embed.element_size()
+        total += 2 * layer.num_kv_heads * config.head_dim * seen * number_bytes
     return total
 
 
