@@ -81,3 +81,23 @@ def test_what_one_process_runs_is_refused(monkeypatch: pytest.MonkeyPatch, capsy
         with pytest.raises(SystemExit, match="2"):
             main()
         assert capsys.readouterr().err.startswith(f"halve: rank 1: {said}")
+
+
+def test_a_plan_says_what_ranks_can_share(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from halve.cli.app import main
+
+    step = ["--step", "prune-heads:widths=1|2|1", "--calibration", str(tmp_path / "none.txt"), "--dry-run"]
+    for ranks, code, said in [
+        (2, 0, "2 ranks can share the result"),
+        (4, 2, "layer 0 has 2 query heads on 1 key/value head,"),
+    ]:
+        monkeypatch.setattr(
+            sys, "argv", ["halve", "compress", str(folder), str(tmp_path / "out"), *step, "--tp", str(ranks)]
+        )
+        with pytest.raises(SystemExit, match=str(code)):
+            main()
+        captured = capsys.readouterr()
+        assert said in captured.out + captured.err
+    assert not list(tmp_path.iterdir())

@@ -61,7 +61,9 @@ def check(model: Path, request: dict[str, Any]) -> None:
     records = on_ranks(2, evaluated, model, request)
     for record in records:
         assert isinstance(record, dict), record
-        figures, wanted = ({name: of[name] for name in FIGURES if of.get(name) is not None} for of in (record, expected))
+        figures, wanted = (
+            {name: of[name] for name in FIGURES if of.get(name) is not None} for of in (record, expected)
+        )
         # sums in another order: far from any decision that accuracy counts
         assert figures == pytest.approx(wanted, rel=1e-5, abs=1e-6)
         assert record["tp"] == 2

@@ -31,6 +31,7 @@ from halve.files.contents import CHECK, OTHERWISE
 from halve.measure.units import show_bytes
 
 if TYPE_CHECKING:
+    from halve.compression.compress import RecipePlan
     from halve.measure.quality.options import EvaluationOptions
 
 
@@ -61,6 +62,12 @@ def compress(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    tp: Annotated[
+        int,
+        typer.Option(
+            "--tp", metavar="RANKS", help="Refuse, before any work, a result that so many ranks could not share evenly."
+        ),
+    ] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop before any weight is read.")
     ] = False,
@@ -75,14 +82,22 @@ def compress(
     from halve.compression.compress import compress as run
     from halve.compression.recipe import as_steps, read_recipe
     from halve.compression.windows import CalibrationOptions
+    from halve.model.shares import split
 
     if step and recipe:
         raise HalveError("--step and --recipe were both given: use one of them")
     steps = read_recipe(recipe) if recipe else as_steps(step or [])
     question = None if check is None else _check_question(check, model, out)
+
+    def show(plan: RecipePlan) -> None:
+        split(plan.steps[-1].after.config, tp)
+        terminal.plan(plan, steps)
+        if tp > 1:
+            say(f"{tp} ranks can share the result")
+
     if dry_run:
         options = CalibrationOptions(calibration, samples, window, seed)
-        terminal.plan(plan_recipe(Request(model, out, steps, options, device, dtype_of(dtype))), steps)
+        show(plan_recipe(Request(model, out, steps, options, device, dtype_of(dtype))))
         return
     result = run(
         model,
@@ -95,7 +110,7 @@ def compress(
         device=device,
         dtype=dtype_of(dtype),
         overwrite=overwrite,
-        on_plan=lambda plan: terminal.plan(plan, steps),
+        on_plan=show,
     )
     terminal.result(result)
     if question is not None:

@@ -117,16 +117,20 @@ def refuse_uneven(config: ModelConfig, ranks: int) -> None:
         if layer.has_attention and not heads_fit(layer.num_heads, layer.num_kv_heads, ranks):
             each = layer.num_heads // layer.num_kv_heads
             fit = _nearest(layer.num_kv_heads, ranks, lambda kv, each=each: heads_fit(kv * each, kv, ranks))
+            has = f"{_count(layer.num_heads, 'query head')} on {_count(layer.num_kv_heads, 'key/value head')}"
             raise HalveError(
-                f"layer {index} has {layer.num_heads} query heads on {layer.num_kv_heads} key/value heads, which {ranks} ranks "
-                f"cannot share evenly: {fit} key/value heads of {each} {'query heads' if each > 1 else 'query head'} each fit "
-                f"(prune-heads:multiple_of={ranks}), or use another number of ranks"
+                f"layer {index} has {has}, which {ranks} ranks cannot share evenly: {fit} key/value heads of "
+                f"{_count(each, 'query head')} each fit (prune-heads:multiple_of={ranks}), or use another number of ranks"
             )
         if 0 < layer.intermediate_size < ranks:
+            width = _count(layer.intermediate_size, "channel")
             raise HalveError(
-                f"layer {index} has an MLP of {layer.intermediate_size} channels, none for some of {ranks} ranks: {ranks} or "
-                "more fit; use fewer ranks"
+                f"layer {index} has an MLP of {width}, none for some of {ranks} ranks: {ranks} or more fit; use fewer ranks"
             )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"
 
 
 def heads_fit(heads: int, kv_heads: int, ranks: int) -> bool:
