@@ -12,8 +12,11 @@ import torch
 from halve.checkpoint.reader import load_model
 from halve.checkpoint.tensors import SafetensorsFolder
 from halve.compression.compress import compress
-from halve.decode.generate import generate
+from halve.decode.cpu_step import CpuStep
+from halve.decode.engines import Engine
+from halve.decode.generate import Decoder, generate
 from halve.decode.sampling import Sampling
+from halve.decode.torch_step import TorchStep
 from halve.model.vocabulary_share import VocabularyShare
 from halve.ranks.collective import ALONE, Ranks
 from tests.common import FAMILIES, TOKENS, relative
@@ -129,3 +132,50 @@ def test_a_single_file_is_read_in_parts(make_hf: Callable[..., Path], monkeypatc
     folder = make_hf("llama", tie_word_embeddings=False)
     monkeypatch.setattr(SafetensorsFolder, "get", lambda _, name: pytest.fail(f"{name} was read whole"))
     assert all(isinstance(found, dict) for found in on_ranks(2, computed, folder, torch.float32))
+
+
+def stepped(ranks: Ranks, folder: Path, dtype: torch.dtype, engine: type[Engine]) -> list[torch.Tensor] | str:
+    """Logits of every token of a few steps of unequal prompts, or why the engine does not serve."""
+    model = load_model(folder, dtype=dtype, ranks=ranks)
+    if (reason := engine.serves(model, len(PROMPTS))) is not None:
+        return reason
+    decoder = Decoder(model, PROMPTS, 20, Sampling())
+    decoder.engine = engine(model, len(PROMPTS), 20)
+    decoder.cache = decoder.engine.cache
+    tokens = decoder.prefill()
+    found = []
+    for _ in range(4):
+        decoder.step(tokens)
+        decoder.cache.lengths = decoder.cache.lengths - 1  # once more, for the logits
+        assert isinstance(decoder.engine, TorchStep)
+        found.append(model.vocabulary.join(decoder.engine.logits(tokens).float()).clone())
+        tokens = found[-1].argmax(-1, keepdim=True)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "granite", "opt"])
+def test_the_compiled_step_adds_up_what_torch_does(
+    make_hf: Callable[..., Path], family: str, dtype: torch.dtype
+) -> None:
+    folder = make_hf(family, **dict(FAMILIES)[family])
+    in_c, by_torch = (on_ranks(2, stepped, folder, dtype, engine) for engine in (CpuStep, TorchStep))
+    if isinstance(in_c[0], str):
+        pytest.skip(in_c[0])
+    for rank in range(2):
+        for c, t in zip(in_c[rank], by_torch[rank], strict=True):
+            assert relative(c, t) < TOLERANCE[dtype]
+    # the same bits on all ranks
+    assert all(torch.equal(a, b) for a, b in zip(in_c[0], in_c[1], strict=True))
+
+
+def test_nothing_is_left_in_shared_memory(make_hf: Callable[..., Path]) -> None:
+    before = set(Path("/dev/shm").glob("halve-*"))
+    on_ranks(2, stepped, make_hf("llama"), torch.float32, CpuStep)
+    assert set(Path("/dev/shm").glob("halve-*")) <= before
+
+
+def test_what_the_compiled_step_leaves_to_torch(make_hf: Callable[..., Path]) -> None:
+    reasons = on_ranks(2, stepped, make_hf("olmo2"), torch.float32, CpuStep)
+    assert len(set(reasons)) == 1
+    assert reasons[0] == "norms over the heads of all ranks" or "kernels" in reasons[0]

@@ -17,11 +17,20 @@ from torch import Tensor
 from halve.decode.torch_step import TorchStep
 from halve.errors import HalveError
 from halve.kernels.cpu import KINDS, CpuMatmul, Library, load_library
-from halve.kernels.structures import MAX_COUNT, CacheStruct, LayerStruct, LinearStruct, ModelStruct, NormStruct
+from halve.kernels.structures import (
+    MAX_COUNT,
+    CacheStruct,
+    LayerStruct,
+    LinearStruct,
+    ModelStruct,
+    NormStruct,
+    RanksStruct,
+)
 from halve.model.decoder import Block, Model, Norm, embed_scale
 from halve.model.linear import Linear
 from halve.model.wiring import ATTENTION, HEAD_NORMS, MLP, SUBLAYERS, wires
 
+_LOST = -2  # of halve_step
 _ACTIVATIONS = {"silu": 0, "swish": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu": 3}
 
 
@@ -33,7 +42,8 @@ class CpuStep(TorchStep):
         library = _matmul(model.head).library
         self.kernel = f"{library.isa}-step"
         self._slots_B = torch.zeros(batch, dtype=torch.int64)
-        self._logits_BV = torch.empty(batch, model.config.vocab_size)
+        self._logits_BV = torch.empty(batch, model.head.out_features)
+        self._c_ranks = self._describe_ranks()
         self._c_model = self._describe(library)
         self._c_cache = self._describe_cache()
         addresses = ctypes.addressof(self._c_model), ctypes.addressof(self._c_cache)
@@ -58,9 +68,11 @@ class CpuStep(TorchStep):
         others = {str(getattr(m, "kernel", None)) for m in matmuls if not isinstance(m, CpuMatmul)}
         if others:
             return f"a layer runs on {min(others)}"
-        if model.ranks.size > 1:
-            return "a model shared by ranks"
         config = model.config
+        if model.ranks.size > 1 and config.qk_norm_whole:
+            return "norms over the heads of all ranks"
+        if model.ranks.size > 1 and model.ranks.shared(MAX_COUNT * config.hidden_size) is None:
+            return "ranks on several machines"
         if config.norm_sum or model.project_in is not None:
             return "norms after the sums, or a projected embedding"
         if any(block._forward_pre_hooks or block._forward_hooks for block in model.blocks):
@@ -80,9 +92,16 @@ class CpuStep(TorchStep):
             self._slots_B.copy_(lengths)
         model, cache, slots, logits, scratch = self._arguments
         tokens_B1 = tokens_B1.contiguous()
-        if self._run(model, cache, tokens_B1.data_ptr(), slots, logits, scratch):
+        if self._shared is not None:
+            self._c_ranks.sums = self._shared.sums  # other steps count on as well
+        failure = self._run(model, cache, tokens_B1.data_ptr(), slots, logits, scratch)
+        if self._shared is not None:
+            self._shared.sums = self._c_ranks.sums
+            if failure == _LOST:
+                raise self._shared.lost()
+        if failure:
             raise HalveError(
-                f"a token of {tokens_B1.flatten().tolist()} is not in the vocabulary of {self._logits_BV.shape[1]}"
+                f"a token of {tokens_B1.flatten().tolist()} is not in the vocabulary of {self.model.config.vocab_size}"
             )
         self.cache.lengths = lengths + 1
         return self._logits_BV
@@ -130,6 +149,24 @@ class CpuStep(TorchStep):
             outer=max(config.hidden_size, *(_outputs(block) for block in model.blocks)),
             columns=max(_matmul(linear).columns for linear in linears),
             segments=max(_matmul(linear).segments for linear in linears),
+            ranks=None if self._shared is None else ctypes.addressof(self._c_ranks),
+        )
+
+    def _describe_ranks(self) -> RanksStruct:
+        """Where this rank's vectors are added to those of others; sums are counted on from step to step."""
+        ranks, config = self.model.ranks, self.model.config
+        self._shared = ranks.shared(MAX_COUNT * config.hidden_size) if ranks.size > 1 else None
+        if self._shared is None:
+            return RanksStruct()
+        return RanksStruct(
+            rank=ranks.rank,
+            size=ranks.size,
+            first_token=self.model.vocabulary.own.start,
+            vocabulary=config.vocab_size,
+            room=self._shared.room,
+            sums=self._shared.sums,
+            memory=self._shared.address,
+            lost=self._shared.lost_address,
         )
 
     def _describe_cache(self) -> CacheStruct:

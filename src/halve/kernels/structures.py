@@ -63,7 +63,7 @@ class ModelStruct(ctypes.Structure):
     """model_t: all that a decode step reads but the cache."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("kernels", "layers", "embed", "positions")),
+        *((name, c_void_p) for name in ("kernels", "layers", "embed", "positions", "ranks")),
         ("final_norm", NormStruct),
         ("head", LinearStruct),
         *((name, c_int64) for name in ("layer_count", "hidden", "head_size", "position_offset", "bytes")),
@@ -72,6 +72,16 @@ class ModelStruct(ctypes.Structure):
         *((name, c_int32) for name in ("kind", "rms", "has_final_norm", "norm_input", "norm_output")),
         *((name, c_int32) for name in ("qk_norm", "qk_norm_whole", "gated", "activation")),
         *((name, c_int32) for name in ("inner", "outer", "columns", "segments")),
+    )
+
+
+class RanksStruct(ctypes.Structure):
+    """ranks_t"""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("rank", "size", "first_token", "vocabulary", "room", "sums")),
+        ("memory", c_void_p),
+        ("lost", c_void_p),
     )
 
 
@@ -87,6 +97,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "norm_t": NormStruct,
     "layer_t": LayerStruct,
     "model_t": ModelStruct,
+    "ranks_t": RanksStruct,
     "cache_t": CacheStruct,
 }
 

@@ -78,8 +78,16 @@ class RankBoard:
         try:
             yield
         except (RuntimeError, OSError) as error:
-            late = time.monotonic() - start > 0.9 * self.timeout_s
-            raise RankLostError(self._why(error, late)) from error
+            raise self.lost(error, time.monotonic() - start) from error
+
+    def lost(self, error: Exception, waited_s: float) -> RankLostError:
+        """What there is to say of an error that others' end brought, or of having waited too long."""
+        return RankLostError(self._why(error, waited_s > 0.9 * self.timeout_s))
+
+    def has_ended(self) -> bool:
+        """Whether any other rank is known to have."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        return bool(self._ends()) or any(map(self._gone, others))
 
     def _why(self, error: Exception, late: bool) -> str:
         try:

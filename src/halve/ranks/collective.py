@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from halve.ranks.shared import SharedMemory
+
 
 class Ranks(Protocol):
     """The processes that share a model, seen by one of them. Every rank makes the same calls in the same order."""
@@ -20,6 +22,10 @@ class Ranks(Protocol):
 
     def join(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """Every rank's x [..., widths[rank]] behind one another: [..., sum of widths]."""
+        ...
+
+    def shared(self, room: int) -> SharedMemory | None:
+        """Memory that all ranks have, for sums of at most so many floats; None where they are on several machines."""
         ...
 
     def gather(self, value: Any) -> list[Any]:
@@ -41,6 +47,9 @@ class OneRank:
 
     def join(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         return x
+
+    def shared(self, room: int) -> SharedMemory | None:
+        return None
 
     def gather(self, value: Any) -> list[Any]:
         return [value]

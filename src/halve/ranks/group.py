@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halve.ranks.board import RankBoard
+from halve.ranks.shared import SharedMemory
 
 
 class RankGroup:
@@ -18,6 +19,8 @@ class RankGroup:
 
     def __init__(self, board: RankBoard) -> None:
         self.rank, self.size, self._board = board.rank, board.size, board
+        self._shared: SharedMemory | None = None
+        self._apart = False
 
     def add(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -32,6 +35,12 @@ class RankGroup:
         with self._board.explained():
             dist.all_gather(parts, padded)
         return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
+
+    def shared(self, room: int) -> SharedMemory | None:
+        if not self._apart and (self._shared is None or self._shared.room < room):
+            self._shared = SharedMemory.make(self._board, room)
+            self._apart = self._shared is None
+        return self._shared
 
     def gather(self, value: Any) -> list[Any]:
         return self._board.gather(value)

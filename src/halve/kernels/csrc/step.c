@@ -5,6 +5,7 @@
    when the library is loaded (`halve_step_declarations`). */
 
 #include "cpu.h"
+#include "ranks.h"
 #include "threads.h"
 
 #include <math.h>
@@ -38,6 +39,7 @@ typedef struct {
     const kernels_t *kernels;
     const layer_t *layers;
     const void *embed, *positions; /* positions: learned ones [..][hidden], or NULL */
+    ranks_t *ranks; /* NULL: one; of several, layers have some heads and channels, embedding and head some tokens */
     norm_t final_norm;
     linear_t head;
     int64_t layer_count, hidden, head_size, position_offset;
@@ -75,6 +77,7 @@ typedef struct {
     float *target;
     int64_t stride;
     int add;
+    _Atomic int *lost; /* ranks are */
 } step_t;
 
 /* ---- linears: rows of the input are prepared, then blocks of all of them are multiplied ---- */
@@ -225,14 +228,29 @@ static void activate_pieces(void *data, int64_t first, int64_t last) {
     }
 }
 
+/* target [batch][stride] summed over ranks, by whichever thread comes first */
+static void add_up_ranks(void *data, int64_t first, int64_t last) {
+    const step_t *s = data;
+    (void)first, (void)last;
+    if (!*s->lost && ranks_add(s->model->ranks, s->target, s->cache->batch, s->stride, s->model->hidden)) *s->lost = 1;
+}
+
+static void add_up(member_t *member, step_t *s, float *target, int64_t stride) {
+    s->target = target, s->stride = stride;
+    team_loop(member, 1, add_up_ranks, s);
+}
+
 static void embed_rows(void *data, int64_t first, int64_t last) {
     const step_t *s = data;
     const model_t *model = s->model;
+    const ranks_t *ranks = model->ranks;
     for (int64_t m = first; m < last; ++m) {
-        const int64_t token = s->tokens[m] * model->hidden, place = (s->slots[m] + model->position_offset) * model->hidden;
+        const int64_t row = s->tokens[m] - (ranks ? ranks->first_token : 0);
+        const int64_t token = row * model->hidden, place = (s->slots[m] + model->position_offset) * model->hidden;
+        const int own = !ranks || (row >= 0 && row < model->head.outputs), first_rank = !ranks || ranks->rank == 0;
         for (int64_t c = 0; c < model->hidden; ++c) {
-            float value = number_at(model->embed, model->kind, token + c) * model->embed_scale;
-            if (model->positions) value += number_at(model->positions, model->kind, place + c);
+            float value = own ? number_at(model->embed, model->kind, token + c) * model->embed_scale : 0;
+            if (model->positions && first_rank) value += number_at(model->positions, model->kind, place + c);
             s->x[m * model->hidden + c] = value;
         }
     }
@@ -267,11 +285,12 @@ static void run_readers(member_t *member, step_t *s, const norm_t *norm, const l
 /* `linear` of `in` into the residual stream, behind `norm` where a model has such norms */
 static void run_writer(member_t *member, step_t *s, const linear_t *linear, const norm_t *norm) {
     const model_t *model = s->model;
-    if (!model->norm_output && model->residual_scale == 1) {
+    if (!model->norm_output && model->residual_scale == 1 && !model->ranks) {
         run_linears(member, s, NULL, linear, 1, s->x, model->hidden, 1);
         return;
     }
     run_linears(member, s, NULL, linear, 1, s->out, model->outer, 0);
+    if (model->ranks) add_up(member, s, s->out, model->outer);
     s->norm = model->norm_output ? norm : NULL;
     team_loop(member, s->cache->batch, add_rows, s);
 }
@@ -301,6 +320,7 @@ static void run_step(member_t *member, void *data) {
     const model_t *model = s->model;
     const int64_t batch = s->cache->batch;
     team_loop(member, batch, embed_rows, s);
+    if (model->ranks) add_up(member, s, s->x, model->hidden);
     for (s->index = 0; s->index < model->layer_count; ++s->index) {
         const layer_t *layer = s->layer = model->layers + s->index;
         if (layer->heads) {
@@ -382,6 +402,7 @@ const char *halve_step_check(const model_t *model, const cache_t *cache) {
                 return "a linear of an MLP";
         }
     }
+    if (model->ranks && (model->qk_norm_whole || cache->batch * model->hidden > model->ranks->room)) return "what ranks share";
     return fits(model, &model->head, 1, model->hidden, model->head.outputs) ? NULL : "the head";
 }
 
@@ -391,16 +412,19 @@ int64_t halve_step_scratch(const model_t *model, const cache_t *cache) {
     return (int64_t)lay_out(&s, 0);
 }
 
-/* logits [batch][vocabulary] after `tokens`, whose keys and values go to `slots`. 0, or -1 where one of them is outside. */
+/* logits [batch][outputs of the head] after `tokens`, whose keys and values go to `slots`. 0, -1 where one of them is
+   outside, or -2 where a rank is lost. */
 int halve_step(const model_t *model, const cache_t *cache, const int64_t *tokens, const int64_t *slots, float *logits,
                void *scratch) {
+    const int64_t vocabulary = model->ranks ? model->ranks->vocabulary : model->head.outputs;
     for (int64_t m = 0; m < cache->batch; ++m)
-        if (tokens[m] < 0 || tokens[m] >= model->head.outputs || slots[m] < 0 || slots[m] >= cache->capacity) return -1;
-    step_t s = {.model = model, .cache = cache, .tokens = tokens, .slots = slots};
+        if (tokens[m] < 0 || tokens[m] >= vocabulary || slots[m] < 0 || slots[m] >= cache->capacity) return -1;
+    _Atomic int lost = 0;
+    step_t s = {.model = model, .cache = cache, .tokens = tokens, .slots = slots, .lost = &lost};
     lay_out(&s, (uintptr_t)scratch);
     call_t call = {&s, logits};
     run_team(model->bytes, run_step, &call);
-    return 0;
+    return lost ? -2 : 0;
 }
 
 const declaration_t *halve_step_declarations(void) {
@@ -437,6 +461,7 @@ const declaration_t *halve_step_declarations(void) {
         FIELD(model_t, layers),
         FIELD(model_t, embed),
         FIELD(model_t, positions),
+        FIELD(model_t, ranks),
         FIELD(model_t, final_norm),
         FIELD(model_t, head),
         FIELD(model_t, layer_count),
@@ -464,6 +489,15 @@ const declaration_t *halve_step_declarations(void) {
         FIELD(model_t, outer),
         FIELD(model_t, columns),
         FIELD(model_t, segments),
+        STRUCTURE(ranks_t),
+        FIELD(ranks_t, rank),
+        FIELD(ranks_t, size),
+        FIELD(ranks_t, first_token),
+        FIELD(ranks_t, vocabulary),
+        FIELD(ranks_t, room),
+        FIELD(ranks_t, sums),
+        FIELD(ranks_t, memory),
+        FIELD(ranks_t, lost),
         STRUCTURE(cache_t),
         FIELD(cache_t, keys),
         FIELD(cache_t, values),
