@@ -1,6 +1,6 @@
 """What every rank holds, reads and adds up of Llama-3.1-8B and 70B, by the formula that tests hold against measured bytes.
 
-python benchmarks/tensor_parallel.py [--json benchmarks/results/tensor_parallel.json]
+python benchmarks/tensor_parallel.py [--json benchmarks/results/tensor_parallel/formula.json]
 
 The floor is the time that memory takes to give a rank what a decode step reads, at batch 1: nothing else is counted, neither
 sums over ranks nor arithmetic. Beside it stand the tokens/s that the second system published for 8 ranks.
@@ -73,7 +73,7 @@ def row(model: str, recipe: str, checkpoint: Checkpoint, ranks: int) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/tensor_parallel.json"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/tensor_parallel/formula.json"))
     target = parser.parse_args().json
     rows = []
     for model, (shape, removed) in MODELS.items():

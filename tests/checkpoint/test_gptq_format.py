@@ -16,7 +16,7 @@ from halve.checkpoint.reader import open_checkpoint
 from halve.checkpoint.tensors import SafetensorsFolder
 from halve.errors import CheckpointError, UnsupportedModelError
 from halve.quantization import QuantSpec
-from tests.common import TOKENS, logits, relative, their_logits
+from tests.common import TOKENS, full_weight, logits, relative, their_logits
 
 QUANTIZED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -351,3 +351,13 @@ def test_an_old_folder_with_its_description_in_a_file_of_its_own(make_hf, tmp_pa
         config["model_file_base_name"] = file.removesuffix(".safetensors")
         (folder / "quantize_config.json").write_text(json.dumps(config))
         assert torch.equal(logits(folder), expected)
+
+
+@pytest.mark.parametrize(("version", "sym", "shuffle"), [("gptq", True, True), ("gptq_v2", False, False)])
+def test_ranks_share_a_folder(make_hf, tmp_path: Path, version: str, sym: bool, shuffle: bool) -> None:
+    checkpoint = open_checkpoint(to_gptq(make_hf("llama"), tmp_path / "made", version, shuffle, sym=sym))
+    whole = checkpoint.block(0, torch.float32).linears
+    shares = [own.block(0, torch.float32).linears for own in checkpoint.shares(2)]
+    for role, axis in (("q_proj", 0), ("down_proj", 1)):
+        parts = [full_weight(linears[role]) for linears in shares]
+        assert torch.equal(torch.cat(parts, axis), full_weight(whole[role]))

@@ -18,8 +18,12 @@ def together(tp: int, device: str) -> Iterator[tuple[Ranks, str]]:
 
     Raises HalveError unless as many processes were started, with the same arguments.
     """
+    from halve.checkpoint.reader import check_device
+
     check_ranks(tp)
     own_device = device_of_rank(device)
+    if tp > 1:
+        check_device(own_device)  # ranks meet through it
     with job(tp, own_device) as ranks:
         if ranks.rank:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
