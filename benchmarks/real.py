@@ -3,11 +3,12 @@
     python benchmarks/real.py MODEL ASSETS WORK [--only NAME ...] [--llama-quantize PROGRAM] [--llm-compressor PYTHON]
 
 One row (see ROWS) is one compressed model: made, reloaded from disk, compared with MODEL on WikiText-2 and C4 (KL
-divergence; both in float32) and, the rows of EXAMINED, on RACE-H (bfloat16); its record is benchmarks/results/real/NAME.json, and docs/results.md shows them. Rows that are
-there already are left alone; an interrupted one goes on from what WORK holds. Rows of a program that is not named are
-left out. What llama.cpp made is converted back with `halve convert`, so that the weights are judged and not its kernels.
-ASSETS holds data/wikitext2_test.raw, data/c4_sample_1000.jsonl and data/race/race_high_test.jsonl; calibration text is the
-first half of the C4 documents, judged is the second.
+divergence; both in float32) and, the rows of EXAMINED, on RACE-H (bfloat16). Its record is
+benchmarks/results/real/NAME.json; docs/results.md shows them. Rows that are there already are left alone; an interrupted
+one goes on from what WORK holds. Rows of a program that is not named are left out. What llama.cpp made is converted back
+with `halve convert`, so that the weights are judged and not its kernels. ASSETS holds data/wikitext2_test.raw,
+data/c4_sample_1000.jsonl and data/race/race_high_test.jsonl; calibration text is the first half of the C4 documents,
+judged is the second.
 """
 
 from __future__ import annotations
