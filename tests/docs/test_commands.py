@@ -10,6 +10,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ import typer
 from halve.cli.app import app, main
 from halve.measure.records import new_record, write_record
 from tests.common import write_word_tokenizer
+from tests.ranks.processes import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -159,12 +161,24 @@ def run_pip(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert words[1] == "install" and (PROJECT / "constraints.txt").is_file()
 
 
+def run_torchrun(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a port of its own, by the Python that runs the tests."""
+    program = words.index("halve")
+    check_options(words[program:])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port())]
+    command = [*launcher, *words[1:program], *smaller(words[program:])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 RUNNERS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
     "halve": run_halve,
     "python": run_python,
     "make": run_make,
     "benchmarks/gpu.sh": run_gpu,
     "pip": run_pip,
+    "torchrun": run_torchrun,
 }
 
 
