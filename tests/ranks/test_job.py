@@ -15,6 +15,7 @@ import torch
 from halve.checkpoint.reader import load_model
 from halve.decode.generate import generate
 from halve.errors import HalveError
+from halve.kernels.cpu import load_library
 from halve.ranks.board import RankLostError
 from halve.ranks.collective import Ranks
 from halve.ranks.job import check_ranks, device_of_rank, job
@@ -110,6 +111,21 @@ def test_other_files_and_options_are_refused(make_hf: Callable[..., Path], tmp_p
         error, _ = on_ranks(2, load, folders, dtypes)
         assert isinstance(error, HalveError)
         assert f"rank 1 has another {name} than rank 0" in str(error)
+
+
+def load_without(ranks: Ranks, folder: Path) -> None:
+    if ranks.rank:
+        os.environ["HALVE_NO_C"] = "1"
+        load_library.cache_clear()
+    load_model(folder, ranks=ranks)
+
+
+def test_compiled_kernels_on_some_ranks_alone_are_refused(make_hf: Callable[..., Path]) -> None:
+    """They would add up in other places, and wait for each other."""
+    if isinstance(missing := load_library(), str):
+        pytest.skip(missing)
+    error, _ = on_ranks(2, load_without, make_hf("llama"))
+    assert "rank 1 has another state of compiled kernels than rank 0" in str(error)
 
 
 def test_a_rank_without_the_model_ends_the_job(make_hf: Callable[..., Path], tmp_path: Path) -> None:

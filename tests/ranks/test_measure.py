@@ -125,3 +125,29 @@ def profiled(ranks: Ranks, model: Path) -> None:
 def test_a_profile_takes_one_process(folder: Path) -> None:
     first, _ = on_ranks(2, profiled, folder)
     assert "profile without --tp" in str(first)
+
+
+def random_timed(ranks: Ranks, model: Path) -> dict[str, Any]:
+    options: dict[str, Any] = {"prompt_tokens": 4, "new_tokens": 3, "runs": 1, "long_prompt_tokens": 0}
+    return dict(benchmark(model, **options, random_weights=True, ranks=ranks))
+
+
+def test_random_weights_of_a_config_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halve.measure.speed.benchmark.bandwidth_gb_per_s", lambda device: 10.0)
+    shutil.copy(folder / "config.json", tmp_path / "config.json")
+    for record in on_ranks(2, random_timed, tmp_path):
+        assert [held["read_bytes"] for held in record["ranks"]] == [0, 0]
+        assert record["ranks"][0]["weight_bytes"] > 0
+
+
+def test_perplexity_of_the_real_models(assets: Path) -> None:
+    for name in ("stories260K", "babyllama-tok361"):
+        check(
+            assets / "models" / name,
+            {
+                "task": "perplexity",
+                "data": assets / "data" / "tinystories_317.txt",
+                "protocol": "documents",
+                "limit": 12,
+            },
+        )

@@ -33,6 +33,7 @@ from halve.checkpoint.tensors import (
 )
 from halve.errors import CheckpointError, HalveError, reading, shown
 from halve.files.contents import link_outside
+from halve.kernels.cpu import load_library
 from halve.model import families
 from halve.model.config import ModelConfig
 from halve.model.decoder import Block, Model, Norm
@@ -291,7 +292,9 @@ def load_model(
     dtype, vocab_size = compute_dtype(checkpoint, dtype, device), checkpoint.config.vocab_size
     if ranks.size > 1:
         ranks.agree(sampled_identity(checkpoint.folder, weights=not random_weights) | versions())
-        ranks.agree({"dtype": str(dtype), "backend": backend, "kind of device": torch.device(device).type})
+        compiled = "none" if isinstance(load_library(), str) else "there"
+        options = {"dtype": str(dtype), "backend": backend, "kind of device": torch.device(device).type}
+        ranks.agree(options | {"state of compiled kernels": compiled})
         checkpoint = list(checkpoint.shares(ranks.size))[ranks.rank]
     embed = checkpoint.embedding(dtype, device)
     projections = checkpoint.projections(dtype, device)
@@ -312,7 +315,7 @@ def load_model(
         projections.get("project_out"),
         ranks,
     )
-    if isinstance(checkpoint.tensors, SharedTensors):
+    if isinstance(checkpoint.tensors, SharedTensors) and not random_weights:
         loaded.read_bytes = checkpoint.tensors.read_bytes
     for _, linear in loaded.linears():
         linear.select_backend(backend, dtype)

@@ -274,7 +274,14 @@ class RandomTensors:
         self.dtypes = {name: dtype for name, (_, dtype) in headers.items()}
 
     def get(self, name: str) -> Tensor:
-        shape, dtype = self.shapes[name], self.dtypes[name]
+        return self._drawn(name, self.shapes[name])
+
+    def part(self, name: str, rows: range, columns: range | None) -> Tensor:
+        """As large as such a part, and drawn for itself: nobody has to hold the whole for it."""
+        return self._drawn(name, (len(rows),) if columns is None else (len(rows), len(columns)))
+
+    def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        dtype = self.dtypes[name]
         if "norm" in name:
             return torch.zeros(shape, dtype=dtype) if name.endswith(".bias") else torch.ones(shape, dtype=dtype)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
