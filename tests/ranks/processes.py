@@ -26,9 +26,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout_s: float = PATIENCE_S) -> list[Any]:
+def on_ranks(
+    size: int, work: Callable[..., Any], *arguments: Any, timeout_s: float = PATIENCE_S, ends_the_rest: bool = False
+) -> list[Any]:
     """What `work(ranks, *arguments)` returns on each of `size` ranks; of a rank that fails the exception, of one that was
-    killed the signal's negative number, as an exit code."""
+    killed the signal's negative number, as an exit code. ends_the_rest: once one has ended, the others are killed."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
         context = mp.get_context("fork")
@@ -40,7 +42,7 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout_s: fl
             process.start()
         end = time.monotonic() + PATIENCE_S
         while (alive := [p for p in processes if p.is_alive()]) and time.monotonic() < end:
-            if len(alive) < size and all(_stopped(process.pid) for process in alive):
+            if len(alive) < size and ends_the_rest:
                 break  # as torchrun ends those that are left
             alive[0].join(0.05)
         for process in alive:
@@ -51,10 +53,6 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, timeout_s: fl
             torch.load(path, weights_only=False) if path.exists() else process.exitcode
             for path, process in zip(results, processes, strict=True)
         ]
-
-
-def _stopped(process: int | None) -> bool:
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _rank(
