@@ -213,7 +213,8 @@ def search(record: dict[str, Any], out: Path) -> None:
 
 def _held_out(figure: Figure, winner: dict[str, Any], dense: dict[str, Any]) -> str:
     """A figure of the winner with its interval, and the dense model's where that is not known by itself."""
-    around = _interval(winner[f"held_out_{figure.interval}"], figure.show)
+    low, high = figure.ends(winner, "held_out_")
+    around = "" if low is None or high is None else f" (95 % interval {figure.show_interval(low, high)})"
     beside = f", dense {figure.show(dense['held_out_accuracy'])}" if figure.key == "accuracy" else ""
     return f"{figure.label} {figure.show(winner[f'held_out_{figure.key}'])}{around}{beside}"
 

@@ -194,6 +194,10 @@ class BenchmarkRecord(Circumstances):
     not_measured: dict[str, str]
 
 
+# the figures of quality that a search keeps within a limit or makes the best of, and their keys in its trials
+QUALITIES = {"accuracy": "accuracy", "kl": "kl_nats_per_token", "same-top": "same_top_share"}
+
+
 class Quality(TypedDict):
     """How good a model of a search is: by questions, or on a text against the dense model."""
 

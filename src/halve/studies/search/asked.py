@@ -12,6 +12,7 @@ from typing import Any
 
 from halve.decode.text_stream import TokenizerLike
 from halve.errors import DataError, HalveError
+from halve.measure.quality.base_file import BASE_TOKENS
 from halve.measure.quality.multiple_choice import ChoiceOptions, choice_evaluation
 from halve.measure.quality.options import EvaluationOptions
 from halve.measure.quality.race import QuestionSet, load_question_set
@@ -77,9 +78,10 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Exam:
+class AskedParts:
     """What models are asked: trials one part, the winner another. `figures`: what that tells of their quality, of FIGURES;
-    `about`: all options, to tell searches apart; `divided`: both parts are of one file, and share nothing by that."""
+    `about`: all options, to tell searches apart; `kept_tokens`: of the dense model's distributions, from which KL is then a
+    lower bound, None for all of them; `divided`: both parts are of one file, and share nothing by that."""
 
     task: str
     protocol: str
@@ -90,16 +92,18 @@ class Exam:
     search: Part
     final: Part
     divided: bool
+    kept_tokens: int | None = None
 
-    def check_overlaps(self, calibration: str, documents: list[str] | None) -> None:
-        """Nothing of the final test may have been searched or calibrated on, nothing of the search calibrated on.
 
-        documents: those of the calibration text, None where no step reads it. Raises DataError.
-        """
-        if not self.divided:
-            self.final.check_shares_nothing(list(self.search.articles.values()), self.search.name)
-        for part in (self.final, self.search) if documents is not None else ():
-            part.check_shares_nothing(documents or [], f"calibration text {Path(calibration).name}")
+def check_overlaps(asked: AskedParts, calibration: str, documents: list[str] | None) -> None:
+    """Nothing of the final test may have been searched or calibrated on, nothing of the search calibrated on.
+
+    documents: those of the calibration text, None where no step reads it. Raises DataError.
+    """
+    if not asked.divided:
+        asked.final.check_shares_nothing(list(asked.search.articles.values()), asked.search.name)
+    for part in (asked.final, asked.search) if documents is not None else ():
+        part.check_shares_nothing(documents or [], f"calibration text {Path(calibration).name}")
 
 
 def quality_of(evaluation: EvaluationOptions, floor: Floor) -> tuple[str, ...]:
@@ -129,7 +133,7 @@ def exam_of(
     calibration: Callable[[], list[str] | None],
     config: ModelConfig,
     tokenizer: TokenizerLike,
-) -> Exam:
+) -> AskedParts:
     """Read and check what models of this config are asked, in its two parts; calibration: reads the documents of that text,
     where there is one. Raises HalveError and DataError."""
     if evaluation.task in QUESTION_TASKS:
@@ -137,7 +141,7 @@ def exam_of(
     return _text(evaluation, options, floor, calibration, config, tokenizer)
 
 
-def _questions(task: QuestionTask, evaluation: EvaluationOptions, options: SearchOptions) -> Exam:
+def _questions(task: QuestionTask, evaluation: EvaluationOptions, options: SearchOptions) -> AskedParts:
     asked = task.choice_options(evaluation)
     if evaluation.data is None and task.questions is None:
         load_question_set(None, None)  # says what is missing
@@ -151,7 +155,9 @@ def _questions(task: QuestionTask, evaluation: EvaluationOptions, options: Searc
             searched = without_shared(searched, final)
     about = asked.json()
     parts = _question_part(searched, asked), _question_part(final, replace(asked, limit=None))
-    return Exam(asked.task, asked.protocol.name, asked.template, asked.limit, about, OF_QUESTIONS, *parts, divided)
+    return AskedParts(
+        asked.task, asked.protocol.name, asked.template, asked.limit, about, OF_QUESTIONS, *parts, divided
+    )
 
 
 def _question_part(data: QuestionSet, asked: ChoiceOptions) -> Part:
@@ -219,7 +225,7 @@ def _text(
     calibration: Callable[[], list[str] | None],
     config: ModelConfig,
     tokenizer: TokenizerLike,
-) -> Exam:
+) -> AskedParts:
     assert evaluation.data is not None
     protocol = evaluation.protocol_name or next(iter(PROTOCOLS))
     searched = _Documents.read(evaluation.data)
@@ -248,8 +254,9 @@ def _text(
         parts.append(
             Part(text.name, text.sha256, documents.files, articles, counts, evaluate, running, against_dense=True)
         )
+    kept = BASE_TOKENS if config.vocab_size > BASE_TOKENS else None
     about = evaluation.json() | {"window": evaluation.window, "batch_tokens": evaluation.batch_tokens}
-    return Exam(TEXT_TASK, protocol, None, evaluation.limit, about, OF_TEXT, parts[0], parts[1], divided)
+    return AskedParts(TEXT_TASK, protocol, None, evaluation.limit, about, OF_TEXT, parts[0], parts[1], divided, kept)
 
 
 def keys_of(figures: tuple[str, ...]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from halve.measure.kinds import QUALITIES
 from halve.measure.units import byte_unit, show_accuracy, show_bytes, show_kl
 
 
@@ -39,6 +40,10 @@ class Figure:
     def show(self, value: float) -> str:
         """A value with its unit."""
         raise NotImplementedError
+
+    def show_interval(self, low: float, high: float) -> str:
+        """The ends of an interval, with the unit where it needs one."""
+        return f"{self.show(low)} to {self.show(high)}"
 
     def bound(self, value: float) -> str:
         """A limit in words: `KL at most 0.02 nats/token`."""
@@ -73,6 +78,9 @@ class _Divergence(Figure):
     def show(self, value: float) -> str:
         return f"{show_kl(value)} nats/token"
 
+    def show_interval(self, low: float, high: float) -> str:
+        return f"{show_kl(low)} to {show_kl(high)}"
+
     def show_row(self, row: Mapping[str, Any], prefix: str = "") -> str:
         return show_kl(row[prefix + self.key], *self.ends(row, prefix))
 
@@ -98,9 +106,9 @@ class _Milliseconds(Figure):
 
 
 FIGURES: dict[str, Figure] = {
-    "accuracy": _Share("accuracy", "accuracy", True, "accuracy_ci95"),
-    "kl": _Divergence("kl_nats_per_token", "KL", False, "kl_nats_per_token_interval", by_factors=True),
-    "same-top": _Share("same_top_share", "same top token", True, "same_top_share_interval"),
+    "accuracy": _Share(QUALITIES["accuracy"], "accuracy", True, "accuracy_ci95"),
+    "kl": _Divergence(QUALITIES["kl"], "KL", False, "kl_nats_per_token_interval", by_factors=True),
+    "same-top": _Share(QUALITIES["same-top"], "same top token", True, "same_top_share_interval"),
     "bytes": _Bytes("bytes", "weights on disk", False),
     "memory": _Bytes("memory", "weights in memory", False),
     "ms": _Milliseconds("ms", "decode (ms a token)", False),

@@ -98,7 +98,7 @@ def finish(result: SearchResult) -> Record:
         }
         if any(method.calibrates for method in runner.steps)
         else None,
-        kept_tokens=_kept_tokens(dense_final),
+        kept_tokens=exam.kept_tokens,
         dense={**dense, **_held_out(result, dense_final), "records": [*dense["records"], dense_path.name]},
         trials=rows,
         winner=winner,
@@ -126,12 +126,6 @@ def _floor(floor: Floor, dense: dict[str, Any], dense_final: AnyRecord) -> dict[
         f"held_out_{key}": floor.level(on_final),
         "lower_bound": floor.lower_bound,
     }
-
-
-def _kept_tokens(dense: AnyRecord) -> int | None:
-    """The most probable tokens of the dense model that KL is from; None for all of them, or where no KL was measured."""
-    gap = dense.get("kl_gap_of_kept_tokens")
-    return gap and gap["tokens"]
 
 
 def _held_out(result: SearchResult, record: AnyRecord) -> dict[str, Any]:

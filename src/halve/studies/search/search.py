@@ -30,7 +30,7 @@ from halve.files.study import StudyFolder
 from halve.measure.quality.options import EvaluationOptions
 from halve.measure.records import Record
 from halve.studies.search import outcome
-from halve.studies.search.asked import exam_of, quality_of
+from halve.studies.search.asked import check_overlaps, exam_of, quality_of
 from halve.studies.search.figures import FIGURES
 from halve.studies.search.options import TEXT_TASK, Floor, SearchOptions, objective_of
 from halve.studies.search.trial import TrialRunner
@@ -105,7 +105,7 @@ def search(
     ladder = _ladder(runner, asked) if len(varied) == 1 else None
     corner = None if ladder else _gentlest(runner)
     documents = read()
-    exam.check_overlaps(calibration.source, documents)
+    check_overlaps(exam, calibration.source, documents)
     identity = _identity(runner, checkpoint, documents, asked)
     with place.claim(identity):
         dense = runner.dense()

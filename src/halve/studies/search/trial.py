@@ -23,7 +23,7 @@ from halve.measure.quality.base_file import BASE_TOKENS
 from halve.measure.quality.evaluate import BaseRequest, LoadedModel, evaluate_loaded
 from halve.measure.records import AnyRecord, read_record, write_record
 from halve.measure.speed.benchmark import benchmark
-from halve.studies.search.asked import Exam, Part, keys_of
+from halve.studies.search.asked import AskedParts, Part, keys_of
 from halve.studies.search.figures import FIGURES
 from halve.studies.search.options import SearchOptions
 from halve.studies.search.vary import Point, Varied, apply, label
@@ -40,7 +40,7 @@ class TrialRunner:
     out: Path
     steps: list[Method]
     varied: list[Varied]
-    exam: Exam
+    exam: AskedParts
     calibration: CalibrationOptions
     options: SearchOptions
     objective: str  # of FIGURES
