@@ -1,4 +1,4 @@
-"""The sections about studies: a search for the smallest model above a floor, and a published table made again."""
+"""The sections about studies: a search for the smallest model within a limit, and a published table made again."""
 
 from __future__ import annotations
 

@@ -97,7 +97,9 @@ class Floor:
 
 def _share(text: str | float) -> tuple[float, bool]:
     """A share, and whether it was in per cent; -1 for what is none."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", str(text).strip())
+    if isinstance(text, int | float):
+        return float(text), False
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip())
     return (float(match[1]) / (100 if match[2] else 1), bool(match[2])) if match else (-1.0, False)
 
 
