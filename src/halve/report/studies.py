@@ -92,7 +92,8 @@ def _value(value: Any) -> str:
 
 def _trial_table(record: Record, trials: Sequence[dict[str, Any]], title: str, notes: Sequence[str] = ()) -> TableBlock:
     names = list(dict.fromkeys(name for trial in trials for name in trial["parameters"]))
-    judged, cost = qualities(record["dense"]), Judged.of(record).cost
+    judged = [figure for figure in qualities(record["dense"]) if all(figure.key in trial for trial in trials)]
+    cost = Judged.of(record).cost
     beside = [] if cost.key == "bytes" else [cost]
     rows = []
     for trial in sorted(trials, key=Judged.of(record).cost_of):

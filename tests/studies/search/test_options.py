@@ -84,11 +84,11 @@ def test_a_trial_clears_the_floor_where_its_figure_or_the_worse_end_of_its_inter
         (None, {"max_kl": 0.1}, "bytes"),
         ("ms", {"max_kl": 0.1}, "ms"),
         (None, {"max_bytes": 10}, "kl"),
-        ("same-top", {"max_bytes": 10}, "same-top"),
+        ("same-top", {"max_bytes": 10}, "minimise 'same-top': does not go with max_bytes 10, use kl"),
         ("kl", {"max_kl": 0.1}, "minimise 'kl': does not go with max_kl 0.1, use bytes, memory, ms"),
-        ("bytes", {"max_bytes": 10}, "minimise 'bytes': does not go with max_bytes 10, use kl, same-top"),
+        ("bytes", {"max_bytes": 10}, "minimise 'bytes': does not go with max_bytes 10, use kl"),
         ("weight_bytes", {"max_kl": 0.1}, "is now called bytes"),
-        ("watts", {"max_bytes": 10}, "minimise 'watts': unknown, use kl, same-top"),
+        ("watts", {"max_bytes": 10}, "minimise 'watts': unknown, use kl"),
     ],
 )
 def test_what_is_made_the_best_of_goes_with_what_is_kept(minimise: str | None, asked: dict, found: str) -> None:

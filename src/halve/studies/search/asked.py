@@ -110,10 +110,6 @@ def quality_of(evaluation: EvaluationOptions, floor: Floor) -> tuple[str, ...]:
     """The figures of quality that are measured. Raises HalveError when the limit is on another one."""
     of_text = evaluation.task == PERPLEXITY.name
     figures = OF_TEXT if of_text else OF_QUESTIONS
-    if not of_text and evaluation.task not in QUESTION_TASKS:
-        raise HalveError(
-            f"task {evaluation.task!r}: cannot be searched on, use {', '.join([*QUESTION_TASKS, TEXT_TASK])}"
-        )
     if floor.limited.of_quality and floor.figure not in figures:
         if of_text:
             raise HalveError(

@@ -1,4 +1,4 @@
-"""The figures that a search may keep within a limit or make the least of, each a row of FIGURES."""
+"""The figures that a search may keep within a limit or look for the best of, each a row of FIGURES."""
 
 from __future__ import annotations
 
@@ -113,8 +113,6 @@ FIGURES: dict[str, Figure] = {
     "memory": _Bytes("memory", "weights in memory", False),
     "ms": _Milliseconds("ms", "decode (ms a token)", False),
 }
-
-
 UNITS = ("questions", "documents", "windows")  # what the data of a search are counted in
 
 
@@ -130,7 +128,7 @@ def qualities(row: Mapping[str, Any]) -> list[Figure]:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a search was about: the figure that was limited, the one that was made the best of, and which of them is which."""
+    """What a search was about: the figure with the limit, and the one of which the best was looked for."""
 
     limited: Figure
     objective: Figure

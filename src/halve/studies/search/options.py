@@ -113,11 +113,11 @@ def _bytes(text: str | int) -> Floor:
 
 
 def objective_of(minimise: str | None, floor: Floor, of_quality: Sequence[str]) -> str:
-    """The figure to make the best of: bytes above a floor of quality; within bytes the first that tells quality.
+    """The figure to look for the best of: bytes above a floor of quality; within bytes the first that tells quality.
 
     of_quality: what is measured of the models. Raises HalveError for one that does not go with the limit.
     """
-    allowed = OBJECTIVES if floor.limited.of_quality else of_quality
+    allowed = OBJECTIVES if floor.limited.of_quality else of_quality[:1]
     if minimise is None:
         return allowed[0]
     if minimise not in allowed:
@@ -133,14 +133,14 @@ class SearchOptions:
     """How a search goes about it. Raises HalveError.
 
     minimise: one of OBJECTIVES: bytes of all tensors in the files; memory of the weights while decoding, as the kernels of
-    this machine hold them; ms of a decode step; within a number of bytes a figure of quality, such as kl. None: the first
-    that goes with the limit. Of equal ones the smaller in files wins, then the better. held_out_data: the questions or text
-    that the winner is confirmed on; without it `search_share` of the data, divided by article or document, is searched on
-    and the rest confirms. leave_out_shared: what is searched on and in the final test as well is left out, not an error;
-    RACE-H's own two sets need it. resolution: distance of the values tried
-    (0.01; whole numbers are exact). trials: points to measure where several options vary (40). storage: SQL URL of the
-    study, to share it between machines (OUT/study.db). keep_checkpoints: every trial's model stays, not the winner's
-    alone. seed: of the sampler and of timed prompts. command: for records, where it is not this process's own.
+    this machine hold them; ms of a decode step; within a number of bytes kl, or accuracy. None: the first that goes with
+    the limit. Of equal ones the smaller in files wins, then the better. held_out_data: the questions or text that the
+    winner is confirmed on; without it `search_share` of the data, divided by article or document, is searched on and the
+    rest confirms. leave_out_shared: what is searched on and in the final test as well is left out, not an error; RACE-H's
+    own two sets need it. resolution: distance of the values tried (0.01; whole numbers are exact). trials: points to
+    measure where several options vary (40). storage: SQL URL of the study, to share it between machines (OUT/study.db).
+    keep_checkpoints: every trial's model stays, not the winner's alone. seed: of the sampler and of timed prompts.
+    command: for records, where it is not this process's own.
     """
 
     minimise: str | None = None

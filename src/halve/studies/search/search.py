@@ -103,7 +103,7 @@ def search(
         str(model), name, place.out, recipe, varied, exam, calibration, options, objective, device, dtype, timing
     )
     ladder = _ladder(runner, asked) if len(varied) == 1 else None
-    corner = None if ladder else _gentlest(runner)
+    corner = None if ladder else _first_corner(runner, asked)
     documents = read()
     check_overlaps(exam, calibration.source, documents)
     identity = _identity(runner, checkpoint, documents, asked)
@@ -172,8 +172,9 @@ def _ladder(runner: TrialRunner, floor: Floor) -> list[Value]:
     return values if (last < first) is floor.limited.of_quality else values[::-1]
 
 
-def _gentlest(runner: TrialRunner) -> Point:
-    """Of the corners of several ranges, the one that leaves most bytes: the first point tried.
+def _first_corner(runner: TrialRunner, floor: Floor) -> Point:
+    """Of the corners of several ranges, the one that leaves most bytes, fewest where they are the limit: tried first, as the
+    likeliest to clear it.
 
     Raises RecipeError when the recipe can be applied at no corner.
     """
@@ -186,7 +187,7 @@ def _gentlest(runner: TrialRunner) -> Point:
             refused = refused or error
     if not planned:
         raise RecipeError(f"the recipe can be applied at no corner of the ranges: {refused}")
-    return max(planned)[1]
+    return (max if floor.limited.of_quality else min)(planned)[1]
 
 
 def _identity(
