@@ -34,6 +34,7 @@ from halve.texts import read_documents
 
 RESULTS = Path(__file__).parent / "results" / "search"
 HALF_RIGHT = Floor(0.5)
+DOCUMENTS = 64  # of a text, to search on
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ def rows(group_size: int, lower_bound: bool, layers: int) -> dict[str, Row]:
     both = ("prune-mlp.fraction=0..0.4", "gptq.bits=2|3|4|8")
     found["95-prune-gptq"] = Row(("prune-mlp:multiple_of=4", gptq), both, floor, bf16, 0.05, 16)
     # on a text: what KL to the dense model allows, and the least of it in so many bytes
-    for name, limit in (("kl-0.1", Floor(0.1, figure="kl")), ("top-90", Floor(0.9, figure="same-top"))):
-        found[f"{name}-gptq"] = Row((gptq,), ("gptq.bits=2|3|4|8",), limit, bf16)
-        found[f"{name}-prune-mlp"] = Row(("prune-mlp:multiple_of=4",), both[:1], limit, bf16)
+    tenth = Floor(0.1, figure="kl")
+    found["kl-0.1-gptq"] = Row((gptq,), ("gptq.bits=2|3|4|8",), tenth, bf16)
+    found["kl-0.1-prune-mlp"] = Row(("prune-mlp:multiple_of=4",), both[:1], tenth, bf16)
     third = Floor(0.3, True, figure="bytes")
     found["bytes-30-prune-gptq"] = Row(("prune-mlp:multiple_of=4", gptq), both, third, bf16, 0.05, 12)
     return found
@@ -134,7 +135,7 @@ def main() -> None:
             on_text = row.floor.figure != "accuracy"
             search(
                 work / asked.subject, work / name, row.steps, row.vary, floor=row.floor,
-                evaluation=EvaluationOptions("perplexity", asked.text, "documents")
+                evaluation=EvaluationOptions("perplexity", asked.text, "documents", limit=DOCUMENTS)
                 if on_text
                 else EvaluationOptions("multiple-choice", exam, "pmi", "plain",
                                        None if row.floor.relative else material.limit),
