@@ -41,10 +41,12 @@ BASES: dict[str, dict[str, Any]] = {
     "granite": BASE,
     "olmo2": BASE,
     "ministral": BASE | {"sliding_window": 12, "head_dim": 8},
+    "phi3": BASE | {"pad_token_id": 0, "sliding_window": 12},
     "opt": {k: v for k, v in BASE.items() if k not in ("num_key_value_heads", "intermediate_size")} | {"ffn_dim": 24},
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.5, 2.0], "long_factor": [1.0, 2.0, 4.0, 8.0]}
 ROPES: list[Any] = [
     None,
     {},
@@ -58,7 +60,15 @@ ROPES: list[Any] = [
     {"rope_type": "linear", "factor": 0.5},
     {"rope_type": "linear", "factor": 3.0, "partial_rotary_factor": 0.5},
     {"rope_type": "dynamic", "factor": 2.0},
-    {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    LONGROPE,
+    {**LONGROPE, "original_max_position_embeddings": 32},
+    {**LONGROPE, "original_max_position_embeddings": 8, "rope_theta": 300.0},
+    {**LONGROPE, "factor": 8.0, "attention_factor": 0.7, "original_max_position_embeddings": 8},
+    {**LONGROPE, "rope_type": "su"},
+    {**LONGROPE, "partial_rotary_factor": 0.5},
+    {**LONGROPE, "partial_rotary_factor": 0.5, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]},
+    {**LONGROPE, "long_factor": None},
+    {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 200.0},
     {"rope_type": None, "type": "linear", "factor": 2.0},
     {"rope_type": "linear", "factor": 2.0, "rope_theta": None},
     YARN,
@@ -103,7 +113,7 @@ VALUES: dict[str, list[Any]] = {
     "rope_scaling": ROPES,
     "rope_parameters": ROPES,
     "partial_rotary_factor": [0.5, 1.0],
-    "original_max_position_embeddings": [16, None],
+    "original_max_position_embeddings": [8, None],
     "sliding_window": [5, 30, None, 0, ABSENT],
     "use_sliding_window": [True, False, None],
     "max_window_layers": [0, 1, -1],
@@ -140,6 +150,8 @@ VALUES: dict[str, list[Any]] = {
     "attention_dropout": [0.5, 0],
     "dropout": [0.5],
     "layerdrop": [0.5],
+    "resid_pdrop": [0.5],
+    "embd_pdrop": [0.5],
     "output_hidden_states": [True, None],
     "return_dict": [True],
     "chunk_size_feed_forward": [8],

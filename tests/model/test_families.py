@@ -129,7 +129,7 @@ def _edit(folder: Path, tmp_path: Path, **changes: object) -> Path:
         ({"model_type": "qwen3_moe"}, r"not supported \(a mixture of experts"),
         ({"is_causal": False}, "is_causal"),
         ({"kv_sharing_modes": ["store", "reuse", "reuse"]}, "kv_sharing_modes"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 2.0, "factor": 2.0}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 2.0, "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 2.0, "factor": 2.0}}, "low_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "mish"}, "mish"),

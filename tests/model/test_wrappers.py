@@ -113,15 +113,3 @@ def test_phi3_is_a_mistral_whose_siblings_are_one_tensor(
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (written["model_type"], written["architectures"]) == ("mistral", ["MistralForCausalLM"])
     assert relative(logits(tmp_path / "out"), their_logits(tmp_path / "out")) < 1e-5
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
-        {"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}},
-    ],
-)
-def test_longrope_is_refused_with_its_reason(rope: dict) -> None:
-    with pytest.raises(UnsupportedModelError, match="outgrows a length"):
-        own_config(TEXT | rope | {"model_type": "phi3"}, "config.json")

@@ -51,7 +51,7 @@ class ModelState:
     @property
     def plain(self) -> bool:
         """True when the stock architecture of the family can hold this model."""
-        irregular = any(s.ragged or not s.whole for s in self.linears.values())
+        irregular = not self.family.stock or any(s.ragged or not s.whole for s in self.linears.values())
         first = self.config.layers[0]
         widths = {replace(layer, sliding_window=None, rope=None) for layer in self.config.layers}
         if irregular or len(widths) > 1 or not (first.has_attention and first.has_mlp):

@@ -58,6 +58,8 @@ def unsupported(model: Model) -> str | None:
         return "norms of what sublayers write, or weights of norms in float32"
     if len(config.ropes) > 1 or any(layer.has_attention and layer.rope is None for layer in config.layers):
         return "rotary embeddings that differ between layers"
+    if config.length_limit is not None or any(rope.share != 1 for rope in config.ropes):
+        return "rotary embeddings of a part of each head, or that a text's length changes"
     if config.attention_cap is not None or config.logit_cap is not None:
         return "scores or logits with a cap"
     scales = (config.embed_scale, config.residual_scale, config.logit_divisor)

@@ -55,7 +55,7 @@ class LayerStruct(ctypes.Structure):
         ("o", LinearStruct),
         ("up", LinearStruct * 2),
         ("down", LinearStruct),
-        *((name, c_int64) for name in ("heads", "kv_heads", "width", "window")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "width", "window", "turned")),
     )
 
 

@@ -58,18 +58,20 @@ class Span:
         self.tokens, self.cache, self.device = tokens, cache, device
         start = 0 if cache is None else cache.lengths
         self.start = start
-        self.end = (start if isinstance(start, int) else int(start.max())) + tokens
+        self.end = tokens + (0 if cache is None else cache.end)
         steps = torch.arange(tokens, device=device)
         self.positions = steps + start if isinstance(start, int) else steps + start.unsqueeze(1)  # [T] or [B, T]
-        tables = [rotary.tables(self.end, dtype) for rotary in rotaries]
+        tables = [rotary.tables(self.end, dtype, rotary.long(self.end)) for rotary in rotaries]
         self._turns = [tuple(table[self.positions].unsqueeze(-3) for table in pair) for pair in tables]
         self._masks: dict[int | None, Tensor | None] = {}
 
     def rotate(self, x_BHTh: Tensor, rope: int) -> Tensor:
         """One of the rotary embeddings, in the half-split form of the Hugging Face checkpoints."""
         cos, sin = self._turns[rope]
-        low, high = x_BHTh.chunk(2, dim=-1)
-        return x_BHTh * cos + torch.cat((-high, low), dim=-1) * sin
+        x, left = x_BHTh.split((cos.shape[-1], x_BHTh.shape[-1] - cos.shape[-1]), dim=-1)
+        low, high = x.chunk(2, dim=-1)
+        turned = x * cos + torch.cat((-high, low), dim=-1) * sin
+        return torch.cat((turned, left), dim=-1) if left.shape[-1] else turned
 
     def plain_causal(self, window: int | None) -> bool:
         """True when the mask is the square causal one."""
@@ -245,7 +247,20 @@ class Model(nn.Module):
         return KVCache(self.config, batch, capacity, self.dtype, self.device)
 
     def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the head reads, [B, T, embed size]. With a cache, tokens continue it and its lengths grow by T."""
+        """What the head reads, [B, T, embed size]. With a cache, tokens continue it and its lengths grow by T.
+
+        Where they take the longest row beyond the length up to which its keys hold, the cache is made again first.
+        """
+        if cache is None or not cache.outgrown(tokens_BT):
+            return self._hidden(tokens_BT, cache)
+        assert cache.tokens is not None
+        lengths, positions, rows = cache.lengths, cache.positions(tokens_BT.shape[1]), len(tokens_BT)
+        whole, cache.lengths = cache.tokens[:, : cache.end + tokens_BT.shape[1]], 0
+        hidden = self._hidden(whole, cache)
+        cache.lengths = lengths + tokens_BT.shape[1]
+        return hidden[torch.arange(rows, device=hidden.device).unsqueeze(1), positions]
+
+    def _hidden(self, tokens_BT: Tensor, cache: KVCache | None) -> Tensor:
         span = Span(self.rotaries, tokens_BT.shape[1], self.dtype, self.device, cache)
         x = embed_tokens(self.config, tokens_BT, span, self.embed, self.positions, self.project_in)
         for block in self.blocks:

@@ -15,6 +15,7 @@ from halve.model.layer_rules import (
     every_sixth,
     kinds_or_one_window,
     one_window,
+    part_rope,
     rope_by_list,
     rope_by_window,
     windows_by_layer,
@@ -86,6 +87,8 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(
         default_kv_heads=8, default_positions=131072, nullable=frozenset({"head_dim"}), windows=one_window
     ),
+    # as wrappers make it: with rotary embedding of a part of each head, and tensors that transformers has merged
+    "phi3": Family(stock=False, windows=one_window, ropes=part_rope, dropouts=("resid_pdrop", "embd_pdrop")),
     "qwen2": Family(
         default_kv_heads=32,
         default_positions=32768,
@@ -182,7 +185,7 @@ def parse_config(raw: Json, origin: str) -> tuple[Family, ModelConfig]:
     kind = raw.get("model_type")
     base = raw.get("halve_model_type") if kind == "halve" else kind
     if not isinstance(base, str) or base not in FAMILIES:
-        known = ", ".join((*FAMILIES, *WRAPPERS, *ALIASES))
+        known = ", ".join(dict.fromkeys((*FAMILIES, *WRAPPERS, *ALIASES)))
         why = reason(base) if isinstance(base, str) else None
         raise UnsupportedModelError(
             f"{origin}: model_type={shown(base)} is not supported{f' ({why})' if why else ''}: use a model of type {known}"

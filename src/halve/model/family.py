@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halve.model.config import LayerConfig, ModelConfig
-from halve.model.fields import MAX_LAYERS, Fields, Kinds
+from halve.model.fields import MAX_LAYERS, Fields, Kinds, check_rope_sizes
 from halve.model.layer_rules import Ropes, Windows, no_windows, one_rope
 
 LLAMA_NAMES = {
@@ -60,7 +60,7 @@ _OPT_CHECKED: Kinds = {
 
 
 def llama_like(f: Fields, family: Family) -> ModelConfig:
-    f.check_kinds(_LLAMA_CHECKED)
+    f.check_kinds(_LLAMA_CHECKED | dict.fromkeys(family.dropouts, (int, float)))
     heads, kv_heads, head_dim = _heads(f, family)
     layers = f.integer("num_hidden_layers", most=MAX_LAYERS)
     width = f.integer("intermediate_size")
@@ -68,6 +68,7 @@ def llama_like(f: Fields, family: Family) -> ModelConfig:
     bias = "attention_bias" in family.bias_fields and f.flag("attention_bias", False)
     windows = family.windows(f, layers)
     ropes, rope_of = family.ropes(f, windows, positions)
+    check_rope_sizes(f, ropes, head_dim)
     numbers: dict[str, Any] = {part: f.number(key, 1.0) for part, key in family.numbers.items()}
     if family.query_scalar:
         numbers["attention_scale"] = f.integer("query_pre_attn_scalar", 256) ** -0.5
@@ -150,6 +151,8 @@ class Family:
     width_fields: dict[str, str] = field(default_factory=lambda: _WIDTHS)
     names: dict[str, str] = field(default_factory=lambda: LLAMA_NAMES)
     parse: Callable[[Fields, Family], ModelConfig] = llama_like
+    # transformers' model of this type holds the tensors that are named here, where nothing else forbids
+    stock: bool = True
     # transformers refuses a config of this type whose number of heads does not divide its hidden size
     heads_divide_hidden: bool = False
     default_kv_heads: int | None = None  # where the config does not say; None: as many as query heads
@@ -159,6 +162,7 @@ class Family:
     defaults: dict[str, Any] = field(default_factory=dict)
     # fields that would change the maths, and the values by which they do not
     neutral: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    dropouts: tuple[str, ...] = ()  # those that its config class has beside that of attention
     nullable: frozenset[str] = frozenset()  # of the two fields of heads, those that may be null: as if derived
     qk_norm: bool = False  # norms over each head of queries and keys
     qk_norm_whole: bool = False  # those are over all heads together

@@ -85,6 +85,11 @@ def one_rope(f: Fields, windows: Windows, max_positions: int) -> Ropes:
     return (read_rope(f, max_positions),), [0] * len(windows)
 
 
+def part_rope(f: Fields, windows: Windows, max_positions: int) -> Ropes:
+    """The same, of a part of each head where `partial_rotary_factor` says so."""
+    return (read_rope(f, max_positions, partial=True),), [0] * len(windows)
+
+
 def no_rope(f: Fields, windows: Windows, max_positions: int) -> Ropes:
     """Learned positions."""
     return (), [None] * len(windows)

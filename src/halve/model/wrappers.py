@@ -37,21 +37,26 @@ class Alias:
     """A `model_type` that computes what another does, its siblings' weights in one tensor (see `naming.split_merged`).
 
     other, architecture: as of a Wrapper the text; defaults: where those of the fields differ; left_out: fields that it does
-    not read and the other does.
+    not read and the other does; longropes: its names for rotary type longrope.
     """
 
     other: str
     architecture: str
     defaults: Json
     left_out: tuple[str, ...]
+    longropes: tuple[str, ...] = ()
 
 
 ALIASES: dict[str, Alias] = {
     "phi3": Alias(
         "mistral",
         "MistralForCausalLM",
-        {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None, "num_key_value_heads": None},
+        {
+            **{"rms_norm_eps": 1e-5, "sliding_window": None, "num_key_value_heads": None},
+            **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), 4096),
+        },
         left_out=("layer_types", "auto_map"),  # the code it names is the model that transformers has by now
+        longropes=("longrope", "su", "yarn"),
     )
 }
 
@@ -71,17 +76,23 @@ def own_config(raw: Json, origin: str) -> Json:
 
 def _renamed_config(raw: Json, alias: Alias, origin: str) -> Json:
     fields = Fields(raw, origin)
+    config = {key: value for key, value in (alias.defaults | raw).items() if key not in alias.left_out}
+    shares = [raw.get("partial_rotary_factor")]
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key)
-        if isinstance(rope, dict) and rope and rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise fields.fail(
-                key,
-                "names frequencies that change when a text outgrows a length, which is not handled",
-                "use another model",
-            )
-    config = {key: value for key, value in (alias.defaults | raw).items() if key not in alias.left_out}
+        if not isinstance(rope, dict) or not rope:
+            continue
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", *alias.longropes):
+            raise fields.fail(key, f"must name one of default, {', '.join(alias.longropes)}", "use another model")
+        config[key] = {k: v for k, v in rope.items() if k != "type"} | {
+            "rope_type": "default" if kind == "default" else "longrope"
+        }
+        shares.append(rope.get("partial_rotary_factor"))
     if config["num_key_value_heads"] is None and "num_attention_heads" in config:
         config["num_key_value_heads"] = config["num_attention_heads"]
+    if any(share not in (None, 1) for share in shares):
+        return config  # none that transformers has under another name turns a part of a head
     return config | {"model_type": alias.other, "architectures": [alias.architecture]}
 
 

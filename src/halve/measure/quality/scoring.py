@@ -148,8 +148,10 @@ def fork(cache: KVCache, rows: list[int], extra: int) -> KVCache:
     index = torch.tensor(rows, device=cache.lengths.device if isinstance(cache.lengths, Tensor) else None)
     grown = copy.copy(cache)
     grown.lengths = cache.lengths if isinstance(cache.lengths, int) else cache.lengths[index]
-    live = grown.lengths if isinstance(grown.lengths, int) else int(grown.lengths.max())
+    live = grown.end
     grown.capacity, grown.layers = live + extra, []
+    if cache.tokens is not None:
+        grown.tokens = functional.pad(cache.tokens[:, :live].index_select(0, index.to(cache.tokens.device)), (0, extra))
     for pair in cache.layers:
         if pair is None:
             grown.layers.append(None)
