@@ -60,6 +60,7 @@ ROPE_NUMBERS: dict[str, dict[str, tuple[float, bool]]] = {
     },
     "longrope": {"factor": (_LEAST, False), "attention_factor": (0.0, False)},
 }
+_BY_LENGTH = ("llama3", "yarn", "longrope")  # those that compute with the length of text they were trained on
 _SPREADS = ("short_factor", "long_factor")  # what longrope divides each frequency by
 
 
@@ -186,8 +187,11 @@ def _is_a(value: Any, kind: type | None) -> bool:
 
 
 def read_rope(f: Fields, max_positions: int, partial: bool = False) -> RopeConfig:
-    """Rotary parameters; `partial`: the architecture can turn a part of a head. As in transformers `rope_scaling`, where it holds anything, is taken whole and `rope_parameters`
-    not at all; what the one taken does not say of `rope_theta` the config's own field does."""
+    """Rotary parameters; `partial`: the architecture can turn a part of a head.
+
+    As in transformers `rope_scaling`, where it holds anything, is taken whole and `rope_parameters` not at all; what the one
+    taken does not say of `rope_theta` the config's own field does.
+    """
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(f.raw.get(key), dict | None):
             raise f.fail(key, "must be an object or null")
@@ -195,15 +199,39 @@ def read_rope(f: Fields, max_positions: int, partial: bool = False) -> RopeConfi
     # transformers lets a field of the config itself win over that among the parameters
     key = "original_max_position_embeddings"
     own = {key: f.raw[key]} if key in f.raw else {}
-    given = {**(f.raw.get(where) or {}), **own}
+    given = {**_given(f, where), **own}
     return _read_rope(f, where, given, ("rope_theta", 10000.0), max_positions, partial)
 
 
-def read_ropes_of_kinds(f: Fields, max_positions: int) -> tuple[RopeConfig, RopeConfig]:
+def _given(f: Fields, where: str) -> Json:
+    """The parameters in a field, those that the family has where it is null or missing."""
+    given = f.raw.get(where)
+    return (f.defaults.get(where) or {}) if given is None else given
+
+
+def read_growth(f: Fields, max_positions: int) -> tuple[float, float]:
+    """How the queries of Ministral 3 grow with their position: `llama_4_scaling_beta`, and the length of a step."""
+    where = _rope_field(f)
+    given, name = _given(f, where), "original_max_position_embeddings"
+    kind = given.get("rope_type", given.get("type", "default"))
+    length = given.get(name, max_positions if kind in _BY_LENGTH else None)
+    if kind in _BY_LENGTH and name in f.raw:
+        length = f.raw[name]
+    beta = given.get("llama_4_scaling_beta")
+    for value, key, least in ((beta, "llama_4_scaling_beta", 0.0), (length, name, _LEAST)):
+        if not is_number(value, least):
+            raise f.fail(where, f"must give {key} as a number of at least {least}")
+    assert beta is not None and length is not None
+    return float(beta), float(length)
+
+
+def read_ropes_of_kinds(
+    f: Fields, max_positions: int, bases: tuple[tuple[str, float], tuple[str, float]]
+) -> tuple[RopeConfig, RopeConfig]:
     """Rotary parameters of layers with full attention and of those with a window.
 
     As in transformers `rope_parameters` holds an object for each kind, and the older `rope_scaling` is put over that of
-    full attention; what they do not say of `rope_theta` are `rope_theta` and `rope_local_base_freq`.
+    full attention; `bases`: fields that say `rope_theta` where those do not, and their defaults.
     """
     kinds = ("full_attention", "sliding_attention")
     given, scaling = f.raw.get("rope_parameters"), f.raw.get("rope_scaling")
@@ -224,10 +252,8 @@ def read_ropes_of_kinds(f: Fields, max_positions: int) -> tuple[RopeConfig, Rope
     if "longrope" in (part.get("rope_type", part.get("type")) for part in (full, sliding, scaling or {})):
         raise f.fail("rope_scaling" if scaling else where, "has longrope for some layers", "use another model")
     return (
-        _read_rope(
-            f, "rope_scaling" if scaling else where, {**full, **(scaling or {})}, ("rope_theta", 1e6), max_positions
-        ),
-        _read_rope(f, where, sliding, ("rope_local_base_freq", 10000.0), max_positions),
+        _read_rope(f, "rope_scaling" if scaling else where, {**full, **(scaling or {})}, bases[0], max_positions),
+        _read_rope(f, where, sliding, bases[1], max_positions),
     )
 
 
@@ -293,7 +319,7 @@ def _rope_options(f: Fields, where: str, kind: str, given: Mapping[str, Any], ma
         if not is_number(value, least):
             raise f.fail(where, f"has {name}={shown(value)}, which must be a number of at least {least}, at most 1e30")
         options[name] = float(value)
-    if kind not in ("llama3", "yarn", "longrope"):
+    if kind not in _BY_LENGTH:
         return options
     name = "original_max_position_embeddings"
     original = given.get(name, max_positions)

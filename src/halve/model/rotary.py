@@ -18,13 +18,17 @@ class RopeConfig:
     """Rotary position embedding.
 
     `kind`: default, linear, llama3, yarn or longrope; `options`: its parameters, named as in Hugging Face configs, tuples
-    where those are lists; `share`: of the channels of a head, the first, that are turned.
+    where those are lists; `share`: of the channels of a head, the first, that are turned; `neighbours`: those that are
+    turned together are neighbours, not half of them apart; `growth`: queries at position p are multiplied by
+    1 + growth[0] ln(1 + floor(p / growth[1])).
     """
 
     theta: float
     kind: str = "default"
     options: dict[str, Any] = field(default_factory=dict)
     share: float = 1.0
+    neighbours: bool = False
+    growth: tuple[float, float] | None = None
 
     @property
     def limit(self) -> float | None:
@@ -63,6 +67,14 @@ class Rotary:
             tables = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
             self._tables[dtype, long] = tables
         return tables
+
+
+def query_growth(config: RopeConfig, positions: Tensor) -> Tensor | None:
+    """What queries at `positions` are multiplied by, float32; None where nothing."""
+    if config.growth is None:
+        return None
+    beta, length = config.growth
+    return 1 + beta * torch.log(1 + torch.floor(positions / length))
 
 
 def rope_frequencies(config: RopeConfig, head_dim: int, max_positions: int, long: bool = False) -> tuple[Tensor, float]:

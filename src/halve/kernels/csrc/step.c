@@ -32,6 +32,7 @@ typedef struct {
     int64_t heads, kv_heads;         /* 0: no attention */
     int64_t width;                   /* 0: no MLP */
     int64_t window;                  /* a query sees this many slots at most, 0: all */
+    const float *growth;             /* [capacity], what queries are multiplied by, or NULL */
     int64_t turned;                  /* channels of a head that rotary embedding turns, the first */
 } layer_t;
 
@@ -206,7 +207,8 @@ static void attend_heads(void *data, int64_t first, int64_t last) {
         }
         store(key, size, model->kind, (void *)cached(s->cache->keys[s->index], s, m, head, slot));
         store(value, size, model->kind, (void *)cached(s->cache->values[s->index], s, m, head, slot));
-        for (int64_t c = 0; c < shared * size; ++c) queries[c] *= model->attention_scale;
+        const float scale = model->attention_scale * (layer->growth ? layer->growth[slot] : 1.0f);
+        for (int64_t c = 0; c < shared * size; ++c) queries[c] *= scale;
         const int64_t oldest = layer->window && slot + 1 > layer->window ? slot + 1 - layer->window : 0;
         k->attend(queries, (int)shared, cached(s->cache->keys[s->index], s, m, head, 0),
                   cached(s->cache->values[s->index], s, m, head, 0), model->kind, oldest, slot + 1, size,
@@ -435,6 +437,7 @@ const declaration_t *halve_step_declarations(void) {
         FIELD(layer_t, kv_heads),
         FIELD(layer_t, width),
         FIELD(layer_t, window),
+        FIELD(layer_t, growth),
         FIELD(layer_t, turned),
         STRUCTURE(model_t),
         FIELD(model_t, kernels),
