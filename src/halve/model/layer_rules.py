@@ -155,5 +155,5 @@ def rope_by_window(f: Fields, windows: Windows, max_positions: int) -> Ropes:
 
 def rope_by_window_alone(f: Fields, windows: Windows, max_positions: int) -> Ropes:
     """OLMo 3: the same, but that of layers with a window has its base from nowhere else than `rope_parameters`."""
-    bases = (("rope_theta", 10000.0), ("", 10000.0))
+    bases = (("rope_theta", 500000.0), ("", 500000.0))
     return read_ropes_of_kinds(f, max_positions, bases), [0 if window is None else 1 for window in windows]
