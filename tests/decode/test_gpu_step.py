@@ -80,6 +80,7 @@ def check_steps(
         ("qwen3", {"head_dim": 8}),
         ("qwen2", {"tie_word_embeddings": True}),
         ("mistral", {"sliding_window": 18}),
+        ("seed_oss", {"head_dim": 8, "attention_out_bias": True}),
     ],
 )
 def test_families(make_hf: Callable[..., Path], family: str, options: dict[str, Any]) -> None:
