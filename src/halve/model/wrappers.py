@@ -149,6 +149,7 @@ def own_config(raw: Json, origin: str) -> Json:
 def _renamed_config(raw: Json, alias: Alias, origin: str) -> Json:
     fields = Fields(raw, origin)
     config = {key: value for key, value in (alias.defaults | raw).items() if key not in alias.left_out}
+    fields.integer("original_max_position_embeddings", 4096)
     shares = [raw.get("partial_rotary_factor")]
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key)
