@@ -36,7 +36,8 @@ _POSITIONS = 64  # compared at a time
 _RANGE = 16.0  # nats below the largest logit that the file tells apart
 _LEVELS = 65535
 _PRINTED = 5e-7  # half of the last digit that the tool prints
-_FLAGS = ["-t", "1", "-b", "512"]
+_FLAGS = ["-t", "1"]
+_TRIES = 10
 _FLOAT = ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]
 _NUMBER = r"\s*:\s*(-?[\d.]+|nan|inf)"
 _FIGURES = {
@@ -69,9 +70,12 @@ def run(*command: str | Path) -> str:
 def llama_cpp(tools: Path, base: Path, model: Path, kept: Path, flags: list[str], text: list[str]) -> dict[str, float]:
     """The tool's figures; `kept` is the file in which it keeps the base's log-probabilities."""
     run(tools / "llama-perplexity", "-m", base, "--kl-divergence-base", kept, *flags, *text)
-    printed = run(
-        tools / "llama-perplexity", "-m", model, "--kl-divergence", "--kl-divergence-base", kept, *flags, *text
-    )
+    for _ in range(_TRIES):  # a thread writes what it prints, and the end of the program may cut that off
+        printed = run(
+            tools / "llama-perplexity", "-m", model, "--kl-divergence", "--kl-divergence-base", kept, *flags, *text
+        )
+        if "Same top p:" in printed:
+            break
 
     def figure(name: str) -> float:
         found = re.search(name + _NUMBER, printed)
@@ -195,7 +199,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     out = check_record_path(args.out)
-    text = ["-f", str(args.text), "-c", str(args.window), "--chunks", str(args.chunks)]
+    window = str(args.window)
+    text = ["-f", str(args.text), "-c", window, "-b", window, "--chunks", str(args.chunks)]
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         floats = [work / f"{path.stem}-F32.gguf" for path in (args.base, args.model)]
