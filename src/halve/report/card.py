@@ -117,7 +117,7 @@ def _why_not(record: AnyRecord, sha256: str) -> str | None:
     """Why a record says nothing of the model of this hash; None where it does."""
     told = f"the record of '{record['model']}' ({record['kind']})"
     if record["kind"] not in ("evaluation", "benchmark"):
-        return f"{told} is about several models: give records of halve evaluate and halve benchmark"
+        return f"{told} holds no figures of one model: give records of halve evaluate and halve benchmark"
     if "model_sha256" not in record:
         return f"{told} does not say by content what was measured: measure this model again"
     if record["model_sha256"] != sha256:
@@ -153,8 +153,8 @@ def _text(folder: Path, manifest: Manifest, carried: Metadata, measured: Sequenc
     name = folder.resolve().name
     parts = [
         f"---\n{_front_matter(manifest, config, carried)}\n---\n",
-        f"# {markdown(name)}\n",
-        _lead(folder, name, manifest),
+        "# " + markdown(name).replace("#", r"\#") + "\n",  # a # at the end would be part of the mark
+        _lead(folder, manifest),
         *_done(name, manifest),
         "## What it cost\n",
         _cost(measured),
@@ -187,11 +187,11 @@ def _is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
-def _lead(folder: Path, name: str, manifest: Manifest) -> str:
+def _lead(folder: Path, manifest: Manifest) -> str:
     base = markdown(manifest["base_model"])
     if _is_hub_id(manifest["base_model"]):
         base = f"[{base}](https://huggingface.co/{manifest['base_model']})"
-    sentence = f"{markdown(name)} is {base}, made smaller by halve {__version__} without retraining"
+    sentence = f"This is {base}, made smaller by halve {__version__} without retraining"
     after = (read_object(folder / INDEX) or {}).get("metadata", {}).get("total_size")
     before = manifest.get("weight_bytes_before")
     if before and isinstance(after, int):
