@@ -53,7 +53,7 @@ _FIGURES = {
     "perplexity_ratio": r"Mean PPL\(Q\)/PPL\(base\)",
 }
 _PER_CENT = {
-    "same_top_share": "Same top p",
+    "same_top": "Same top p",
     "probability_change_mean": "Mean    Δp",
     "probability_change_rms": "RMS Δp ",
 }
@@ -182,7 +182,7 @@ def figures(rows: dict[str, list[Tensor]]) -> dict[str, float]:
         "perplexity": float(np.exp(nll.mean())),
         "base_perplexity": float(np.exp(base_nll.mean())),
         "perplexity_ratio": float(np.exp((nll - base_nll).mean())),
-        "same_top_share": float(same.mean()),
+        "same_top": float(same.mean()),
         "probability_change_mean": float(change.mean()),
         "probability_change_rms": float(np.sqrt((change**2).mean())),
     }

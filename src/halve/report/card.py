@@ -139,13 +139,14 @@ def _carried(card: Path | None) -> Metadata:
         found = {} if front is None else yaml.load(front[2], Loader=yaml.BaseLoader)
     except (OSError, yaml.YAMLError, RecursionError):
         return {}
-    kept: Metadata = {}
-    for key in _CARRIED if isinstance(found, dict) else ():
-        value = found.get(key)
-        words = value if isinstance(value, list) else [value]
-        if words and all(isinstance(word, str) and word for word in words):
-            kept[key] = value
-    return kept
+    if not isinstance(found, dict):
+        return {}
+    return {key: found[key] for key in _CARRIED if _are_words(found.get(key))}
+
+
+def _are_words(value: Any) -> bool:
+    words = value if isinstance(value, list) else [value]
+    return bool(words) and all(isinstance(word, str) and word for word in words)
 
 
 def _text(folder: Path, manifest: Manifest, carried: Metadata, measured: Sequence[AnyRecord]) -> str:
@@ -205,10 +206,9 @@ def _done(name: str, manifest: Manifest) -> Iterator[str]:
     rows = []
     for step in manifest["steps"]:
         done = [line for line in step["linears"] if line["action"] != "skipped"]
-        sizes = (show_bytes(step[f"linear_bytes_{when}"]) for when in ("before", "after"))
-        rows.append(
-            [markdown(step_text(step.get("resolved") or step)), f"{len(done)} of {len(step['linears'])}", *sizes]
-        )
+        sizes = [show_bytes(step["linear_bytes_before"]), show_bytes(step["linear_bytes_after"])]
+        text = markdown(step_text(step.get("resolved") or step))
+        rows.append([text, f"{len(done)} of {len(step['linears'])}", *sizes])
     yield markdown_table(["step", "linears", "their bytes before", "after"], rows)
     command = ["halve", "compress", manifest["base_model"], name]
     command += [word for step in manifest["recipe"] for word in ("--step", step_text(step))]
