@@ -35,8 +35,8 @@ int4-g128 rtn:bits=4,group_size=128
 int8-g128 rtn:bits=8,group_size=128
 mlp0.05 prune-mlp:fraction=0.05,multiple_of=8
 int4-g32 rtn:bits=4,group_size=32
-mlp0.02 prune-mlp:fraction=0.02,multiple_of=8
 int3-g32 rtn:bits=3,group_size=32
+mlp0.02 prune-mlp:fraction=0.02,multiple_of=8
 RECIPES
     exit
 fi

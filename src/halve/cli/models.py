@@ -99,7 +99,10 @@ def compress(
     terminal.result(result)
     if question is not None:
         _compare_with_source(out, model, question, device, dtype)
-    say(f"wrote {write_card(result.out, source=result.plan.checkpoint.folder, on_left_out=complain)}")
+    card = write_card(
+        result.out, source=result.plan.checkpoint.folder, on_left_out=lambda why: complain(f"left out: {why}")
+    )
+    say(f"wrote {card}")
 
 
 def _check_question(text: Path, model: str, out: Path) -> EvaluationOptions:
