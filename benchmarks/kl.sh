@@ -23,20 +23,19 @@ if [ -n "$dense" ]; then
     base() { if [ -e "$1.base" ]; then echo "--base $1.base"; else echo "--base $model --save-base $1.base"; fi; }
     while read -r name recipe; do
         out="$model-$name"
-        halve compress "$model" "$out" --step "$recipe" --calibration c4_sample_1000.jsonl --samples 64 --window 512
+        halve compress "$model" "$out" --step "$recipe" --calibration c4_sample_1000.jsonl --samples 32 --window 512
         # shellcheck disable=SC2046
-        ask "$out-wikitext" "$out" $(base wikitext) --task perplexity --window 512 --limit 16 --data wikitext2_test.raw
+        ask "$out-wikitext" "$out" $(base wikitext) --task perplexity --window 512 --limit 8 --data wikitext2_test.raw
         # shellcheck disable=SC2046
         ask "$out-race" "$out" $(base race) --task race-h --protocol pmi --template plain --limit 200 \
             --data race_high_dev.jsonl
         rm -r "$out"
     done <<'RECIPES'
-int4-g128 rtn:bits=4,group_size=128
 int8-g128 rtn:bits=8,group_size=128
-mlp0.05 prune-mlp:fraction=0.05,multiple_of=8
 int4-g32 rtn:bits=4,group_size=32
-int3-g32 rtn:bits=3,group_size=32
+int4-g128 rtn:bits=4,group_size=128
 mlp0.02 prune-mlp:fraction=0.02,multiple_of=8
+mlp0.05 prune-mlp:fraction=0.05,multiple_of=8
 RECIPES
     exit
 fi
