@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 
 from halve import compress, evaluate, write_card
 from halve.checkpoint.identity import model_sha256
-from halve.errors import DataError, OutputError
+from halve.errors import DataError, HalveError, OutputError
 from halve.escapes import plain
 from halve.files.contents import CHECK, is_card
 from halve.measure.records import new_record, write_record
@@ -316,6 +316,15 @@ def test_only_what_halve_compressed_has_a_card(dense: Path, model: Path) -> None
     with pytest.raises(DataError, match=r"halve\.json"):
         write_card(model)
     assert not (dense / "README.md").exists() and not (model / "README.md").exists()
+
+
+@pytest.mark.parametrize("value", [[], "x", {"config_groups": []}, {"config_groups": {"a": 1}}])
+def test_a_model_that_cannot_be_opened_has_no_card(model: Path, value: Any) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": value}))
+    with pytest.raises(HalveError, match="quant"):
+        write_card(model)
+    assert not (model / "README.md").exists()
 
 
 def test_a_model_with_a_card_is_replaced_and_with_notes_is_not(dense: Path, model: Path) -> None:

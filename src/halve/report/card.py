@@ -14,10 +14,11 @@ from typing import Any, cast
 from halve._version import __version__
 from halve.checkpoint.identity import model_sha256
 from halve.checkpoint.manifest import Manifest
-from halve.checkpoint.tensors import INDEX
+from halve.checkpoint.reader import Checkpoint, open_checkpoint
+from halve.compression.plan import state_of
 from halve.errors import DataError, OutputError, refuse_pipe
 from halve.escapes import markdown, plain
-from halve.files import check_output_path, read_object, write_text
+from halve.files import check_output_path, write_text
 from halve.files.contents import CARD, CHECK, is_card, leads_outside, sealed_card
 from halve.files.typed import check_type, read_value
 from halve.measure.records import AnyRecord, Measurement, find_records
@@ -53,10 +54,11 @@ def write_card(
     """
     folder = Path(os.path.expanduser(out))
     manifest = _manifest(folder)
+    checkpoint = open_checkpoint(str(folder))
     target = _target(folder, overwrite)
     measured = _measured(folder, records, on_left_out or (lambda _: None))
     carried = _carried(target) | _carried(None if source is None else Path(source) / CARD)
-    write_text(target, sealed_card(_text(folder, manifest, carried, measured)))
+    write_text(target, sealed_card(_text(checkpoint, manifest, carried, measured)))
     return target
 
 
@@ -149,13 +151,12 @@ def _are_words(value: Any) -> bool:
     return bool(words) and all(isinstance(word, str) and word for word in words)
 
 
-def _text(folder: Path, manifest: Manifest, carried: Metadata, measured: Sequence[AnyRecord]) -> str:
-    config = read_object(folder / "config.json") or {}
-    name = folder.resolve().name
+def _text(checkpoint: Checkpoint, manifest: Manifest, carried: Metadata, measured: Sequence[AnyRecord]) -> str:
+    config, name = checkpoint.raw, checkpoint.folder.resolve().name
     parts = [
         f"---\n{_front_matter(manifest, config, carried)}\n---\n",
         "# " + markdown(name).replace("#", r"\#") + "\n",  # a # at the end would be part of the mark
-        _lead(folder, manifest),
+        _lead(checkpoint, manifest),
         *_done(name, manifest),
         "## What it cost\n",
         _cost(measured),
@@ -188,14 +189,13 @@ def _is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
-def _lead(folder: Path, manifest: Manifest) -> str:
+def _lead(checkpoint: Checkpoint, manifest: Manifest) -> str:
     base = markdown(manifest["base_model"])
     if _is_hub_id(manifest["base_model"]):
         base = f"[{base}](https://huggingface.co/{manifest['base_model']})"
     sentence = f"This is {base}, made smaller by halve {__version__} without retraining"
-    after = (read_object(folder / INDEX) or {}).get("metadata", {}).get("total_size")
-    before = manifest.get("weight_bytes_before")
-    if before and isinstance(after, int):
+    if before := manifest.get("weight_bytes_before"):
+        after = state_of(checkpoint, None).nbytes
         sentence += f": {show_bytes(before)} of weights became {show_bytes(after)} ({show_percent(after / before, 0)})"
     return f"{sentence}.\n"
 
