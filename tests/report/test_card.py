@@ -125,9 +125,32 @@ def test_figures_are_those_of_the_records(model: Path, tmp_path: Path) -> None:
     write_record(tmp_path / "speed.json", new_record("benchmark", "int8", command="x", recipe=[], **speed))
     found = cells(write_card(model, [tmp_path / "kl.json", tmp_path / "speed.json"]))
     assert found["KL divergence from DENSE, nats a token"] == ("0.0123", "0.0111 to 0.0135")
-    assert found["same top token as DENSE"] == ("95.1 %", "94.0 to 96.0 %")
+    assert found["same top token as DENSE"] == ("95.1 %", "94.0 % to 96.0 %")
     assert found["perplexity / that of DENSE"] == ("1.077", "1.05 to 1.1")
     assert found["perplexity of DENSE"][0] == "6.500" and found["decode, tokens/s"][0] == "123.4"
+
+
+def test_figures_of_questions(model: Path, tmp_path: Path) -> None:
+    changed = {"right_to_wrong": 44, "wrong_to_right": 49, "base_accuracy": 0.541, "agreement": 0.79}
+    asked = {
+        "task": "multiple-choice",
+        "protocol": "pmi",
+        "accuracy": 0.55,
+        "accuracy_ci95": [0.51, 0.59],
+        "questions": 615,
+    }
+    write_record(tmp_path / "exam.json", evaluation(model, **asked, **changed))
+    found = cells(write_card(model, [tmp_path / "exam.json"]))
+    assert found["accuracy"] == ("55.0 %", "51.0 % to 59.0 %") and found["accuracy of DENSE"][0] == "54.1 %"
+    assert found["right to wrong, questions"][0] == "44" and found["wrong to right, questions"][0] == "49"
+    assert "perplexity" not in found
+
+
+def test_a_record_without_a_base_has_no_rows_of_it(model: Path, tmp_path: Path) -> None:
+    record = evaluation(model)
+    against = ("base", "kl_", "same_", "expected", "perplexity_ratio", "base_")
+    write_record(tmp_path / "ppl.json", {k: v for k, v in record.items() if not k.startswith(against)})
+    assert cells(write_card(model, [tmp_path / "ppl.json"])) == {"perplexity": ("7.000", "-")}
 
 
 def test_what_is_no_number_is_said(model: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from halve.files.contents import CARD, CHECK, is_card, leads_outside, sealed_car
 from halve.files.typed import check_type, read_value
 from halve.measure.records import AnyRecord, Measurement, find_records
 from halve.measure.table import evaluation_setups, markdown_table
-from halve.measure.units import show_accuracy, show_bytes, show_kl, show_percent, show_perplexity
+from halve.measure.units import show_bytes, show_kl, show_percent, show_perplexity
 from halve.report.models import step_text
 
 _LARGEST = 1 << 20  # bytes of a card that are read
@@ -248,47 +248,34 @@ def _quality(record: AnyRecord) -> Iterator[tuple[str, str, str]]:
     """Figure, value and interval, each in words, of an evaluation."""
     base = record.get("base")
     dense = Path(base["model"]).name if base else ""
-    if base:
-        # tokens that a file of predictions does not keep count as one
-        least, most = (" (at least)", " (at most)") if base["kept"] else ("", "")
-        kl = f"KL divergence from {dense}, nats a token{least}"
-        yield kl, _shown(record, "kl_nats_per_token", show_kl), _ends(record, "kl_nats_per_token_interval", show_kl)
-        same = record.get("same_top_share_interval")
-        yield (
-            f"same top token as {dense}",
-            show_percent(record["same_top_share"]),
-            f"{100 * same[0]:.1f} to {100 * same[1]:.1f} %" if same else _NONE,
-        )
-        yield f"expected acceptance by {dense}{most}", show_percent(record["expected_acceptance"]), _NONE
+    # tokens that a file of predictions does not keep count as one
+    least, most = (" (at least)", " (at most)") if base and base["kept"] else ("", "")
+    factor = "{:.4g}".format
+    kl, ratio, same = "kl_nats_per_token", "perplexity_ratio", "same_top_share"
+    yield from _row(record, f"KL divergence from {dense}, nats a token{least}", kl, show_kl, f"{kl}_interval")
+    yield from _row(record, f"same top token as {dense}", same, show_percent, f"{same}_interval")
+    yield from _row(record, f"expected acceptance by {dense}{most}", "expected_acceptance", show_percent)
     if record["task"] == "perplexity":
-        yield "perplexity", _shown(record, "perplexity", show_perplexity), _NONE
-        if base:
-            yield f"perplexity of {dense}", _shown(record, "base_perplexity", show_perplexity), _NONE
-            ratio = _shown(record, "perplexity_ratio", "{:.4g}".format)
-            yield f"perplexity / that of {dense}", ratio, _ends(record, "perplexity_ratio_interval", "{:.4g}".format)
-    elif record.get("questions"):
-        low, high = record.get("accuracy_ci95") or (None, None)
-        interval = _NONE if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f} %"
-        accuracy = record.get("accuracy")
-        yield "accuracy", "undefined" if accuracy is None else show_accuracy(accuracy), interval
-        if base:
-            yield f"accuracy of {dense}", show_percent(record["base_accuracy"]), _NONE
-            yield f"same answer as {dense}", show_percent(record["agreement"]), _NONE
-            changed = f"{record['right_to_wrong']}, {record['wrong_to_right']} of {record['questions']}"
-            yield "right to wrong, wrong to right", changed, _NONE
+        yield from _row(record, "perplexity", "perplexity", show_perplexity)
+        yield from _row(record, f"perplexity of {dense}", "base_perplexity", show_perplexity)
+        yield from _row(record, f"perplexity / that of {dense}", ratio, factor, f"{ratio}_interval")
+    else:
+        yield from _row(record, "accuracy", "accuracy", show_percent, "accuracy_ci95")
+        yield from _row(record, f"accuracy of {dense}", "base_accuracy", show_percent)
+        yield from _row(record, f"same answer as {dense}", "agreement", show_percent)
+        yield from _row(record, "right to wrong, questions", "right_to_wrong", str)
+        yield from _row(record, "wrong to right, questions", "wrong_to_right", str)
 
 
-def _shown(record: AnyRecord, key: str, show: Callable[[float], str]) -> str:
-    """A figure; in words what JSON has no number for."""
-    value = record.get(key)
-    if value is None:
-        return markdown(record.get("not_finite", {}).get(key, _NONE))
-    return show(value)
-
-
-def _ends(record: AnyRecord, key: str, show: Callable[[float], str]) -> str:
-    low, high = record.get(key) or (None, None)
-    return _NONE if low is None or high is None else f"{show(low)} to {show(high)}"
+def _row(
+    record: AnyRecord, figure: str, key: str, show: Callable[[Any], str], interval: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """The row of a figure, none where the record has no such figure; in words what JSON has no number for."""
+    if key not in record:
+        return
+    low, high = record.get(interval) or (None, None)
+    value = markdown(record.get("not_finite", {}).get(key, "undefined")) if record[key] is None else show(record[key])
+    yield figure, value, _NONE if low is None or high is None else f"{show(low)} to {show(high)}"
 
 
 def _speed(record: AnyRecord) -> Iterator[tuple[str, str, str]]:
