@@ -240,6 +240,8 @@ def main() -> None:
         print({key: value if isinstance(value, str) else round(value, 7) for key, value in row.items()})
     print(rounding)
     write_record(out, record)
+    if rounding["difference"] > rounding["allowed"]:
+        raise SystemExit("the two programs' means differ by more than rounding allows")
 
 
 if __name__ == "__main__":
