@@ -99,7 +99,9 @@ def test_front_matter_and_text(model: Path) -> None:
     assert write_card(model).read_bytes() == first
 
 
-def test_what_the_card_says_is_how_it_loads(model: Path) -> None:
+@pytest.mark.parametrize("step", ["rtn:bits=8", "rtn:bits=8,symmetric=false", "drop-layers:layers=1"])
+def test_what_the_card_says_is_how_it_loads(dense: Path, tmp_path: Path, step: str) -> None:
+    model = compress(dense, tmp_path / "out", [step]).out
     page = unescape(shown(write_card(model)))
     code = re.findall(r"<pre><code>(from transformers.*?)</code></pre>", page, re.DOTALL)[0]
     scope: dict[str, Any] = {}
