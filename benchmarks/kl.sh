@@ -12,7 +12,7 @@ trap 'rm -rf "$work"' EXIT
 # relative names, so that records name models and not this machine's folders
 cd "$work"
 ask() { # RECORD MODEL QUESTION...
-    [ -e "$results/$1.json" ] || halve evaluate "$2" "${@:3}" --json "$results/$1.json"
+    [ -e "$results/$1.json" ] || { halve evaluate "$2" "${@:3}" --json "$1.json" && mv "$1.json" "$results"; }
 }
 
 if [ -n "$dense" ]; then
