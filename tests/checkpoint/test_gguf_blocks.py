@@ -75,7 +75,8 @@ def test_scales_are_counted_where_float16_does_not_hold_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scale", "words"), [(7e4, "holds 70000 and a scale of GGUF ends at 65,504"), (1e-7, "holds scales of 1e-07 at most")]
+    ("scale", "words"),
+    [(7e4, "holds 70000 and a scale of GGUF ends at 65,504"), (1e-7, "holds scales of 1e-07 at most")],
 )
 def test_scales_that_float16_ruins_are_refused(scale: float, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
