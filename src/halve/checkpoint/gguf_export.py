@@ -125,10 +125,8 @@ def _rounding(checkpoint: Checkpoint, linears: list[PlannedLinear]) -> str:
             total, moved, largest = total + numbers.numel(), moved + count, max(largest, change)
     parts = [f"{count} linears rounded again to {kind}" for kind, count in again.items()]
     if total:
-        rounded = (
-            f"{moved:,} of {total:,} scales rounded to float16, by {share(largest)} at most" if moved else "scales too"
-        )
-        parts.append(f"codes as they were, {rounded}")
+        rounded = f"as they were, {moved:,} of {total:,} scales rounded to float16, by {share(largest)} at most"
+        parts.append(f"codes {rounded}" if moved else "codes and scales as they were")
     return "; ".join(parts) or "nothing was quantized"
 
 
