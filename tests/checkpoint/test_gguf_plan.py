@@ -10,9 +10,10 @@ import torch
 
 from halve import compress, export
 from halve.checkpoint.tensors import SafetensorsFolder
-from halve.errors import HalveError, UnsupportedModelError
+from halve.errors import HalveError, RecipeError, UnsupportedModelError
 from tests.checkpoint.test_gguf import GEMMA, WIDE
-from tests.checkpoint.test_gguf_export import LLAMA3
+from tests.checkpoint.test_gguf_export import LLAMA3, check_codes
+from tests.checkpoint.test_gptq_format import to_gptq
 
 REFUSED: dict[str, tuple[str, list[str], str]] = {
     "another family": ("granite", [], "model_type='granite' is not written as GGUF: models of llama, mistral"),
@@ -84,3 +85,17 @@ def test_what_fields_cannot_say_is_refused(name: str, make_hf, tmp_path: Path) -
 
 def test_a_window_as_long_as_the_context_is_none(make_hf, tmp_path: Path) -> None:
     export(make_hf("mistral", **WIDE, sliding_window=64), tmp_path / "m.gguf", to="gguf")
+
+
+def test_gptq_folders(make_hf, tmp_path: Path) -> None:
+    """Codes of another tool, in its scales of float16, as they are; not where an order of columns has mixed the groups."""
+    source = make_hf("llama", **WIDE)
+    plain = to_gptq(source, tmp_path / "plain", "gptq", group=32, sym=True)
+    made = export(plain, tmp_path / "m.gguf", to="gguf")
+    assert made.types["Q4_0"] == 21 and made.rounding == "codes and scales as they were"
+    check_codes(plain, tmp_path / "m.gguf", tmp_path / "out")
+    mixed = to_gptq(source, tmp_path / "mixed", "gptq", shuffle=True, group=32, sym=True)
+    with pytest.raises(RecipeError, match="codes whose groups change inside blocks of 32 columns"):
+        export(mixed, tmp_path / "mixed.gguf", to="gguf")
+    again = export(mixed, tmp_path / "mixed.gguf", to="gguf", requantize="F16")
+    assert again.rounding == "21 linears rounded again to F16"
