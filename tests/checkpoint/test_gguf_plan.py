@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
     "widths of 32": (
         "llama",
         ["rtn:bits=8", "prune-mlp:fraction=0.1,score=l1,refit=false,multiple_of=1"],
-        r"down_proj has rows of 86 codes, no multiple of 32.*ignore=re:\.\*down_proj",
+        r"down_proj has rows of 86 codes, no multiple of 32.*ignore=down_proj",
     ),
     "ragged groups": (
         "llama",

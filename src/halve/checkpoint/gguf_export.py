@@ -63,6 +63,8 @@ def export_gguf(
     """
     if requantize is not None:
         _check_type(requantize)
+    if dtype is not None and dtype not in DENSE:
+        raise HalveError(f"dtype {dtype} is none of a GGUF file here: use float32, bfloat16 or float16")
     path = _checked_path(out, overwrite)
     checkpoint = open_checkpoint(model)
     name = architecture_for(checkpoint)

@@ -135,8 +135,8 @@ def _why_not(stored: StoredLinear, checkpoint: Checkpoint) -> tuple[str, str] | 
     if type_of(spec) is None:
         return "has 8-bit codes with zero points", "quantize with bits=8,symmetric=true"
     if columns % BLOCK:
-        pattern = f"ignore=re:.*{stored.name.rsplit('.', 1)[-1]}"
-        return f"has rows of {columns} codes, no multiple of {BLOCK}", f"leave it dense ({pattern} in the step)"
+        role = stored.name.rsplit(".", 1)[-1]
+        return f"has rows of {columns} codes, no multiple of {BLOCK}", f"leave it dense (ignore={role} in the step)"
     bits = 8 if spec.bits == 8 else 4
     sizes = [size for size in fitting_group_sizes(columns, BLOCK) if size % BLOCK == 0 and size <= 128]
     fit = f"quantize with bits={bits},group_size={sizes[0]}"
