@@ -1,20 +1,18 @@
 """llama.cpp, through llama-cpp-python, in its own Python environment (which also holds `numpy`): logits of a GGUF file.
 
 python llama_cpp_logits.py REQUEST.json
-    {"file": "m.gguf", "text": "...", "tokens": [1, 2, ...], "out": "logits.npy", "threads": 1, "steps": 32}
+    {"file": "m.gguf", "text": "...", "tokens": [1, 2, ...], "out": "logits.npy", "threads": 1}
 
-writes the logits of `tokens`, float32 [tokens, vocabulary], and prints one JSON line: what it was built with, the ids it
-makes of `text` (beginning as the file says), and the median time of `steps` decode steps.
+writes the logits of `tokens`, float32 [tokens, vocabulary], and prints one JSON line: what it was built with, and the ids it
+makes of `text` (beginning as the file says; names of special tokens are text).
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import llama_cpp
@@ -30,9 +28,9 @@ def main(request: dict[str, Any]) -> None:
     model = llama_cpp.llama_model_load_from_file(request["file"].encode(), llama_cpp.llama_model_default_params())
     if not model:
         raise SystemExit(f"llama.cpp does not load {request['file']}")
-    tokens, steps = request["tokens"], request["steps"]
+    tokens = request["tokens"]
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = len(tokens) + steps, BATCH, BATCH
+    params.n_ctx, params.n_batch, params.n_ubatch = len(tokens), BATCH, BATCH
     params.n_threads = params.n_threads_batch = request["threads"]
     # keys and values in float32 and attention in steps: what differs is the weights' arithmetic
     params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
@@ -42,16 +40,10 @@ def main(request: dict[str, Any]) -> None:
     size = llama_cpp.llama_vocab_n_tokens(vocabulary)
     found = np.concatenate([feed(context, tokens[i : i + BATCH], i, size) for i in range(0, len(tokens), BATCH)])
     np.save(request["out"], found)
-    times_ms = []
-    for step in range(steps):
-        begin = time.perf_counter()
-        feed(context, [int(found[-1].argmax())], len(tokens) + step, size)
-        times_ms.append((time.perf_counter() - begin) * 1e3)
     made = {
         "version": version(),
         "build": llama_cpp.llama_print_system_info().decode().strip(" |"),
         "tokens": tokenize(vocabulary, request["text"]),
-        "decode_ms_median": median(times_ms) if times_ms else None,
     }
     print(json.dumps(made), flush=True)
 
