@@ -44,6 +44,7 @@ for command in (
     studies.report,
     models.fetch,
     models.convert,
+    models.export,
     models.steps,
 ):
     app.command()(command)
