@@ -24,7 +24,7 @@ from halve.checkpoint.tensors import SafetensorsFolder, read_json
 from halve.checkpoint.tokenizer import Tokenizer
 from halve.cli.app import main
 from halve.errors import CheckpointError, HalveError, UnsupportedModelError
-from tests.common import logits, relative, their_logits
+from tests.common import GRANITE, logits, relative, their_logits
 from tests.ggufs import ARRAY, TEXT, header, info, number, text, write_gguf
 
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
@@ -38,6 +38,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA,
     "gemma3_text": GEMMA | {"num_hidden_layers": 7},
     "phi3": WIDE | {"pad_token_id": 0},
+    "granite": WIDE | GRANITE,
+    "smollm3": WIDE | {"num_hidden_layers": 5, "pad_token_id": 0, "tie_word_embeddings": True},
+    "olmo2": WIDE,
+    "gemma": WIDE | {"head_dim": 32, "pad_token_id": 0},
 }
 
 

@@ -251,6 +251,29 @@ def _read_phi3(fields: GgufFields, config: Json) -> Json:
     return {"sliding_window": fields.whole(_WINDOW, 0) or None}
 
 
+# of Granite: fields of a GGUF file, of a config.json, and of a ModelConfig
+_SCALES = (
+    Number("embedding_scale", "embedding_multiplier", "embed_scale"),
+    Number("residual_scale", "residual_multiplier", "residual_scale"),
+    Number("logit_scale", "logits_scaling", "logit_divisor"),
+    Number("attention.scale", "attention_multiplier", "attention_scale"),
+)
+
+
+def _read_granite(fields: GgufFields, config: Json) -> Json:
+    fields.only("rope.scaling.finetuned", True)  # which llama.cpp takes for whether there is a rotary embedding at all
+    usual = {"attention.scale": config["head_dim"] ** -0.5}
+    return {number.theirs: fields.decimal(number.key, usual.get(number.key, 1.0)) for number in _SCALES}
+
+
+def _write_granite(config: ModelConfig) -> Json:
+    return {number.key: getattr(config, number.ours) for number in _SCALES}
+
+
+def _read_smollm3(fields: GgufFields, config: Json) -> Json:
+    return {"no_rope_layer_interval": 4}  # llama.cpp knows no other
+
+
 _ALL_BIASES = ("qkv_bias", "o_bias", "mlp_bias")
 _LLAMAS = ("llama", "mistral", "ministral")
 ARCHITECTURES = {
@@ -260,6 +283,12 @@ ARCHITECTURES = {
     ),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", written=("qwen2",), biases=("qkv_bias",), square=True),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", written=("qwen3",)),
+    "granite": Architecture(
+        "granite", "GraniteForCausalLM", _read_granite, _write_granite, permuted=True, written=("granite",), square=True
+    ),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", _read_smollm3, permuted=True, written=("smollm3",)),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", roles=_ROLES | _OUTPUT_NORMS, written=("olmo2",), square=True),
+    "gemma": Architecture("gemma", "GemmaForCausalLM", written=("gemma",)),
     "gemma2": Architecture(
         "gemma2", "Gemma2ForCausalLM", _read_gemma2, _write_gemma2, _ROLES | _OUTPUT_NORMS, written=("gemma2",)
     ),
