@@ -18,7 +18,7 @@ from halve.checkpoint.gguf_header import BlockType, GgufHeader, StoredTensor
 from halve.checkpoint.reader import Checkpoint
 from halve.checkpoint.stored import GROUP_INDEX, StoredLinear
 from halve.errors import HalveError, RecipeError, UnsupportedModelError, shown
-from halve.model import families, inventory
+from halve.model import families
 from halve.model.config import LayerConfig, ModelConfig
 from halve.model.inventory import LinearShape
 from halve.model.rotary import RopeConfig, rope_frequencies
