@@ -38,6 +38,13 @@ def write_gguf(
     writer.add_value_length(head_dim)
     if name.startswith("gemma") and "sliding_window" in config:
         writer.add_sliding_window(config["sliding_window"])
+    if rope.get("rope_type") == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(config["original_max_position_embeddings"])
+        scale, original = config["max_position_embeddings"], config["original_max_position_embeddings"]
+        writer.add_rope_scaling_attn_factors((1 + np.log(scale / original) / np.log(original)) ** 0.5)
+        writer.add_rope_dimension_count(int(head_dim * rope["partial_rotary_factor"]))
+        for kind_of in ("short", "long"):
+            writer.add_tensor(f"rope_factors_{kind_of}.weight", np.array(rope[f"{kind_of}_factor"], np.float32))
     if name == "granite":
         writer.add_embedding_scale(config["embedding_multiplier"])
         writer.add_attention_scale(config["attention_multiplier"])

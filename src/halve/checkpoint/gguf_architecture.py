@@ -22,6 +22,8 @@ from halve.model.wrappers import ALIASES
 Json = dict[str, Any]
 
 ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1 and later divide their rotary frequencies by
+# what longrope divides them by: in short texts, and in those beyond the length it was trained on
+SPREADS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 TOKEN_EMBEDDING, OUTPUT = "token_embd", "output"
 _ROLES = {
     "attn_norm": "attn_norm",
@@ -84,6 +86,7 @@ class Architecture:
     merged: dict[str, str] = field(default_factory=dict)
     permuted: bool = False
     needs_rope_base: bool = False
+    partial: bool = False  # rotary embedding may turn a part of each head, and be a longrope
     written: tuple[str, ...] = ()
     by_layer: bool = False
     biases: tuple[str, ...] = ()
@@ -244,11 +247,18 @@ def _write_gemma3(config: ModelConfig) -> Json:
 
 
 def _read_phi3(fields: GgufFields, config: Json) -> Json:
-    original = fields.get("rope.scaling.original_context_length")
-    if original not in (None, config["max_position_embeddings"]):
-        raise fields.fail("rope.scaling.original_context_length", "names frequencies that change with a text's length")
-    fields.only("rope.scaling.attn_factor", 1.0)
-    return {"sliding_window": fields.whole(_WINDOW, 0) or None}
+    rope = config["rope_parameters"]
+    turned = fields.whole(HEAD_SIZES[2], config["head_dim"])
+    if not 0 < turned <= config["head_dim"]:
+        raise fields.fail(HEAD_SIZES[2], f"must be from 1 to the {config['head_dim']} channels of a head")
+    rope |= {"partial_rotary_factor": turned / config["head_dim"]} if turned < config["head_dim"] else {}
+    key, window = "rope.scaling.original_context_length", {"sliding_window": fields.whole(_WINDOW, 0) or None}
+    if not any(name in fields.header.tensors for name in SPREADS.values()):
+        fields.only(key, config["max_position_embeddings"])
+        fields.only("rope.scaling.attn_factor", 1.0)
+        return window
+    rope |= {"rope_type": "longrope", "attention_factor": fields.decimal("rope.scaling.attn_factor", 1.0)}
+    return window | {"original_max_position_embeddings": fields.whole(key, config["max_position_embeddings"])}
 
 
 # of Granite: fields of a GGUF file, of a config.json, and of a ModelConfig
@@ -305,6 +315,7 @@ ARCHITECTURES = {
         "phi3",
         "Phi3ForCausalLM",
         _read_phi3,
+        partial=True,
         merged={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
     ),
 }
