@@ -25,7 +25,7 @@ MINISTRAL3_ROPE: dict[str, Any] = {
 NEWER: list[tuple[str, dict[str, Any]]] = [
     ("gemma", {"head_dim": 16, "attention_bias": True}),
     ("vaultgemma", GEMMA),
-    ("olmo3", {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    ("olmo3", {"sliding_window": 5}),
     ("exaone4", {"sliding_window": 5, "sliding_window_pattern": 2}),
     ("ministral3", {"head_dim": 16, "sliding_window": 9, "rope_parameters": MINISTRAL3_ROPE}),
     ("seed_oss", {"head_dim": 16, "attention_out_bias": True}),

@@ -62,6 +62,7 @@ CASES = {
     "ministral": ("ministral", {"sliding_window": 5, "layer_types": KINDS, "head_dim": 16}),
     **{kind: (kind, options) for kind, options in NEWER},
     "gemma-gelu": ("gemma", {"head_dim": 16, "hidden_act": "gelu", "tie_word_embeddings": False}),
+    "olmo3-mixed": ("olmo3", {"layer_types": KINDS, "sliding_window": 5}),
     "olmo3-two-ropes": ("olmo3", {"rope_scaling": YARN, "layer_types": KINDS, "sliding_window": 5}),
     "exaone4-full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
     "ministral3-linear": (
