@@ -23,7 +23,7 @@ from halve.checkpoint.reader import open_checkpoint
 from halve.checkpoint.tensors import SafetensorsFolder, read_json
 from halve.checkpoint.tokenizer import Tokenizer
 from halve.cli.app import main
-from halve.errors import CheckpointError, HalveError, OutputError, RecipeError, UnsupportedModelError
+from halve.errors import CheckpointError, HalveError, OutputError, RecipeError
 from tests.checkpoint.test_gguf import GEMMA, GEMMA_ROPES, LINEAR, MODELS, WIDE, state_of
 from tests.common import logits, relative, their_logits
 
@@ -218,76 +218,6 @@ def test_pruned_models(step: str, bits: int | None, make_model, tmp_path: Path) 
     assert (found if isinstance(found, list) else [found] * layers) == widths
     check_codes(q, tmp_path / "m.gguf", tmp_path / "out")
     assert open_checkpoint(tmp_path / "out").config.layers == open_checkpoint(q).config.layers
-
-
-REFUSED: dict[str, tuple[str, list[str], str]] = {
-    "another family": ("arcee", [], "model_type='arcee' is not written as GGUF: models of llama, mistral"),
-    "widths of qwen": (
-        "qwen3",
-        ["prune-mlp:widths=32|64|96,score=l1,refit=false,multiple_of=32"],
-        "allocation=uniform",
-    ),
-    "no mlp": ("llama", ["drop-mlp:layers=1"], "layer 1 has no MLP"),
-    "no first attention": ("llama", ["drop-attention:layers=0"], "layer 0 has no attention"),
-    "heads of qwen 2": ("qwen2", ["prune-heads:fraction=0.5,score=l1,refit=false"], "2 heads of 16 are not as wide"),
-    "small groups": ("llama", ["rtn:bits=4,group_size=16"], r"groups of 16 columns.*20 more.*bits=4,group_size=64"),
-    "zero points": ("llama", ["rtn:bits=8,symmetric=false"], "8-bit codes with zero points.*bits=8,symmetric=true"),
-    "kept inputs": ("llama", ["l1-inputs:fraction=0.35"], "some of its channels by an index.*prune-mlp"),
-    "kept outputs": ("llama", ["l1-outputs:fraction=0.1"], "some of its channels by an index"),
-    "widths of 32": (
-        "llama",
-        ["rtn:bits=8", "prune-mlp:fraction=0.1,score=l1,refit=false,multiple_of=1"],
-        r"down_proj has rows of 86 codes, no multiple of 32.*ignore=re:\.\*down_proj",
-    ),
-    "ragged groups": (
-        "llama",
-        ["rtn:bits=4,group_size=32", "prune-mlp:fraction=0.3,score=l1,refit=false,multiple_of=32"],
-        "groups change inside blocks of 32",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_a_file_does_not_hold_is_refused_before_weights(
-    name: str, make_hf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kind, steps, words = REFUSED[name]
-    folder = make_hf(kind, **WIDE)
-    q = quantized(folder, tmp_path / "q", *steps) if steps else folder
-    read = SafetensorsFolder.get
-
-    def get(self: SafetensorsFolder, name: str) -> torch.Tensor:
-        assert not name.endswith((".weight", "weight_packed", "weight_scale")), name
-        return read(self, name)
-
-    monkeypatch.setattr(SafetensorsFolder, "get", get)
-    with pytest.raises(HalveError, match=words) as error:
-        export(q, tmp_path / "m.gguf", to="gguf")
-    assert "\n" not in str(error.value) and not list(tmp_path.glob("*.gguf"))
-
-
-CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "window": ("mistral", {"sliding_window": 16}, "layer 0 has sliding_window=16, which a GGUF file of llama cannot say"),
-    "windows of qwen": ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, "layer 1 has"),
-    "activation": ("llama", {"hidden_act": "gelu"}, "activation='gelu'"),
-    "yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "kind='yarn'"),
-    "bands": ("llama", {"rope_parameters": LLAMA3 | {"low_freq_factor": 2.0}}, "low_freq_factor=2.0"),
-    "biases": ("qwen3", {"attention_bias": True}, r"has biases \(qkv_bias\) that llama.cpp does not read of qwen3"),
-    "scale": ("gemma3_text", GEMMA | {"query_pre_attn_scalar": 24}, "attention_scale="),
-    "no caps": ("gemma2", GEMMA | {"attn_logit_softcapping": None}, "attention_cap=None would be read as 50.0"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_what_fields_cannot_say_is_refused(name: str, make_hf, tmp_path: Path) -> None:
-    kind, options, words = CONFIGS[name]
-    with pytest.raises(UnsupportedModelError, match=words) as error:
-        export(make_hf(kind, **WIDE | options), tmp_path / "m.gguf", to="gguf")
-    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
-
-
-def test_a_window_as_long_as_the_context_is_none(make_hf, tmp_path: Path) -> None:
-    export(make_hf("mistral", **WIDE, sliding_window=64), tmp_path / "m.gguf", to="gguf")
 
 
 def test_ragged_groups_that_end_with_blocks_are_kept(make_hf, tmp_path: Path) -> None:

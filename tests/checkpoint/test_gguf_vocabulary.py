@@ -111,6 +111,26 @@ def test_special_tokens_and_templates(tmp_path: Path) -> None:
     assert len(cut["tokenizer.ggml.tokens"]) == 262 and "tokenizer.ggml.eos_token_id" not in cut
 
 
+def test_fewer_rows_than_tokens(tmp_path: Path) -> None:
+    """Merges of tokens that have no row go too: nothing could be made of them."""
+    folder = byte_level(tmp_path / "own")
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    cut = vocabulary_fields(folder, len(words) + 2)
+    assert cut["tokenizer.ggml.merges"] == ("t h", "th e")
+    fields, again = read_back(folder, len(words) + 2, tmp_path / "made")
+    assert [again.token(one) for one in again.encode("the 12", bos=False)] == ["the", "Ġ", "1", "2"]
+    assert fields["tokens"][-2:] == ("th", "the")
+
+
+def test_a_row_without_a_token_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    folder = byte_level(tmp_path / "own")
+    inner = Inner.from_file(str(folder / "tokenizer.json"))
+    inner.add_tokens(["[PAD269]"])  # its id is 265
+    inner.save(str(folder / "tokenizer.json"))
+    tokens = vocabulary_fields(folder, 270)["tokenizer.ggml.tokens"]
+    assert len(set(tokens)) == 270 and tokens[265] == "[PAD269]" and tokens[269] == "[[PAD269]]"
+
+
 def test_several_templates(tmp_path: Path) -> None:
     folder = byte_level(tmp_path / "own", chat_template={"default": "a", "tools": "b"})
     fields = vocabulary_fields(folder, 270)

@@ -62,6 +62,13 @@ def test_two_readers_find_what_was_written(tmp_path: Path) -> None:
         assert b"".join(part.tobytes() for part in mine.parts()) == other.data.tobytes()
 
 
+def test_half_a_character_is_replaced(tmp_path: Path) -> None:
+    """In the name of a folder, or a template: a file's texts are UTF-8."""
+    file = tmp_path / "m.gguf"
+    write_file(file, header_bytes({"general.name": "a\udcffb"}, []), [])
+    assert read_header(file).fields == {"general.name": "a?b"}
+
+
 def test_a_header_that_no_reader_takes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_writer, "MAX_HEADER_BYTES", 200)
     with pytest.raises(OutputError, match="more than the 200 that a GGUF file's header may have"):

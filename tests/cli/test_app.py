@@ -216,7 +216,7 @@ def test_help_and_version(run) -> None:
     assert code == 0
     for command in (
         *("compress", "evaluate", "benchmark", "generate", "compare", "demo", "convert", "steps", "layers"),
-        *("fetch", "reproduce", "report"),
+        *("fetch", "reproduce", "report", "export"),
     ):
         assert command in printed
         assert run(command, "--help")[0] == 0

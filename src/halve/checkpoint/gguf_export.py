@@ -19,7 +19,7 @@ from halve.checkpoint.gguf_architecture import ARCHITECTURES, ROPE_FACTORS, Arch
 from halve.checkpoint.gguf_blocks import BLOCK, BY_NAME, blocks, numbers_of, rounding, share
 from halve.checkpoint.gguf_config import gguf_fields, rope_factors
 from halve.checkpoint.gguf_header import MAGIC, StoredTensor
-from halve.checkpoint.gguf_plan import DENSE, PlannedLinear, architecture_for, check_read_back, plan_linears
+from halve.checkpoint.gguf_plan import BLOCKS, DENSE, PlannedLinear, architecture_for, check_read_back, plan_linears
 from halve.checkpoint.gguf_vocabulary import vocabulary_fields
 from halve.checkpoint.gguf_writer import NewTensor, file_bytes, header_bytes, write_file
 from halve.checkpoint.reader import Checkpoint, open_checkpoint
@@ -61,10 +61,12 @@ def export_gguf(
     says; RecipeError where that is None. All but the values is checked before a weight is read, and nothing is left of a
     file that fails. Raises UnsupportedModelError for a model that the file would not say, OutputError for `out`.
     """
+    if requantize is not None:
+        _check_type(requantize)
+    if dtype is not None and dtype not in DENSE:
+        raise HalveError(f"dtype {dtype} is none of a GGUF file here: use float32, bfloat16 or float16")
     path = _checked_path(out, overwrite)
     checkpoint = open_checkpoint(model)
-    if requantize is not None:
-        _require_package(requantize)
     name = architecture_for(checkpoint)
     linears = plan_linears(checkpoint, requantize, dtype)
     try:
@@ -98,9 +100,13 @@ def _is_gguf(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def _require_package(requantize: str) -> None:
-    if requantize in {block.name for block in DENSE.values()}:
+def _check_type(requantize: str) -> None:
+    """Raise HalveError for a type that numbers are not rounded to, or that takes a package which is missing."""
+    dense = [block.name for block in DENSE.values()]
+    if requantize in dense:
         return
+    if requantize not in BLOCKS:
+        raise HalveError(f"--requantize {requantize!r} is not known: use one of {', '.join([*dense, *BLOCKS])}")
     try:
         import gguf.quants  # noqa: F401
     except ImportError as error:

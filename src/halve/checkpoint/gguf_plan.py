@@ -17,7 +17,7 @@ from halve.checkpoint.gguf_config import hf_config
 from halve.checkpoint.gguf_header import BlockType, GgufHeader, StoredTensor
 from halve.checkpoint.reader import Checkpoint
 from halve.checkpoint.stored import GROUP_INDEX, StoredLinear
-from halve.errors import HalveError, RecipeError, UnsupportedModelError, shown
+from halve.errors import RecipeError, UnsupportedModelError, shown
 from halve.model import families
 from halve.model.config import LayerConfig, ModelConfig
 from halve.model.inventory import LinearShape
@@ -26,7 +26,7 @@ from halve.model.wrappers import own_config
 from halve.quantization import fitting_group_sizes
 
 DENSE = {torch.float32: BY_NAME["F32"], torch.float16: BY_NAME["F16"], torch.bfloat16: BY_NAME["BF16"]}
-ROUNDED = [*(block.name for block in DENSE.values()), "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]  # that --requantize takes
+BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # that numbers are rounded to, with those of DENSE
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,6 @@ def plan_linears(
 
     What has no place is planned in the type `requantize`; RecipeError, with the recipe that would fit, where that is None.
     """
-    if requantize is not None and requantize not in ROUNDED:
-        raise HalveError(f"--requantize {requantize!r} is not known: use one of {', '.join(ROUNDED)}")
     planned, refused = [], []
     for shape in linear_shapes(checkpoint):
         stored = checkpoint.stored(shape)
@@ -137,8 +135,8 @@ def _why_not(stored: StoredLinear, checkpoint: Checkpoint) -> tuple[str, str] | 
     if type_of(spec) is None:
         return "has 8-bit codes with zero points", "quantize with bits=8,symmetric=true"
     if columns % BLOCK:
-        pattern = f"ignore=re:.*{stored.name.rsplit('.', 1)[-1]}"
-        return f"has rows of {columns} codes, no multiple of {BLOCK}", f"leave it dense ({pattern} in the step)"
+        role = stored.name.rsplit(".", 1)[-1]
+        return f"has rows of {columns} codes, no multiple of {BLOCK}", f"leave it dense (ignore={role} in the step)"
     bits = 8 if spec.bits == 8 else 4
     sizes = [size for size in fitting_group_sizes(columns, BLOCK) if size % BLOCK == 0 and size <= 128]
     fit = f"quantize with bits={bits},group_size={sizes[0]}"

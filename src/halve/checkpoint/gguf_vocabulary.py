@@ -42,7 +42,8 @@ def vocabulary_fields(folder: Path, vocab_size: int) -> Json:
     if model["type"] != "BPE" or odd:
         raise _unfit(folder, f"its model is {model['type']}{f' with {odd[0]}' if odd else ''} and not plain BPE")
     tokens, types = _tokens(whole, vocab_size)
-    own = _sentencepiece(folder, whole, tokens) if model.get("byte_fallback") else _byte_level(folder, whole)
+    build = _sentencepiece if model.get("byte_fallback") else _byte_level
+    own = build(folder, whole, tokens)
     fields = own | {"tokens": tuple(tokens), "token_type": tuple(types)} | _special(folder, tokenizer, vocab_size)
     return {f"{KEY}{key}": value for key, value in fields.items()} | _templates(tokenizer.inner.chat_template)
 
@@ -57,7 +58,8 @@ def _unfit(folder: Path, why: str) -> UnsupportedModelError:
 def _tokens(whole: Json, vocab_size: int) -> tuple[list[str], list[int]]:
     """The token of each row of the embedding, and its type."""
     model, sentencepiece = whole["model"], whole["model"].get("byte_fallback")
-    tokens = [f"[PAD{index}]" for index in range(vocab_size)]
+    known = {*model["vocab"], *(added["content"] for added in whole["added_tokens"])}
+    tokens = [name if (name := f"[PAD{index}]") not in known else f"[{name}]" for index in range(vocab_size)]
     types = [UNUSED] * vocab_size
     for token, index in model["vocab"].items():
         if index < vocab_size:
@@ -79,7 +81,7 @@ def _merges(model: Json) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs]
 
 
-def _byte_level(folder: Path, whole: Json) -> Json:
+def _byte_level(folder: Path, whole: Json, tokens: list[str]) -> Json:
     normalizers = [step["type"] for step in _steps(whole.get("normalizer"), "normalizers")]
     if not set(normalizers) <= {"NFC"}:  # which llama.cpp leaves to whoever writes the text
         raise _unfit(folder, f"it changes a text by {normalizers[0]}")
@@ -88,7 +90,11 @@ def _byte_level(folder: Path, whole: Json) -> Json:
     name = next((name for name, split in splits().items() if split == own), None)
     if name is None:
         raise _unfit(folder, f"it splits a text in a way that has no name there, {shown(own)}")
-    return {"model": "gpt2", "pre": name, "merges": tuple(" ".join(pair) for pair in _merges(whole["model"]))}
+    there = set(tokens)  # not those past the rows of the embedding
+    merges = [pair for pair in _merges(whole["model"]) if {*pair, "".join(pair)} <= there]
+    if any(" " in part for pair in merges for part in pair):
+        raise _unfit(folder, "it merges tokens with spaces in them")
+    return {"model": "gpt2", "pre": name, "merges": tuple(map(" ".join, merges))}
 
 
 def _steps(part: Json | None, key: str) -> list[Json]:
@@ -165,10 +171,11 @@ def _special(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> Json:
     }
 
 
-def _templates(template: str | dict[str, str] | None) -> Json:
-    """The chat template; of several the one named default, and the others by name."""
+def _templates(template: Any) -> Json:
+    """The chat template, where it is a text; of several the one named default, and the others by name."""
     if not isinstance(template, dict):
-        return {} if template is None else {TEMPLATE: template}
+        return {TEMPLATE: template} if isinstance(template, str) else {}
+    template = {name: text for name, text in template.items() if isinstance(text, str)}
     others = {name: text for name, text in template.items() if name != "default"}
     fields: Json = {f"{TEMPLATE}.{name}": text for name, text in others.items()}
     fields |= {f"{TEMPLATE}s": tuple(others)} if others else {}

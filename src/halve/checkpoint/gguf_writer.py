@@ -39,7 +39,7 @@ class NewTensor:
 
 
 def _text(value: str) -> bytes:
-    raw = value.encode()
+    raw = value.encode(errors="replace")  # names of folders and templates may hold halves of characters
     return struct.pack("<Q", len(raw)) + raw
 
 
