@@ -31,7 +31,7 @@ MISTRAL = WIDE | {"sliding_window": None}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0}
 LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name.removesuffix("-biases"), options) for name, options in MODELS.items()},
+    **{name: (name.split("-")[0], options) for name, options in MODELS.items() if not name.startswith("phi3-")},
     "mistral": ("mistral", MISTRAL),
     "llama-linear": ("llama", WIDE | {"rope_parameters": LINEAR}),
     "llama-3": ("llama", WIDE | {"head_dim": 64, "rope_parameters": LLAMA3, "max_position_embeddings": 131072}),

@@ -16,7 +16,7 @@ from tests.checkpoint.test_gguf_export import LLAMA3, check_codes
 from tests.checkpoint.test_gptq_format import to_gptq
 
 REFUSED: dict[str, tuple[str, list[str], str]] = {
-    "another family": ("granite", [], "model_type='granite' is not written as GGUF: models of llama, mistral"),
+    "another family": ("arcee", [], "model_type='arcee' is not written as GGUF: models of llama, mistral"),
     "widths of qwen": (
         "qwen3",
         ["prune-mlp:widths=32|64|96,score=l1,refit=false,multiple_of=32"],

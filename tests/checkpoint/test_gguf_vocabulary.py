@@ -86,6 +86,17 @@ def test_a_split_by_the_expression_of_gpt_2(name: str, pre: Any, tmp_path: Path)
     assert (types["t"], types["<s>"], types["<think>"], types["[PAD269]"]) == (1, 3, 4, 5)
 
 
+@pytest.mark.parametrize(("name", "same"), [("olmo", "gpt-2"), ("refact", "smollm"), ("stablelm2", "qwen2")])
+def test_other_names_of_a_split(name: str, same: str, tmp_path: Path) -> None:
+    fields = vocabulary_fields(byte_level(tmp_path / "own"), 270) | {"general.architecture": "llama"}
+    made = []
+    for pre in (name, same):
+        (tmp_path / pre).mkdir()
+        write_tokenizer(GgufHeader(tmp_path, fields | {"tokenizer.ggml.pre": pre}, {}), 270, tmp_path / pre)
+        made.append((tmp_path / pre / "tokenizer.json").read_text())
+    assert made[0] == made[1]
+
+
 def test_special_tokens_and_templates(tmp_path: Path) -> None:
     folder = byte_level(tmp_path / "own", chat_template="{{ messages }}")
     ends = [257 + 5, 257 + 6]

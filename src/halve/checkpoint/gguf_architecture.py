@@ -22,6 +22,8 @@ from halve.model.wrappers import ALIASES
 Json = dict[str, Any]
 
 ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1 and later divide their rotary frequencies by
+# what longrope divides them by: in short texts, and in those beyond the length it was trained on
+SPREADS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 TOKEN_EMBEDDING, OUTPUT = "token_embd", "output"
 _ROLES = {
     "attn_norm": "attn_norm",
@@ -84,6 +86,7 @@ class Architecture:
     merged: dict[str, str] = field(default_factory=dict)
     permuted: bool = False
     needs_rope_base: bool = False
+    partial: bool = False  # rotary embedding may turn a part of each head, and be a longrope
     written: tuple[str, ...] = ()
     by_layer: bool = False
     biases: tuple[str, ...] = ()
@@ -244,11 +247,41 @@ def _write_gemma3(config: ModelConfig) -> Json:
 
 
 def _read_phi3(fields: GgufFields, config: Json) -> Json:
-    original = fields.get("rope.scaling.original_context_length")
-    if original not in (None, config["max_position_embeddings"]):
-        raise fields.fail("rope.scaling.original_context_length", "names frequencies that change with a text's length")
-    fields.only("rope.scaling.attn_factor", 1.0)
-    return {"sliding_window": fields.whole(_WINDOW, 0) or None}
+    rope = config["rope_parameters"]
+    turned = fields.whole(HEAD_SIZES[2], config["head_dim"])
+    if not 0 < turned <= config["head_dim"]:
+        raise fields.fail(HEAD_SIZES[2], f"must be from 1 to the {config['head_dim']} channels of a head")
+    rope |= {"partial_rotary_factor": turned / config["head_dim"]} if turned < config["head_dim"] else {}
+    key, window = "rope.scaling.original_context_length", {"sliding_window": fields.whole(_WINDOW, 0) or None}
+    if not any(name in fields.header.tensors for name in SPREADS.values()):
+        fields.only(key, config["max_position_embeddings"])
+        fields.only("rope.scaling.attn_factor", 1.0)
+        return window
+    rope |= {"rope_type": "longrope", "attention_factor": fields.decimal("rope.scaling.attn_factor", 1.0)}
+    return window | {"original_max_position_embeddings": fields.whole(key, config["max_position_embeddings"])}
+
+
+# of Granite: fields of a GGUF file, of a config.json, and of a ModelConfig
+_SCALES = (
+    Number("embedding_scale", "embedding_multiplier", "embed_scale"),
+    Number("residual_scale", "residual_multiplier", "residual_scale"),
+    Number("logit_scale", "logits_scaling", "logit_divisor"),
+    Number("attention.scale", "attention_multiplier", "attention_scale"),
+)
+
+
+def _read_granite(fields: GgufFields, config: Json) -> Json:
+    fields.only("rope.scaling.finetuned", True)  # which llama.cpp takes for whether there is a rotary embedding at all
+    usual = {"attention.scale": config["head_dim"] ** -0.5}
+    return {number.theirs: fields.decimal(number.key, usual.get(number.key, 1.0)) for number in _SCALES}
+
+
+def _write_granite(config: ModelConfig) -> Json:
+    return {number.key: getattr(config, number.ours) for number in _SCALES}
+
+
+def _read_smollm3(fields: GgufFields, config: Json) -> Json:
+    return {"no_rope_layer_interval": 4}  # llama.cpp knows no other
 
 
 _ALL_BIASES = ("qkv_bias", "o_bias", "mlp_bias")
@@ -260,6 +293,12 @@ ARCHITECTURES = {
     ),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", written=("qwen2",), biases=("qkv_bias",), square=True),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", written=("qwen3",)),
+    "granite": Architecture(
+        "granite", "GraniteForCausalLM", _read_granite, _write_granite, permuted=True, written=("granite",), square=True
+    ),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", _read_smollm3, permuted=True, written=("smollm3",)),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", roles=_ROLES | _OUTPUT_NORMS, written=("olmo2",), square=True),
+    "gemma": Architecture("gemma", "GemmaForCausalLM", written=("gemma",)),
     "gemma2": Architecture(
         "gemma2", "Gemma2ForCausalLM", _read_gemma2, _write_gemma2, _ROLES | _OUTPUT_NORMS, written=("gemma2",)
     ),
@@ -276,6 +315,7 @@ ARCHITECTURES = {
         "phi3",
         "Phi3ForCausalLM",
         _read_phi3,
+        partial=True,
         merged={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
     ),
 }

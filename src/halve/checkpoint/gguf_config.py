@@ -16,6 +16,7 @@ from halve.checkpoint.gguf_architecture import (
     OUTPUT,
     ROPE_FACTORS,
     SIZES,
+    SPREADS,
     TOKEN_EMBEDDING,
     WIDTHS,
     Architecture,
@@ -61,7 +62,7 @@ def tensor_names(header: GgufHeader, layers: int) -> dict[str, str]:
     names: dict[str, str] = {}
     for stored in header.tensors:
         stem, _, part = stored.rpartition(".")
-        if stored == ROPE_FACTORS:
+        if stored == ROPE_FACTORS or (architecture.partial and stored in SPREADS.values()):
             continue
         if stem not in stems or part not in ("weight", "bias"):
             raise CheckpointError(
@@ -90,8 +91,10 @@ def hf_config(header: GgufHeader, read: Callable[[str], Tensor]) -> Json:
     if not 1 <= heads <= hidden:
         raise fields.fail("attention.head_count", f"must be from 1 to embedding_length={hidden}")
     key_length, value_length, rotated = HEAD_SIZES
-    head_dim = fields.whole(key_length, fields.whole(rotated, hidden // heads))
-    for key in (value_length, rotated):
+    head_dim = fields.whole(
+        key_length, hidden // heads if architecture.partial else fields.whole(rotated, hidden // heads)
+    )
+    for key in (value_length,) if architecture.partial else (value_length, rotated):
         fields.only(key, head_dim)
     for key in ("expert_count", "expert_used_count"):
         fields.only(key, 0)
@@ -114,6 +117,8 @@ def hf_config(header: GgufHeader, read: Callable[[str], Tensor]) -> Json:
     if any(len(set(sizes)) > 1 for sizes in widths.values()):
         rows = [{number.ours: widths[number.theirs][layer] for number in WIDTHS} for layer in range(layers)]
         config |= with_layers(config, rows)
+    if config["rope_parameters"].get("rope_type") == "longrope":
+        config["rope_parameters"] |= {key: _spread(header, tensor, read) for key, tensor in SPREADS.items()}
     if ROPE_FACTORS in tensors:
         config["rope_parameters"] = _llama3_rope(header, config, read)
     fields.refuse_unread()
@@ -183,6 +188,13 @@ def rope_factors(config: ModelConfig) -> Tensor | None:
     plain, _ = rope_frequencies(RopeConfig(rope.theta), config.head_dim, 0)
     bands, _ = rope_frequencies(rope, config.head_dim, 0)
     return plain / bands
+
+
+def _spread(header: GgufHeader, name: str, read: Callable[[str], Tensor]) -> list[float]:
+    """The numbers of a tensor, as they were written before they were stored in 32 bits."""
+    if name not in header.tensors:
+        raise CheckpointError(f"{header.path}: tensor {name!r} is missing: get an intact copy")
+    return [float(str(number)) for number in read(name).flatten().numpy()]
 
 
 def _llama3_rope(header: GgufHeader, config: Json, read: Callable[[str], Tensor]) -> Json:

@@ -43,6 +43,12 @@ def splits() -> dict[str, Split]:
     return {name: known[name] for name in _WRITTEN} | known
 
 
+# names of splits that are the same, as llama.cpp has them
+_SAME = {
+    **dict.fromkeys(("olmo", "exaone4", "phi-2", "mellum", "jais", "trillion", "granite-docling", "mpt"), "gpt-2"),
+    **dict.fromkeys(("refact", "starcoder", "command-r", "codeshell", "exaone", "minerva-7b"), "smollm"),
+    "stablelm2": "qwen2",
+}
 _BEGINS = ("llama3", "llama-v3", "llama-bpe")  # byte-level vocabularies that begin a text where no field says so
 
 
@@ -54,6 +60,8 @@ def write_tokenizer(header: GgufHeader, vocab_size: int, folder: Path) -> None:
     fields = {key.removeprefix(KEY): value for key, value in header.fields.items() if key.startswith(KEY)}
     if fields.get("model") in (None, "none", "no_vocab"):
         return
+    if isinstance(named := fields.get("pre"), str):
+        fields["pre"] = _SAME.get(named, named)
     _check(header, fields, vocab_size)
     try:
         _build(header, fields).save_pretrained(str(folder))
