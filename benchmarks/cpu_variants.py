@@ -70,7 +70,7 @@ def build(dense: Model, variant: Variant) -> Model:
     config = replace(dense.config, layers=(layer,) * count, tied=False)
     blocks = [_block(block, index, config, layer, variant) for index, block in enumerate(list(dense.blocks)[:count])]
     head = _linear(config.vocab_size, config.hidden_size, variant.head, 0.0)
-    model = Model(config, dense.embed, blocks, dense.final_norm, head)
+    model = Model(config, dense.dtype, dense.table, blocks, dense.final_norm, head)
     for _, linear in model.linears():
         linear.select_backend("auto", torch.bfloat16)
     return model

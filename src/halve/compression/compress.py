@@ -229,7 +229,7 @@ def _complete(folder: Path, request: Request, source: Checkpoint, step: StepPlan
     # the projections too: a scheme for all linears must not be taken for theirs
     projections = projection_linears(source.family, state.config)
     names = [s.name for s in (*state.linears.values(), *projections)]
-    schemes = write_schemes(state.schemes, names) if state.schemes else None
+    schemes = write_schemes(state.schemes, names, state.table.name) if state.schemes else None
     config = config_json(source.raw, source.family, state.config, state.plain, schemes, request.dtype or source.dtype)
     CheckpointWriter(folder, len(step.sources) + 1).finish(config, manifest, source.folder)
 
@@ -254,7 +254,7 @@ def _report(asked: Method, method: Method, step: StepPlan, rows: list[dict[str, 
         **({} if asked == method else {"resolved": step_json(method)}),
         "parameters_before": step.before.parameters,
         "parameters_after": step.after.parameters,
-        "linear_bytes_before": step.before.linear_bytes,
+        "linear_bytes_before": sum(line["bytes_before"] for line in linears),
         "linear_bytes_after": sum(line["bytes_after"] for line in linears),
         "linears": linears,
     }
