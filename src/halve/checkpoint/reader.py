@@ -289,28 +289,33 @@ def load_model(
     check_device(device)
     checkpoint = open_checkpoint(model, random_weights, dtype)
     dtype = compute_dtype(checkpoint, dtype, device)
+    # a weight gets its kernel's form as soon as it is read: at most one is in memory in both forms, the largest one first
     table = checkpoint.table(dtype, device)
+    if checkpoint.config.tied or table.quantized:
+        table.select_backend(backend, dtype)
     projections = checkpoint.projections(dtype, device)
     blocks = []
     for index in range(len(checkpoint.config.layers)):
         block = checkpoint.block(index, dtype, device)
         merge_siblings(block)
+        for linear in block.linears.values():
+            assert isinstance(linear, Linear)
+            linear.select_backend(backend, dtype)
         blocks.append(block)
-    loaded = Model(
+    head = checkpoint.head(dtype, device, table)
+    if head is not table:
+        head.select_backend(backend, dtype)
+    return Model(
         checkpoint.config,
         dtype,
         table,
         blocks,
         checkpoint.final_norm(dtype, device),
-        checkpoint.head(dtype, device, table),
+        head,
         checkpoint.positions(dtype, device),
         projections.get("project_in"),
         projections.get("project_out"),
     )
-    looked_up = [table] if table.quantized and loaded.head is not table else []
-    for linear in (*(linear for _, linear in loaded.linears()), *looked_up):
-        linear.select_backend(backend, dtype)
-    return loaded
 
 
 def check_device(device: torch.device | str) -> str:
