@@ -48,7 +48,7 @@ def measure(folder: Path, step: str, args: argparse.Namespace, work: Path) -> di
     ).out  # fmt: skip
     asked: dict[str, Any] = {"protocol": "documents" if args.train else "windows", "limit": args.limit}
     data = work / "judged.txt" if args.train else args.data
-    judged = evaluate(out, task="perplexity", data=data, base=folder, window=args.window, **asked)
+    judged: dict[str, Any] = dict(evaluate(out, task="perplexity", data=data, base=folder, window=args.window, **asked))
     state = state_of(open_checkpoint(out), None)
     dense = state_of(open_checkpoint(folder), None)
     return {

@@ -26,7 +26,7 @@ from halve.checkpoint.tokenizer import load_tokenizer
 from halve.checkpoint.writer import CheckpointWriter
 from halve.compression.estimate import Estimate, estimate
 from halve.compression.methods import Method, Resolvable
-from halve.compression.plan import StepPlan, state_of
+from halve.compression.plan import TABLE, StepPlan, state_of
 from halve.compression.recipe import as_steps, make_step, step_json
 from halve.compression.step_run import Request, check_fits, run_step, working_dtype
 from halve.compression.walk import Walk
@@ -82,7 +82,9 @@ def plan_recipe(request: Request) -> RecipePlan:
     passes = [(plan.before, method.calibrates) for plan, method in zip(plans, request.steps, strict=True)]
     samples = request.calibration.samples
     tokens = (samples + max(1, samples // HELD_OUT_SHARE)) * window
-    cost = estimate(passes, tokens, working_dtype(request, checkpoint).itemsize, request.device)
+    itemsize = working_dtype(request, checkpoint).itemsize
+    table_weights = max(plan.before.table.parameters for plan in plans) if any(TABLE in p.touched for p in plans) else 0
+    cost = estimate(passes, tokens, itemsize, request.device, table_weights)
     return RecipePlan(checkpoint, state_of(checkpoint, None).nbytes, plans, window, cost)
 
 

@@ -26,13 +26,19 @@ class Estimate:
 
 
 def estimate(
-    states: Sequence[tuple[ModelState, bool]], tokens: int, itemsize: int, device: torch.device | str
+    states: Sequence[tuple[ModelState, bool]],
+    tokens: int,
+    itemsize: int,
+    device: torch.device | str,
+    table_weights: int = 0,
 ) -> Estimate:
     """What the steps take that start from `states`, each with whether it is calibrated on `tokens` tokens.
 
-    `itemsize`: bytes of the type computed in. Measures the machine's matrix products for a tenth of a second.
+    `itemsize`: bytes of the type computed in; `table_weights`: of the largest embedding that one of the steps quantizes, whose
+    codes lie in memory beside it, as bytes and packed. Measures the machine's matrix products for a tenth of a second.
     """
     memory = max(_memory(state, tokens if calibrated else 0, itemsize) for state, calibrated in states)
+    memory += 2 * table_weights
     flops = sum(2.0 * state.parameters * tokens * _PASSES for state, calibrated in states if calibrated)
     moved = sum(state.linear_bytes for state, _ in states)
     seconds = (flops / _flops_per_s(device) if flops else 0.0) + moved / _READ_BYTES_PER_S
