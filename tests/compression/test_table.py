@@ -145,6 +145,29 @@ def test_seeded_widths_and_groups(make_hf: Make, tmp_path: Path) -> None:
                 table.look_up(torch.tensor([outside]), torch.float32)
 
 
+def test_planned_bytes_of_seeded_schemes_are_the_written_ones(make_hf: Make, tmp_path: Path) -> None:
+    draw = random.Random(1)
+    for case in range(10):
+        vocabulary, width = draw.randint(50, 140), draw.choice((32, 48, 80))
+        options = {"vocab_size": vocabulary, "hidden_size": width, "tie_word_embeddings": draw.random() < 0.7}
+        source = make_hf("llama", num_hidden_layers=1, **options)
+        bits, symmetric = draw.choice((2, 3, 4, 8)), draw.choice(("true", "false"))
+        group = draw.choice([-1, *(g for g in (4, 8, 12, 16, 20, 24) if width % g == 0)])
+        targets, untie = draw.choice(
+            [("Embedding", "false"), ("lm_head", "false"), ("*embed*|lm_head", "true"), ("lm_head", "true")]
+        )
+        step = f"rtn:bits={bits},group_size={group},symmetric={symmetric},targets={targets},untie={untie}"
+        plan = plan_recipe(Request(str(source), tmp_path / f"{case}", as_steps([step])))
+        out = compress(source, tmp_path / f"{case}", [step]).out
+        assert plan.bytes_after == size_of(out), (options, step)
+        model, tokens = (
+            load_model(out),
+            torch.randint(0, vocabulary, (2, 9), generator=torch.Generator().manual_seed(case)),
+        )
+        with torch.inference_mode():
+            assert relative(model(tokens), expanded(out)(tokens)) < FLOAT32_ERROR, (options, step)
+
+
 @pytest.mark.parametrize(("family", "options"), [TIED[0], TIED[2], UNTIED[0]])
 def test_recipes_compose(make_hf: Make, tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     """Before and after other steps, planned bytes are the written ones, and it runs."""

@@ -35,8 +35,9 @@ def estimate(
 ) -> Estimate:
     """What the steps take that start from `states`, each with whether it is calibrated on `tokens` tokens.
 
-    `itemsize`: bytes of the type computed in; `table_weights`: of the largest embedding that one of the steps quantizes: its codes
-    lie in memory beside it, as bytes and packed, and some float32 copies of the rows being worked on. Measures the machine's matrix products for a tenth of a second.
+    `itemsize`: bytes of the type computed in; `table_weights`: of the largest embedding that one of the steps quantizes:
+    its codes lie in memory beside it, as bytes and packed, and some float32 copies of the rows being worked on. Measures the
+    machine's matrix products for a tenth of a second.
     """
     memory = max(_memory(state, tokens if calibrated else 0, itemsize) for state, calibrated in states)
     memory += 2 * table_weights + 4 * 4 * min(table_weights, _RUN)
