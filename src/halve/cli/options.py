@@ -65,7 +65,6 @@ Protocol = Annotated[
     str | None,
     typer.Option(help="; ".join([f"{_FOR_QUESTIONS} for questions", *_FOR_OTHERS]) + ".", show_default=False),
 ]
-QuestionProtocol = Annotated[str | None, typer.Option(help=f"{_FOR_QUESTIONS}.", show_default=False)]
 Template = Annotated[
     str | None,
     typer.Option(

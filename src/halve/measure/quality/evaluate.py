@@ -150,7 +150,8 @@ class BaseRequest:
             return
         base: Base | None = self._file
         if base is None and self._base is not None:
-            base = LoadedModel.load(self._base, device=device, dtype=dtype).as_base()
+            same = find_model(os.fspath(self._base)) == loaded.folder  # compared with itself a model is loaded once
+            base = (loaded if same else LoadedModel.load(self._base, device=device, dtype=dtype)).as_base()
         with ExitStack() as stack:
             if self.save is None:
                 yield BaseComparison(base)
