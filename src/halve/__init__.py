@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from halve.measure.quality.options import EvaluationOptions
     from halve.measure.speed.benchmark import benchmark
     from halve.measure.table import compare
+    from halve.report.card import write_card
     from halve.report.page import write_page
     from halve.studies.layers import analyse_layers
     from halve.studies.search.options import SearchOptions
@@ -46,6 +47,7 @@ _PUBLIC = {
     "quantize_linear": "compression.torch_layers",
     "reproduce_system1": "studies.system1.reproduce",
     "search": "studies.search.search",
+    "write_card": "report.card",
     "write_page": "report.page",
 }
 __all__ = [
@@ -69,6 +71,7 @@ __all__ = [
     "quantize_linear",
     "reproduce_system1",
     "search",
+    "write_card",
     "write_page",
 ]
 

@@ -42,6 +42,7 @@ for command in (
     studies.search,
     studies.reproduce,
     studies.report,
+    studies.card,
     models.fetch,
     models.convert,
     models.steps,

@@ -22,7 +22,7 @@ from halve.cli.options import (
     Window,
     dtype_of,
 )
-from halve.cli.output import say, stream
+from halve.cli.output import complain, say, stream
 from halve.errors import HalveError, OutputError
 from halve.files import resolve_out
 from halve.files.contents import CHECK, OTHERWISE
@@ -73,6 +73,7 @@ def compress(
     from halve.compression.compress import compress as run
     from halve.compression.recipe import as_steps, read_recipe
     from halve.compression.windows import CalibrationOptions
+    from halve.report.card import write_card
 
     if step and recipe:
         raise HalveError("--step and --recipe were both given: use one of them")
@@ -98,6 +99,7 @@ def compress(
     terminal.result(result)
     if question is not None:
         _compare_with_source(out, model, question, device, dtype)
+    say(f"wrote {write_card(result.out, source=result.plan.checkpoint.folder, on_left_out=complain)}")
 
 
 def _check_question(text: Path, model: str, out: Path) -> EvaluationOptions:
