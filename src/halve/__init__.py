@@ -7,6 +7,7 @@ from halve._version import __version__
 
 if TYPE_CHECKING:
     from halve.checkpoint.convert import convert
+    from halve.checkpoint.export import export
     from halve.checkpoint.hub import fetch
     from halve.checkpoint.reader import load_model
     from halve.checkpoint.tokenizer import load_tokenizer
@@ -38,6 +39,7 @@ _PUBLIC = {
     "compress": "compression.compress",
     "convert": "checkpoint.convert",
     "evaluate": "measure.quality.evaluate",
+    "export": "checkpoint.export",
     "fetch": "checkpoint.hub",
     "generate": "decode.generate",
     "generate_text": "decode.generate",
@@ -62,6 +64,7 @@ __all__ = [
     "compress",
     "convert",
     "evaluate",
+    "export",
     "fetch",
     "generate",
     "generate_text",

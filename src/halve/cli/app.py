@@ -45,6 +45,7 @@ for command in (
     studies.card,
     models.fetch,
     models.convert,
+    models.export,
     models.steps,
 ):
     app.command()(command)
