@@ -31,10 +31,11 @@ from halve.checkpoint.tensors import (
 )
 from halve.errors import CheckpointError, HalveError, reading, shown
 from halve.files.contents import link_outside
-from halve.model import families
+from halve.model import families, inventory
 from halve.model.config import ModelConfig
 from halve.model.decoder import Block, Model, Norm
-from halve.model.families import Family, LinearShape, NormShape
+from halve.model.families import Family
+from halve.model.inventory import LinearShape, NormShape
 from halve.model.linear import Linear
 from halve.model.merge import merge_siblings
 from halve.model.wrappers import own_config, own_tensors
@@ -94,8 +95,8 @@ class Checkpoint:
     def linear_shapes(self) -> Iterator[LinearShape]:
         """Every linear that methods may touch: block by block, then the head."""
         for index in range(len(self.config.layers)):
-            yield from families.block_linears(self.family, self.config, index)
-        yield families.head_linear(self.family, self.config)
+            yield from inventory.block_linears(self.family, self.config, index)
+        yield inventory.head_linear(self.family, self.config)
 
     def stored(self, shape: LinearShape) -> StoredLinear:
         """How one linear is stored, from the headers."""
@@ -118,7 +119,7 @@ class Checkpoint:
 
     def head(self, dtype: torch.dtype, device: torch.device | str, embed: Tensor | None = None) -> Linear:
         """The output head; shares `embed` when tied."""
-        shape = families.head_linear(self.family, self.config)
+        shape = inventory.head_linear(self.family, self.config)
         if self.config.tied:
             return Linear(self.embedding(dtype, device) if embed is None else embed)
         return self.linear(shape, dtype, device)
@@ -134,7 +135,7 @@ class Checkpoint:
 
     def projections(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Linear]:
         """OPT-350m's project_in and project_out, empty for others."""
-        shapes = families.projection_linears(self.family, self.config)
+        shapes = inventory.projection_linears(self.family, self.config)
         return {s.role: self.linear(s, dtype, device) for s in shapes}
 
     def norm(self, shape: NormShape, dtype: torch.dtype, device: torch.device | str) -> Norm:
@@ -143,27 +144,28 @@ class Checkpoint:
             return self.tensor(full, dtype, device) if full in self.tensors.shapes else None
 
         offset = self.config.norm_offset
-        weight = part("weight", torch.float32 if offset else dtype)  # the sum would lose digits in bfloat16
+        own = torch.float32 if offset else dtype  # the sum would lose digits in bfloat16
+        weight = part("weight", own)
         if weight is not None and offset:
             weight = weight + offset
-        return Norm(weight, part("bias", dtype), self.config.norm_eps, shape.kind, shape.size)
+        return Norm(weight, part("bias", own), self.config.norm_eps, shape.kind, shape.size)
 
     def final_norm(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Norm | None:
-        shape = families.final_norm(self.family, self.config)
+        shape = inventory.final_norm(self.family, self.config)
         return None if shape is None else self.norm(shape, dtype, device)
 
     def block(self, index: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Block:
         """One layer, its linears unmerged."""
         family, config = self.family, self.config
-        linears = {s.role: self.linear(s, dtype, device) for s in families.block_linears(family, config, index)}
-        norms = {s.role: self.norm(s, dtype, device) for s in families.block_norms(family, config, index)}
+        linears = {s.role: self.linear(s, dtype, device) for s in inventory.block_linears(family, config, index)}
+        norms = {s.role: self.norm(s, dtype, device) for s in inventory.block_norms(family, config, index)}
         return Block(config, config.layers[index], index, linears, norms)
 
     def check(self) -> None:
         """Every tensor present, none unexpected, all of the right shape; from the headers alone."""
         check_parts(self.tensors, self.family, self.config, self.raw, str(self.folder))
-        vectors = families.vector_shapes(self.family, self.config)
-        linears = [*self.linear_shapes(), *families.projection_linears(self.family, self.config)]
+        vectors = inventory.vector_shapes(self.family, self.config)
+        linears = [*self.linear_shapes(), *inventory.projection_linears(self.family, self.config)]
         self._check_dtypes(linears, vectors)
         for name, shape in vectors.items():
             expect(self.tensors, name, shape, str(self.folder))
@@ -239,8 +241,8 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
 def _random_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
     """The checkpoint with random tensors of the shapes that its config asks for."""
     family, config = checkpoint.family, checkpoint.config
-    headers = {name: (shape, dtype) for name, shape in families.vector_shapes(family, config).items()}
-    for linear in (*checkpoint.linear_shapes(), *families.projection_linears(family, config)):
+    headers = {name: (shape, dtype) for name, shape in inventory.vector_shapes(family, config).items()}
+    for linear in (*checkpoint.linear_shapes(), *inventory.projection_linears(family, config)):
         if linear.role != "head" or not config.tied:
             parts = StoredLinear.dense(linear).parts(dtype)
             headers |= {f"{linear.name}.{part}": header for part, header in parts.items()}

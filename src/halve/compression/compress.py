@@ -35,7 +35,7 @@ from halve.errors import CheckpointError
 from halve.files import write_json, write_text
 from halve.files.contents import companions
 from halve.files.work import WorkFolder
-from halve.model.families import projection_linears
+from halve.model.inventory import projection_linears
 from halve.texts import read_documents
 
 

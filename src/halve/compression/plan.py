@@ -12,7 +12,7 @@ import torch
 from halve.checkpoint.reader import Checkpoint
 from halve.checkpoint.stored import StoredLinear
 from halve.errors import RecipeError, shown
-from halve.model import families
+from halve.model import inventory
 from halve.model.config import ModelConfig
 from halve.model.families import Family
 from halve.quantization import QuantSpec
@@ -51,7 +51,7 @@ class ModelState:
     @property
     def plain(self) -> bool:
         """True when the stock architecture of the family can hold this model."""
-        irregular = any(s.ragged or not s.whole for s in self.linears.values())
+        irregular = not self.family.stock or any(s.ragged or not s.whole for s in self.linears.values())
         first = self.config.layers[0]
         widths = {replace(layer, sliding_window=None, rope=None) for layer in self.config.layers}
         if irregular or len(widths) > 1 or not (first.has_attention and first.has_mlp):
@@ -74,9 +74,9 @@ def state_of(checkpoint: Checkpoint, dtype: torch.dtype | None) -> ModelState:
         if dtype is not None:
             linear = replace(linear, dtype=dtype if linear.spec is None else linear.dtype, bias_dtype=dtype)
         linears[shape.layer, shape.role] = linear
-    vectors = families.vector_shapes(family, config)
+    vectors = inventory.vector_shapes(family, config)
     vectors |= {
-        f"{s.name}.weight": (s.out_features, s.in_features) for s in families.projection_linears(family, config)
+        f"{s.name}.weight": (s.out_features, s.in_features) for s in inventory.projection_linears(family, config)
     }
     others = {name: math.prod(shape) * (dtype or dtypes[name]).itemsize for name, shape in vectors.items()}
     return ModelState(family, config, linears, others, dtype or checkpoint.dtype)
@@ -198,7 +198,7 @@ def _renumbered(
     """The linears of the model after, under their new names."""
     linears: dict[Key, StoredLinear] = {}
     for layer, source in enumerate(sources):
-        for shape in families.block_linears(state.family, config, layer):
+        for shape in inventory.block_linears(state.family, config, layer):
             key = (source, shape.role)
             kept = changed[key][0] if key in changed else state.linears[key]
             linears[layer, shape.role] = replace(kept, shape=replace(kept.shape, name=shape.name, layer=layer))
@@ -212,7 +212,7 @@ def _others(state: ModelState, config: ModelConfig, sources: tuple[int, ...]) ->
     block = state.family.names["block"]
     there = {block.format(layer): block.format(source) for layer, source in enumerate(sources)}
     others = {name: size for name, size in state.others.items() if not name.startswith(block.split("{")[0])}
-    for name in families.vector_shapes(state.family, config):
+    for name in inventory.vector_shapes(state.family, config):
         if name not in others:
             place = next(place for place in there if name.startswith(f"{place}."))
             others[name] = state.others[there[place] + name.removeprefix(place)]
