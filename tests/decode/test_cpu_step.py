@@ -22,7 +22,7 @@ from halve.errors import HalveError
 from halve.kernels import cpu
 from halve.model.decoder import Model
 from halve.model.linear import Linear
-from tests.common import GEMMA, GRANITE, relative
+from tests.common import GEMMA, GRANITE, NEWER, relative
 
 PROMPTS = [[5, 9, 3, 44, 81, 2, 17], [7] * 11, [90, 2, 61]]
 STEPS = 6
@@ -46,6 +46,7 @@ FAMILIES = {
     "smollm3": ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 2}),
     "granite": ("granite", GRANITE),
     "olmo2": ("olmo2", {}),
+    **{kind: (kind, options) for kind, options in NEWER if kind != "ernie4_5"},
     "opt": ("opt", {}),
 }
 
@@ -236,7 +237,9 @@ def test_what_c_does_not_know_is_left_to_the_model(
         ({"outer": 16}, "a linear of an attention"),
         ({"columns": 8}, "a linear of an attention"),
         ({"segments": 0}, "a linear of an attention"),
-        ({"head_size": 7}, "the head size"),
+        ({"head_size": 0}, "the head size"),
+        ({"head_size": 4}, "the turned channels"),
+        ({"turned": 7}, "the turned channels"),
         ({"kind": 2}, "another kind"),
         ({"heads": 3}, "do not share keys evenly"),
         ({"heads": 8}, "a linear of an attention"),

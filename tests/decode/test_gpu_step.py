@@ -22,11 +22,14 @@ from halve.decode.sampling import Sampling
 from halve.kernels import triton_backend
 from halve.kernels.triton_backend import Tiling
 from halve.model.decoder import Model
+from tests.common import MINISTRAL3_ROPE
 from tools.ptx.cpu import cpu_too
 
 pytestmark = pytest.mark.slow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = {"rope_type": "default", "partial_rotary_factor": 0.5}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 PROMPTS = [[5, 9, 3, 44], [7] * 21, [90, 2, 61, 33, 8, 8, 17]]
 
 
@@ -77,6 +80,7 @@ def check_steps(
         ("qwen3", {"head_dim": 8}),
         ("qwen2", {"tie_word_embeddings": True}),
         ("mistral", {"sliding_window": 18}),
+        ("seed_oss", {"head_dim": 8, "attention_out_bias": True}),
     ],
 )
 def test_families(make_hf: Callable[..., Path], family: str, options: dict[str, Any]) -> None:
@@ -204,6 +208,11 @@ def test_a_row_at_the_end_of_the_context_does_not_disturb_the_others(make_hf: Ca
         ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 2}, "rotary embeddings that differ between layers"),
         ("granite", {}, "scaled embeddings, scores, sums or logits"),
         ("olmo2", {}, "not a Llama-like block"),
+        ("arcee", {}, "not a Llama-like block"),
+        ("ernie4_5", {}, "of neighbours"),
+        ("ministral3", {"rope_parameters": MINISTRAL3_ROPE}, "queries that grow"),
+        ("phi3", {"pad_token_id": 0, "rope_parameters": HALF}, "a part of each head"),
+        ("phi3", {"pad_token_id": 0, "rope_parameters": LONGROPE}, "that a text's length changes"),
     ],
 )
 def test_families_that_cannot_be_fused_say_why(make_hf, family: str, options: dict, reason: str) -> None:

@@ -31,10 +31,11 @@ from halve.checkpoint.tensors import (
 )
 from halve.errors import CheckpointError, HalveError, reading, shown
 from halve.files.contents import link_outside
-from halve.model import families
+from halve.model import families, inventory
 from halve.model.config import ModelConfig
 from halve.model.decoder import Block, Model, Norm
-from halve.model.families import Family, LinearShape, NormShape
+from halve.model.families import Family
+from halve.model.inventory import LinearShape, NormShape
 from halve.model.linear import Linear
 from halve.model.merge import merge_siblings
 from halve.model.wrappers import own_config, own_tensors
@@ -85,7 +86,7 @@ class Checkpoint:
         dtype = torch.float32 if named == "float64" else getattr(torch, named, None)
         if dtype in FLOATING:
             return dtype
-        table = self.family.names[families.TABLE]
+        table = self.family.names[inventory.TABLE]
         return self.tensors.dtypes.get(f"{table}.{WEIGHT}") or self.tensors.dtypes[f"{table}.{SCALE}"]
 
     @property
@@ -97,13 +98,13 @@ class Checkpoint:
     def linear_shapes(self) -> Iterator[LinearShape]:
         """Every linear: block by block, then the head. The embedding, of which rows are looked up, is `table_shape`."""
         for index in range(len(self.config.layers)):
-            yield from families.block_linears(self.family, self.config, index)
-        yield families.head_linear(self.family, self.config)
+            yield from inventory.block_linears(self.family, self.config, index)
+        yield inventory.head_linear(self.family, self.config)
 
     @property
     def table_shape(self) -> LinearShape:
         """The embedding."""
-        return families.table_linear(self.family, self.config)
+        return inventory.table_linear(self.family, self.config)
 
     def stored(self, shape: LinearShape) -> StoredLinear:
         """How one linear, or the embedding, is stored, from the headers."""
@@ -132,7 +133,7 @@ class Checkpoint:
         """The output head; when tied the very `table`."""
         if self.config.tied:
             return table or self.table(dtype, device)
-        return self.linear(families.head_linear(self.family, self.config), dtype, device)
+        return self.linear(inventory.head_linear(self.family, self.config), dtype, device)
 
     def positions(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor | None:
         """The table of learned positions, or None."""
@@ -142,7 +143,7 @@ class Checkpoint:
 
     def projections(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Linear]:
         """OPT-350m's project_in and project_out, empty for others."""
-        shapes = families.projection_linears(self.family, self.config)
+        shapes = inventory.projection_linears(self.family, self.config)
         return {s.role: self.linear(s, dtype, device) for s in shapes}
 
     def norm(self, shape: NormShape, dtype: torch.dtype, device: torch.device | str) -> Norm:
@@ -151,27 +152,28 @@ class Checkpoint:
             return self.tensor(full, dtype, device) if full in self.tensors.shapes else None
 
         offset = self.config.norm_offset
-        weight = part("weight", torch.float32 if offset else dtype)  # the sum would lose digits in bfloat16
+        own = torch.float32 if offset else dtype  # the sum would lose digits in bfloat16
+        weight = part("weight", own)
         if weight is not None and offset:
             weight = weight + offset
-        return Norm(weight, part("bias", dtype), self.config.norm_eps, shape.kind, shape.size)
+        return Norm(weight, part("bias", own), self.config.norm_eps, shape.kind, shape.size)
 
     def final_norm(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Norm | None:
-        shape = families.final_norm(self.family, self.config)
+        shape = inventory.final_norm(self.family, self.config)
         return None if shape is None else self.norm(shape, dtype, device)
 
     def block(self, index: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Block:
         """One layer, its linears unmerged."""
         family, config = self.family, self.config
-        linears = {s.role: self.linear(s, dtype, device) for s in families.block_linears(family, config, index)}
-        norms = {s.role: self.norm(s, dtype, device) for s in families.block_norms(family, config, index)}
+        linears = {s.role: self.linear(s, dtype, device) for s in inventory.block_linears(family, config, index)}
+        norms = {s.role: self.norm(s, dtype, device) for s in inventory.block_norms(family, config, index)}
         return Block(config, config.layers[index], index, linears, norms)
 
     def check(self) -> None:
         """Every tensor present, none unexpected, all of the right shape; from the headers alone."""
         check_parts(self.tensors, self.family, self.config, self.raw, str(self.folder))
-        vectors = families.vector_shapes(self.family, self.config)
-        linears = [self.table_shape, *self.linear_shapes(), *families.projection_linears(self.family, self.config)]
+        vectors = inventory.vector_shapes(self.family, self.config)
+        linears = [self.table_shape, *self.linear_shapes(), *inventory.projection_linears(self.family, self.config)]
         self._check_dtypes(linears, vectors)
         for name, shape in vectors.items():
             expect(self.tensors, name, shape, str(self.folder))
@@ -255,8 +257,8 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
 def _random_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
     """The checkpoint with random tensors of the shapes that its config asks for."""
     family, config = checkpoint.family, checkpoint.config
-    headers = {name: (shape, dtype) for name, shape in families.vector_shapes(family, config).items()}
-    shapes = (checkpoint.table_shape, *checkpoint.linear_shapes(), *families.projection_linears(family, config))
+    headers = {name: (shape, dtype) for name, shape in inventory.vector_shapes(family, config).items()}
+    shapes = (checkpoint.table_shape, *checkpoint.linear_shapes(), *inventory.projection_linears(family, config))
     for linear in shapes:
         if linear.role != "head" or not config.tied:
             parts = StoredLinear.dense(linear).parts(dtype)

@@ -35,7 +35,7 @@ from halve.errors import CheckpointError
 from halve.files import write_json, write_text
 from halve.files.contents import companions
 from halve.files.work import WorkFolder
-from halve.model.families import projection_linears
+from halve.model.inventory import projection_linears
 from halve.texts import read_documents
 
 
@@ -139,7 +139,7 @@ def _run(request: Request, plan: RecipePlan, windows: Calibration | None, work: 
             reports.append(_report(asked, method, step, rows))
             timed = [row for row in rows if "seconds" in row]
             seconds += [{"linear": row["name"], "seconds": round(row["seconds"], 3)} for row in timed]
-            manifest = _manifest(request, plan.checkpoint, reports, windows)
+            manifest = _manifest(request, plan, reports, windows)
             _complete(folder, request, source, step, manifest)
         else:  # an interrupted run got this far
             manifest = json.loads((folder / "halve.json").read_text())
@@ -263,14 +263,15 @@ def _report(asked: Method, method: Method, step: StepPlan, rows: list[dict[str, 
 
 
 def _manifest(
-    request: Request, checkpoint: Checkpoint, reports: list[dict[str, Any]], windows: Calibration | None
+    request: Request, plan: RecipePlan, reports: list[dict[str, Any]], windows: Calibration | None
 ) -> dict[str, Any]:
     """halve.json: what was done, with what. The same request gives the same bytes, so no times and no machine."""
-    earlier = checkpoint.manifest
+    earlier = plan.checkpoint.manifest
     return {
         "halve_version": __version__,
         "torch_version": torch.__version__,
         "base_model": earlier.get("base_model", _model_name(request)),
+        "weight_bytes_before": earlier.get("weight_bytes_before", plan.bytes_before),
         "recipe": earlier.get("recipe", []) + [step_json(m) for m in request.steps[: len(reports)]],
         "calibration": None if windows is None else windows.origin,
         "steps": earlier.get("steps", []) + reports,

@@ -12,14 +12,15 @@ import torch
 from halve.checkpoint.reader import Checkpoint
 from halve.checkpoint.stored import StoredLinear
 from halve.errors import RecipeError, shown
-from halve.model import families
+from halve.model import inventory
 from halve.model.config import ModelConfig
-from halve.model.families import Family, LinearShape
+from halve.model.families import Family
+from halve.model.inventory import LinearShape
 from halve.quantization import QuantSpec
 
 Key = tuple[int | None, str]  # (layer, role); HEAD and TABLE belong to no layer
 HEAD: Key = (None, "head")  # the output head
-TABLE: Key = (None, families.TABLE)  # the embedding, which is no linear
+TABLE: Key = (None, inventory.TABLE)  # the embedding, which is no linear
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ModelState:
     @property
     def plain(self) -> bool:
         """True when the stock architecture of the family can hold this model."""
-        irregular = any(s.ragged or not s.whole for s in self.linears.values())
+        irregular = not self.family.stock or any(s.ragged or not s.whole for s in self.linears.values())
         first = self.config.layers[0]
         widths = {replace(layer, sliding_window=None, rope=None) for layer in self.config.layers}
         if irregular or len(widths) > 1 or not (first.has_attention and first.has_mlp):
@@ -85,9 +86,9 @@ def state_of(checkpoint: Checkpoint, dtype: torch.dtype | None) -> ModelState:
     for shape in checkpoint.linear_shapes():
         key = shape.layer, shape.role
         linears[key] = replace(table, shape=shape) if key == HEAD and config.tied else stored(shape)
-    vectors = families.vector_shapes(family, config)
+    vectors = inventory.vector_shapes(family, config)
     vectors |= {
-        f"{s.name}.weight": (s.out_features, s.in_features) for s in families.projection_linears(family, config)
+        f"{s.name}.weight": (s.out_features, s.in_features) for s in inventory.projection_linears(family, config)
     }
     others = {name: math.prod(shape) * (dtype or dtypes[name]).itemsize for name, shape in vectors.items()}
     return ModelState(family, config, table, linears, others, dtype or checkpoint.dtype)
@@ -246,7 +247,7 @@ def _renumbered(
     """The linears of the model after, under their new names."""
     linears: dict[Key, StoredLinear] = {}
     for layer, source in enumerate(sources):
-        for shape in families.block_linears(state.family, config, layer):
+        for shape in inventory.block_linears(state.family, config, layer):
             key = (source, shape.role)
             kept = changed[key][0] if key in changed else state.linears[key]
             linears[layer, shape.role] = replace(kept, shape=replace(kept.shape, name=shape.name, layer=layer))
@@ -259,7 +260,7 @@ def _others(state: ModelState, config: ModelConfig, sources: tuple[int, ...]) ->
     block = state.family.names["block"]
     there = {block.format(layer): block.format(source) for layer, source in enumerate(sources)}
     others = {name: size for name, size in state.others.items() if not name.startswith(block.split("{")[0])}
-    for name in families.vector_shapes(state.family, config):
+    for name in inventory.vector_shapes(state.family, config):
         if name not in others:
             place = next(place for place in there if name.startswith(f"{place}."))
             others[name] = state.others[there[place] + name.removeprefix(place)]

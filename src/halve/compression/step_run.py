@@ -17,7 +17,7 @@ from halve.compression.methods import Method
 from halve.compression.plan import HEAD, TABLE, Key, StepPlan, state_of
 from halve.compression.walk import BlockView, Walk
 from halve.compression.windows import Calibration, CalibrationOptions
-from halve.model.families import block_linears, projection_linears, vector_shapes
+from halve.model.inventory import block_linears, projection_linears, vector_shapes
 from halve.progress import track
 
 

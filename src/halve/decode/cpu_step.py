@@ -28,9 +28,10 @@ from halve.kernels.structures import (
 )
 from halve.model.decoder import Block, Model, Norm, embed_scale
 from halve.model.linear import Linear
+from halve.model.rotary import query_growth
 from halve.model.wiring import ATTENTION, HEAD_NORMS, MLP, SUBLAYERS, wires
 
-_ACTIVATIONS = {"silu": 0, "swish": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu": 3}
+_ACTIVATIONS = {"silu": 0, "swish": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu": 3, "relu2": 4}
 
 
 class CpuStep(TorchStep):
@@ -71,6 +72,8 @@ class CpuStep(TorchStep):
         config = model.config
         if config.norm_sum or model.project_in is not None:
             return "norms after the sums, or a projected embedding"
+        if any(rope.neighbours for rope in config.ropes):
+            return "rotary embeddings that turn neighbouring channels"
         if any(block._forward_pre_hooks or block._forward_hooks for block in model.blocks):
             return "hooks on a layer"
         if config.activation not in _ACTIVATIONS:
@@ -80,6 +83,12 @@ class CpuStep(TorchStep):
 
     def logits(self, tokens_B1: Tensor) -> Tensor:
         """Logits float32 [B, V] after tokens int64 [B, 1]; the cache grows by one. Overwritten by the next call."""
+        if self.cache.tokens is not None:
+            length = self.cache.end + 1
+            if any(rotary.long(length) != self.cache.long for rotary in self.model.rotaries):
+                return super().logits(tokens_B1).float()  # which makes the whole cache again
+            self.cache.outgrown(tokens_B1)
+            self._turn()
         lengths = self.cache.lengths
         if isinstance(lengths, int):
             assert lengths < self.cache.capacity, (lengths, self.cache.capacity)
@@ -97,13 +106,11 @@ class CpuStep(TorchStep):
 
     def _describe(self, library: Library) -> ModelStruct:
         model, config = self.model, self.model.config
-        self._turns = [rotary.tables(self.cache.capacity, torch.float32) for rotary in model.rotaries]
         self._layers = (LayerStruct * len(config.layers))()
         for block, layer in zip(model.blocks, self._layers, strict=True):
             assert isinstance(block, Block)
             _describe_block(block, layer)
-            if block.layer.rope is not None:
-                layer.cosine, layer.sine = (t.data_ptr() for t in self._turns[block.layer.rope])
+        self._turn()
         linears = [linear for _, linear in model.linears()]
         scale = config.attention_scale
         return ModelStruct(
@@ -154,6 +161,18 @@ class CpuStep(TorchStep):
             dense_kind=KINDS[weight.dtype],
         )  # fmt: skip
         return ctypes.addressof(self._dense_table)
+
+    def _turn(self) -> None:
+        """Point at the rotary tables by which the keys in the cache are turned."""
+        capacity, long = self.cache.capacity, self.cache.long
+        self._turns = [rotary.tables(capacity, torch.float32, long) for rotary in self.model.rotaries]
+        self._growths = [query_growth(rope, torch.arange(capacity)) for rope in self.model.config.ropes]
+        for block, layer in zip(self.model.blocks, self._layers, strict=True):
+            assert isinstance(block, Block)
+            if block.layer.rope is not None:
+                layer.cosine, layer.sine = (t.data_ptr() for t in self._turns[block.layer.rope])
+                layer.turned = self.model.rotaries[block.layer.rope].turned
+                layer.growth = _address(self._growths[block.layer.rope])
 
     def _describe_cache(self) -> CacheStruct:
         pairs = self.cache.layers

@@ -10,7 +10,7 @@ Shape legend: B prompts, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from halve.model.cache import KVCache
 from halve.model.config import LayerConfig
 from halve.model.decoder import Block, Model, Norm
 from halve.model.linear import Linear
+from halve.model.rotary import RopeConfig
 from halve.model.wiring import ATTENTION, HEAD_NORMS, MLP, SUBLAYERS
 
 STORE, ADD, GATE, TIMES = 0, 1, 2, 3  # epilogues of triton_matmul
@@ -59,6 +60,10 @@ def unsupported(model: Model) -> str | None:
         return "norms of what sublayers write, or weights of norms in float32"
     if len(config.ropes) > 1 or any(layer.has_attention and layer.rope is None for layer in config.layers):
         return "rotary embeddings that differ between layers"
+    if any(replace(rope, kind="default", options={}) != RopeConfig(rope.theta) for rope in config.ropes):
+        return "rotary embeddings of a part of each head, of neighbours, or with queries that grow"
+    if config.length_limit is not None:
+        return "rotary embeddings that a text's length changes"
     if config.attention_cap is not None or config.logit_cap is not None:
         return "scores or logits with a cap"
     if model.table.quantized and not isinstance(model.table.matmul, TritonMatmul):

@@ -56,6 +56,8 @@ class LayerStruct(ctypes.Structure):
         ("up", LinearStruct * 2),
         ("down", LinearStruct),
         *((name, c_int64) for name in ("heads", "kv_heads", "width", "window")),
+        ("growth", c_void_p),
+        ("turned", c_int64),
     )
 
 

@@ -16,7 +16,7 @@ from halve.model import wiring
 from halve.model.cache import KVCache
 from halve.model.config import LayerConfig, ModelConfig
 from halve.model.linear import Linear
-from halve.model.rotary import Rotary
+from halve.model.rotary import Rotary, query_growth
 from halve.model.wiring import ATTENTION, SUBLAYERS
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -26,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
 }
 
 
@@ -41,6 +42,8 @@ class Norm(nn.Module):
             if self.weight is not None and self.weight.dtype != x.dtype:  # one that the dtype of x could not hold
                 return functional.rms_norm(x.float(), self.shape, self.weight, self.eps).type_as(x)
             return functional.rms_norm(x, self.shape, self.weight, self.eps)
+        if self.weight is not None and self.weight.dtype != x.dtype:
+            return functional.layer_norm(x.float(), self.shape, self.weight, self.bias, self.eps).type_as(x)
         return functional.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
@@ -58,18 +61,29 @@ class Span:
         self.tokens, self.cache, self.device = tokens, cache, device
         start = 0 if cache is None else cache.lengths
         self.start = start
-        self.end = (start if isinstance(start, int) else int(start.max())) + tokens
+        self.end = tokens + (0 if cache is None else cache.end)
         steps = torch.arange(tokens, device=device)
         self.positions = steps + start if isinstance(start, int) else steps + start.unsqueeze(1)  # [T] or [B, T]
-        tables = [rotary.tables(self.end, dtype) for rotary in rotaries]
+        tables = [rotary.tables(self.end, dtype, rotary.long(self.end)) for rotary in rotaries]
         self._turns = [tuple(table[self.positions].unsqueeze(-3) for table in pair) for pair in tables]
+        self._neighbours = [rotary.config.neighbours for rotary in rotaries]
+        growths = [query_growth(rotary.config, self.positions) for rotary in rotaries]
+        self._growths = [None if growth is None else growth.to(dtype)[..., None, :, None] for growth in growths]
         self._masks: dict[int | None, Tensor | None] = {}
 
-    def rotate(self, x_BHTh: Tensor, rope: int) -> Tensor:
-        """One of the rotary embeddings, in the half-split form of the Hugging Face checkpoints."""
+    def rotate(self, x_BHTh: Tensor, rope: int, queries: bool) -> Tensor:
+        """One of the rotary embeddings of queries or keys, in the half-split form of the Hugging Face checkpoints."""
         cos, sin = self._turns[rope]
-        low, high = x_BHTh.chunk(2, dim=-1)
-        return x_BHTh * cos + torch.cat((-high, low), dim=-1) * sin
+        x, left = x_BHTh.split((cos.shape[-1], x_BHTh.shape[-1] - cos.shape[-1]), dim=-1)
+        if self._neighbours[rope]:
+            x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        low, high = x.chunk(2, dim=-1)
+        x = x * cos + torch.cat((-high, low), dim=-1) * sin
+        if self._neighbours[rope]:
+            x = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        x = torch.cat((x, left), dim=-1) if left.shape[-1] else x
+        growth = self._growths[rope]
+        return x * growth if queries and growth is not None else x
 
     def plain_causal(self, window: int | None) -> bool:
         """True when the mask is the square causal one."""
@@ -143,7 +157,7 @@ class Block(nn.Module):
         if self.config.qk_norm and not self.config.qk_norm_whole:
             q, k = self.norms["q_norm"](q), self.norms["k_norm"](k)
         if layer.rope is not None:
-            q, k = span.rotate(q, layer.rope), span.rotate(k, layer.rope)
+            q, k = span.rotate(q, layer.rope, queries=True), span.rotate(k, layer.rope, queries=False)
         if span.cache is not None:
             k, v = span.cache.store(self.index, k, v, span.positions, span.end)
         y = attend(q, k, v, span, layer.sliding_window, self.config.attention_scale, self.config.attention_cap)
@@ -245,7 +259,20 @@ class Model(nn.Module):
         return KVCache(self.config, batch, capacity, self.dtype, self.device)
 
     def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the head reads, [B, T, embed size]. With a cache, tokens continue it and its lengths grow by T."""
+        """What the head reads, [B, T, embed size]. With a cache, tokens continue it and its lengths grow by T.
+
+        Where they take the longest row beyond the length up to which its keys hold, the cache is made again first.
+        """
+        if cache is None or not cache.outgrown(tokens_BT):
+            return self._hidden(tokens_BT, cache)
+        assert cache.tokens is not None
+        lengths, positions, rows = cache.lengths, cache.positions(tokens_BT.shape[1]), len(tokens_BT)
+        whole, cache.lengths = cache.tokens[:, : cache.end + tokens_BT.shape[1]], 0
+        hidden = self._hidden(whole, cache)
+        cache.lengths = lengths + tokens_BT.shape[1]
+        return hidden[torch.arange(rows, device=hidden.device).unsqueeze(1), positions]
+
+    def _hidden(self, tokens_BT: Tensor, cache: KVCache | None) -> Tensor:
         span = Span(self.rotaries, tokens_BT.shape[1], self.dtype, self.device, cache)
         x = embed_tokens(self.config, tokens_BT, span, self.table, self.positions, self.project_in, self.dtype)
         for block in self.blocks:

@@ -32,7 +32,7 @@
 enum { ROWS = 16, MAX_SEGMENT = 128, MAX_COUNT = 64 }; /* MAX_COUNT rows of x at a time: as many as the cache holds */
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum { LARGEST_CODE = 127 * 256 + 127 }; /* of x: both bytes of it are at most 127 */
-enum { SILU = 0, RELU = 1, GELU_TANH = 2, GELU = 3 };
+enum { SILU = 0, RELU = 1, GELU_TANH = 2, GELU = 3, RELU_SQUARED = 4 };
 
 struct kernels;
 

@@ -27,11 +27,13 @@ typedef struct {
 typedef struct {
     norm_t attention_norm, mlp_norm, query_norm, key_norm;
     norm_t attention_output_norm, mlp_output_norm; /* of what is added to the stream */
-    const float *cosine, *sine;                    /* [capacity][head_size], or NULL */
+    const float *cosine, *sine;                    /* [capacity][turned], or NULL */
     linear_t qkv[3], o, up[2], down; /* qkv, up: merged siblings are the first alone; up: gate, then up */
     int64_t heads, kv_heads;         /* 0: no attention */
     int64_t width;                   /* 0: no MLP */
     int64_t window;                  /* a query sees this many slots at most, 0: all */
+    const float *growth;             /* [capacity], what queries are multiplied by, or NULL */
+    int64_t turned;                  /* channels of a head that rotary embedding turns, the first */
 } layer_t;
 
 typedef struct {
@@ -201,11 +203,13 @@ static void attend_heads(void *data, int64_t first, int64_t last) {
             const norm_t *norm = h < shared ? &layer->query_norm : &layer->key_norm;
             if (model->qk_norm && !model->qk_norm_whole)
                 k->norm(vector, size, norm->weight, norm->bias, (int)norm->kind, 1, model->eps, vector);
-            if (layer->cosine) k->rotate(vector, layer->cosine + slot * size, layer->sine + slot * size, size);
+            if (layer->cosine)
+                k->rotate(vector, layer->cosine + slot * layer->turned, layer->sine + slot * layer->turned, layer->turned);
         }
         store(key, size, model->kind, (void *)cached(s->cache->keys[s->index], s, m, head, slot));
         store(value, size, model->kind, (void *)cached(s->cache->values[s->index], s, m, head, slot));
-        for (int64_t c = 0; c < shared * size; ++c) queries[c] *= model->attention_scale;
+        const float scale = model->attention_scale * (layer->growth ? layer->growth[slot] : 1.0f);
+        for (int64_t c = 0; c < shared * size; ++c) queries[c] *= scale;
         const int64_t oldest = layer->window && slot + 1 > layer->window ? slot + 1 - layer->window : 0;
         k->attend(queries, (int)shared, cached(s->cache->keys[s->index], s, m, head, 0),
                   cached(s->cache->values[s->index], s, m, head, 0), model->kind, oldest, slot + 1, size,
@@ -367,7 +371,8 @@ const char *halve_step_check(const model_t *model, const cache_t *cache) {
     for (int64_t index = 0; index < model->layer_count; ++index) {
         const layer_t *layer = model->layers + index;
         if (layer->heads) {
-            if (size < 1 || (layer->cosine && size % 2)) return "the head size";
+            if (size < 1) return "the head size";
+            if (layer->cosine && (layer->turned % 2 || layer->turned < 0 || layer->turned > size)) return "the turned channels";
             if (layer->kv_heads < 1 || layer->heads % layer->kv_heads) return "heads that do not share keys evenly";
             if (!cache->keys[index] || !cache->values[index]) return "a layer without a cache";
             const int64_t outputs = (layer->heads + 2 * layer->kv_heads) * size;
@@ -436,6 +441,8 @@ const declaration_t *halve_step_declarations(void) {
         FIELD(layer_t, kv_heads),
         FIELD(layer_t, width),
         FIELD(layer_t, window),
+        FIELD(layer_t, growth),
+        FIELD(layer_t, turned),
         STRUCTURE(model_t),
         FIELD(model_t, kernels),
         FIELD(model_t, layers),
