@@ -20,7 +20,7 @@ from halve.checkpoint.stored import GROUP_INDEX, StoredLinear
 from halve.errors import HalveError, RecipeError, UnsupportedModelError, shown
 from halve.model import families
 from halve.model.config import LayerConfig, ModelConfig
-from halve.model.families import LinearShape
+from halve.model.inventory import LinearShape
 from halve.model.rotary import RopeConfig, rope_frequencies
 from halve.model.wrappers import own_config
 from halve.quantization import fitting_group_sizes
