@@ -28,7 +28,6 @@ LEFT_OUT["phi3"] = {
 }  # of these "su", without the length that stands beside it
 # heads of a size of their own that do not divide the hidden size: transformers refuses them, what halve writes says so
 LEFT_OUT |= {kind: {"num_attention_heads"} for kind in ("gemma2", "gemma3_text", "vaultgemma")}
-LEFT_OUT["gemma"] |= {"num_attention_heads"}
 LEFT_OUT["nemotron"] |= {"num_key_value_heads"}  # as many as query heads where it is not there
 SINGLES, PAIRS, SHIPPED = 26, 12, 0.25
 

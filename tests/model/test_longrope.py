@@ -72,7 +72,7 @@ def test_the_two_kinds_of_frequencies_differ(make_hf: Callable[..., Path]) -> No
 @torch.inference_mode()
 def test_generation_across_the_limit_is_that_of_transformers(folder: Path) -> None:
     """Phi-3 of transformers computes its cache anew when a text grows beyond; other types there mix the two kinds."""
-    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder)
     prompt, new = drawn(1, LIMIT - 5), 12
     options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     options |= {} if theirs.config.model_type == "phi3" else {"use_cache": False}

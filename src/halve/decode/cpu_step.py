@@ -88,7 +88,8 @@ class CpuStep(TorchStep):
             if any(rotary.long(length) != self.cache.long for rotary in self.model.rotaries):
                 return super().logits(tokens_B1).float()  # which makes the whole cache again
             self.cache.outgrown(tokens_B1)
-            self._turn()
+            if self._long != self.cache.long:
+                self._turn()
         lengths = self.cache.lengths
         if isinstance(lengths, int):
             assert lengths < self.cache.capacity, (lengths, self.cache.capacity)
@@ -164,8 +165,8 @@ class CpuStep(TorchStep):
 
     def _turn(self) -> None:
         """Point at the rotary tables by which the keys in the cache are turned."""
-        capacity, long = self.cache.capacity, self.cache.long
-        self._turns = [rotary.tables(capacity, torch.float32, long) for rotary in self.model.rotaries]
+        capacity, self._long = self.cache.capacity, self.cache.long
+        self._turns = [rotary.tables(capacity, torch.float32, self._long) for rotary in self.model.rotaries]
         self._growths = [query_growth(rope, torch.arange(capacity)) for rope in self.model.config.ropes]
         for block, layer in zip(self.model.blocks, self._layers, strict=True):
             assert isinstance(block, Block)

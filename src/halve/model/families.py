@@ -126,11 +126,11 @@ FAMILIES: dict[str, Family] = {
         windows=windows_by_layer,
     ),
     "gemma": Family(
-        heads_divide_hidden=True,
         default_kv_heads=16,
         default_head_dim=256,
         default_positions=8192,
         defaults={"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+        activations={"gelu": "gelu_pytorch_tanh"},  # what the first configs called it
         neutral={"use_bidirectional_attention": (False, None)},
         norm_offset=1.0,
         embed_scaled=True,

@@ -67,6 +67,7 @@ def llama_like(f: Fields, family: Family) -> ModelConfig:
     layers = f.integer("num_hidden_layers", most=MAX_LAYERS)
     width = f.integer("intermediate_size")
     positions = f.integer("max_position_embeddings", family.default_positions)
+    activation = f.activation(family.activation_field, "silu")
     biased = {part: f.flag(key, False) for part, key in family.biases.items()}
     windows = family.windows(f, layers)
     ropes, rope_of = family.ropes(f, windows, positions)
@@ -85,7 +86,7 @@ def llama_like(f: Fields, family: Family) -> ModelConfig:
             LayerConfig(heads, kv_heads, width, window, rope) for window, rope in zip(windows, rope_of, strict=True)
         ),
         norm_eps=f.epsilon(family.epsilon_field, 1e-6),
-        activation=f.activation(family.activation_field, "silu"),
+        activation=family.activations.get(activation, activation),
         tied=f.flag("tie_word_embeddings", False),
         ropes=ropes,
         norm=family.norm,
@@ -171,6 +172,7 @@ class Family:
     qk_norm: bool = False  # norms over each head of queries and keys
     qk_norm_whole: bool = False  # those are over all heads together
     activation_field: str = "hidden_act"
+    activations: dict[str, str] = field(default_factory=dict)  # names that stand for others, and those
     norm: str = "rms"  # or "layer"
     epsilon_field: str = "rms_norm_eps"
     norm_offset: float = 0.0  # added to the weights of norms as they are stored

@@ -12,7 +12,7 @@ _PICTURES = {"mrope_section", "mrope_interleaved"}
 
 
 @dataclass(frozen=True)
-class Text:
+class TextPart:
     """The text part of a model: the family it is one of, and what transformers calls a model of that.
 
     defaults: where those of the fields differ; left_out: fields that the wrapper does not read, and what it computes by
@@ -39,7 +39,7 @@ class Wrapper:
     part, those of these names, are the config's own.
     """
 
-    texts: dict[str, Text]
+    texts: dict[str, TextPart]
     tied: bool = False
     text_ties: bool = False
     others: tuple[str, ...] = _prefixes("vision_tower.", "multi_modal_projector.", "image_newline")
@@ -48,13 +48,13 @@ class Wrapper:
 
 _SIZES = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
 _TEXTS = {
-    "llama": Text("llama", "LlamaForCausalLM", _SIZES | {"intermediate_size": 11008}),
-    "mistral": Text("mistral", "MistralForCausalLM", _SIZES | {"intermediate_size": 14336}),
-    "ministral3": Text("ministral3", "Ministral3ForCausalLM"),
-    "qwen2": Text("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": Text("qwen3", "Qwen3ForCausalLM"),
+    "llama": TextPart("llama", "LlamaForCausalLM", _SIZES | {"intermediate_size": 11008}),
+    "mistral": TextPart("mistral", "MistralForCausalLM", _SIZES | {"intermediate_size": 14336}),
+    "ministral3": TextPart("ministral3", "Ministral3ForCausalLM"),
+    "qwen2": TextPart("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": TextPart("qwen3", "Qwen3ForCausalLM"),
 }
-_QWEN2_VL = Text(
+_QWEN2_VL = TextPart(
     "qwen2",
     "Qwen2ForCausalLM",
     {
@@ -63,7 +63,7 @@ _QWEN2_VL = Text(
         **{"num_hidden_layers": 80, "num_attention_heads": 64},
     },
 )
-_QWEN3_VL = Text(
+_QWEN3_VL = TextPart(
     "qwen3",
     "Qwen3ForCausalLM",
     {
@@ -82,14 +82,15 @@ _VISUAL = _prefixes("visual.")
 _IDEFICS = _prefixes("vision_model.", "connector.")
 
 
-def _as(kind: str, **texts: Text) -> dict[str, Text]:
+def _as(kind: str, **texts: TextPart) -> dict[str, TextPart]:
     """`texts`, that called `kind` first."""
     return {kind: texts[kind]} | texts
 
 
 WRAPPERS: dict[str, Wrapper] = {
     "gemma3": Wrapper(
-        {"gemma3_text": Text("gemma3_text", "Gemma3ForCausalLM", left_out={"final_logit_softcapping": None})}, tied=True
+        {"gemma3_text": TextPart("gemma3_text", "Gemma3ForCausalLM", left_out={"final_logit_softcapping": None})},
+        tied=True,
     ),
     "qwen2_vl": Wrapper({"qwen2_vl_text": _QWEN2_VL}, text_ties=True, others=_VISUAL, flat=_FLAT),
     "qwen2_5_vl": Wrapper({"qwen2_5_vl_text": _QWEN2_VL}, text_ties=True, others=_VISUAL, flat=_FLAT),
@@ -149,6 +150,7 @@ def own_config(raw: Json, origin: str) -> Json:
 def _renamed_config(raw: Json, alias: Alias, origin: str) -> Json:
     fields = Fields(raw, origin)
     config = {key: value for key, value in (alias.defaults | raw).items() if key not in alias.left_out}
+    fields.integer("original_max_position_embeddings", 4096)
     shares = [raw.get("partial_rotary_factor")]
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key)

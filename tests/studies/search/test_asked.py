@@ -57,7 +57,7 @@ def documents(parts: AskedParts) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "txt"])
-@pytest.mark.parametrize("protocol", ["documents", "windows"])
+@pytest.mark.parametrize("protocol", ["documents", "windows", "joined"])
 def test_documents_are_divided_whole_and_those_that_share_content_stay_together(
     model: Path, tmp_path: Path, suffix: str, protocol: str
 ) -> None:
@@ -83,13 +83,14 @@ def test_documents_are_divided_whole_and_those_that_share_content_stay_together(
         assert documents(again) == (search, final) and again.search.sha256 == parts.search.sha256
 
 
-def test_a_running_text_is_cut_once_between_words(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", ["windows", "joined"])
+def test_a_running_text_is_cut_once_between_words(model: Path, tmp_path: Path, protocol: str) -> None:
     draw = random.Random(1)
     for lines in (1, 40):
         data = tmp_path / f"{lines}.txt"
         text = "\n".join(prose(draw, 400 // lines) for _ in range(lines))
         data.write_text(text)
-        parts = asked(model, data, "windows", search_share=0.25, window=16)
+        parts = asked(model, data, protocol, search_share=0.25, window=16)
         (search,), (final,) = documents(parts)
         assert search + final == text and search[-1].isspace()
         assert len(search) == pytest.approx(0.25 * len(text), abs=100)  # a line is shorter

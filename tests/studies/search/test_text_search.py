@@ -108,6 +108,24 @@ def test_figures_are_those_of_an_evaluation_against_the_model_itself(world: Path
     assert max(row["kl_nats_per_token"] for row in record["trials"]) > 0.01
 
 
+def test_kl_of_kept_tokens_is_told_to_be_a_lower_bound(
+    world: Path, found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from halve.cli import terminal
+
+    monkeypatch.setattr("halve.studies.search.asked.BASE_TOKENS", 5)
+    monkeypatch.setattr(trial, "BASE_TOKENS", 5)
+    record = run(
+        world, tmp_path / "out", **ONE | {"vary": ["l1-inputs.fraction=0.2|0.8"], "resolution": None}, max_kl=9
+    )
+    whole = {row["values"][0]: row["kl_nats_per_token"] for row in read_record(found / "search.json")["trials"]}
+    assert record["kept_tokens"] == 5
+    for row in record["trials"]:
+        assert row["kl_nats_per_token"] < whole.get(row["values"][0], 9)
+    terminal.search(record, tmp_path / "out")
+    assert "KL is a lower bound, from the dense model's 5 most probable tokens" in capsys.readouterr().out
+
+
 def test_the_same_call_again_measures_nothing(
     world: Path, found: Path, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -192,7 +192,7 @@ class _Documents:
         """About `share` of the characters, and the others: documents that share content stay on one side; a running text
         is cut once. Raises DataError when a side is empty."""
         sizes = {document: len(document) for document in self.documents}
-        if len(sizes) == 1 and protocol == "windows":
+        if len(sizes) == 1 and protocol != "documents":
             sides = _cut(self.documents[0], share)
         else:
             first = first_side(sizes, share)
@@ -240,11 +240,12 @@ def _text(
         stretches, _ = asked_stretches(text, asked, config, tokenizer)
         if floor.lower_bound and len(stretches) < 2:
             raise DataError(
-                f"{text.name}: is one of the {protocol} alone, from which no interval follows: give a longer text, or "
+                f"{text.name}: is a single one of the {protocol}, from which no interval follows: give a longer text, or "
                 "leave out floor_lower_bound"
             )
-        running = protocol == "windows" and len(documents.documents) == 1
-        counts = {protocol: len(stretches), "tokens": sum(len(stretch.tokens) - 1 for stretch in stretches)}
+        running = protocol != "documents" and len(documents.documents) == 1
+        unit = "documents" if protocol == "documents" else "windows"
+        counts = {unit: len(stretches), "tokens": sum(len(stretch.tokens) - 1 for stretch in stretches)}
         articles = {f"document {number}": document for number, document in enumerate(documents.documents, 1)}
         evaluate = partial(run, text, asked)
         parts.append(
