@@ -27,7 +27,7 @@ from halve.checkpoint.stored import BIAS, SCALE, ZERO_POINT
 from halve.checkpoint.tensors import cast
 from halve.errors import HalveError, OutputError, UnsupportedModelError, refuse_pipe
 from halve.files import check_disk, check_output_path, replacing
-from halve.model import families
+from halve.model import inventory
 from halve.model.linear import Linear
 from halve.progress import track
 from halve.quantization import QuantizedWeight, unpack_zero
@@ -155,8 +155,8 @@ class _Tensors:
         for plan in linears:
             tensors += self.linear(plan)
         family, config = self.checkpoint.family, self.checkpoint.config
-        norms = [shape for i in range(len(config.layers)) for shape in families.block_norms(family, config, i)]
-        for norm in [*norms, families.final_norm(family, config)]:
+        norms = [shape for i in range(len(config.layers)) for shape in inventory.block_norms(family, config, i)]
+        for norm in [*norms, inventory.final_norm(family, config)]:
             assert norm is not None
             stored = f"{self.stored[norm.name]}.weight"
             make = partial(self.norm, f"{norm.name}.weight", self.architecture.offset(stored))
