@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from halve import compress, convert, export
+from halve import compress, convert, export, load_model
 from halve.checkpoint import gguf_export
 from halve.checkpoint.gguf import open_gguf
 from halve.checkpoint.gguf_plan import linear_shapes
@@ -25,7 +25,7 @@ from halve.checkpoint.tokenizer import Tokenizer
 from halve.cli.app import main
 from halve.errors import CheckpointError, HalveError, OutputError, RecipeError
 from tests.checkpoint.test_gguf import GEMMA, GEMMA_ROPES, LINEAR, MODELS, WIDE, state_of
-from tests.common import logits, relative, their_logits
+from tests.common import TOKENS, logits, relative, their_logits
 
 MISTRAL = WIDE | {"sliding_window": None}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0}
@@ -85,6 +85,20 @@ def test_read_back_it_is_the_same_model(name: str, make_model, tmp_path: Path) -
             difference = (ours.tensor(key) - again.tensor(key)).abs().max()
             assert difference <= (2.0**-23 if name.startswith("gemma") and key.endswith("norm.weight") else 0), key
     assert relative(logits(tmp_path / "out"), their_logits(folder)) < 1e-5
+
+
+def test_a_tied_table_is_written_once(make_hf, tmp_path: Path) -> None:
+    """Its codes and scales (bfloat16, which float16 holds) as they are, as the embedding; the head is no tensor."""
+    steps = ["rtn:bits=4,group_size=32", "rtn:bits=8,group_size=32,targets=Embedding"]
+    source = make_hf("llama", **WIDE, tie_word_embeddings=True)
+    out = compress(source, tmp_path / "out", steps, dtype=torch.bfloat16).out
+    export(out, tmp_path / "m.gguf", to="gguf")
+    types = types_of(tmp_path / "m.gguf")
+    assert types["token_embd.weight"] == "Q8_0" and "output.weight" not in types
+    convert(tmp_path / "m.gguf", tmp_path / "back", dtype=torch.float32)
+    with torch.inference_mode():
+        back, ours = (load_model(folder, dtype=torch.float32)(TOKENS) for folder in (tmp_path / "back", out))
+    assert relative(back, ours) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text"])

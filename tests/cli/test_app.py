@@ -47,6 +47,8 @@ def test_compress_evaluate_benchmark_compare(run, model: Path, tmp_path: Path) -
     out, records = tmp_path / "out", tmp_path / "records"
     code, printed, _ = run("compress", model, out, "--step", "rtn:bits=8", "--dry-run")
     assert code == 0 and "int8 per channel" in printed and "lm_head" in printed and not out.exists()
+    told = "".join(printed.split())  # lines break where the terminal ends
+    assert "model.embed_tokensandlm_headstaydense" in told and "--steprtn:bits=8,targets=embed_tokens|lm_head" in told
     code, printed, _ = run("compress", model, out, "--step", "rtn:bits=8")
     assert code == 0 and f"wrote {out}" in printed
     (done,) = json.loads((out / "halve.json").read_text())["steps"]

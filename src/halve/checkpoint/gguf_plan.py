@@ -82,9 +82,8 @@ def _check_limits(checkpoint: Checkpoint, name: str) -> None:
 
 def linear_shapes(checkpoint: Checkpoint) -> list[LinearShape]:
     """The embedding, which is stored as a linear is, and every linear; a tied head is the embedding."""
-    family, config = checkpoint.family, checkpoint.config
-    embed = LinearShape(family.names["embed"], "embed", None, config.vocab_size, config.hidden_size, False)
-    return [embed, *(s for s in checkpoint.linear_shapes() if s.role != "head" or not config.tied)]
+    tied = checkpoint.config.tied
+    return [checkpoint.table_shape, *(s for s in checkpoint.linear_shapes() if s.role != "head" or not tied)]
 
 
 def plan_linears(
