@@ -21,7 +21,7 @@ from halve.compression.plan import state_of
 from halve.compression.recipe import as_steps
 from halve.measure.records import new_record, write_record
 from halve.measure.speed.rank_bytes import rank_bytes
-from halve.model import families
+from halve.model import inventory
 
 SHAPES = Path(__file__).parent / "shapes"
 LIVE_TOKENS = 1024
@@ -46,9 +46,9 @@ def planned(shape: str, steps: list[str]) -> Checkpoint:
     state = state_of(checkpoint, torch.bfloat16)
     for method in as_steps(steps) if steps else ():
         state = method.plan(state).after
-    vectors = families.vector_shapes(state.family, state.config)
+    vectors = inventory.vector_shapes(state.family, state.config)
     headers = {name: (size, torch.bfloat16) for name, size in vectors.items()}
-    for stored in state.linears.values():
+    for stored in (state.table, *state.linears.values()):
         headers |= {f"{stored.name}.{part}": header for part, header in stored.parts(torch.bfloat16).items()}
     tensors = RandomTensors(headers)
     return replace(checkpoint, config=state.config, tensors=tensors, schemes=state.schemes)

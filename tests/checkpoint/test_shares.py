@@ -24,6 +24,7 @@ STEPS: dict[str, list[str]] = {
     "dense": [],
     "int8": ["rtn:bits=8"],
     "head": ["rtn:bits=8,targets=Linear|lm_head"],
+    "table and head": ["rtn:bits=3,group_size=8,symmetric=false,targets=Linear|lm_head|Embedding"],
     "int4 g16": ["rtn:bits=4,group_size=16"],
     "int4 g8 asymmetric": ["rtn:bits=4,group_size=8,symmetric=false,targets=Linear|lm_head"],
     "int3 g16 asymmetric": ["rtn:bits=3,group_size=16,symmetric=false"],
@@ -83,7 +84,8 @@ def test_shares_are_parts_of_the_whole(make_hf: Callable[..., Path], tmp_path: P
         shares = list(checkpoint.shares(ranks))
         heads = [full_weight(own.head(dtype, "cpu")) for own in shares]
         assert torch.equal(torch.cat(heads), full_weight(checkpoint.head(dtype, "cpu")))
-        assert torch.equal(torch.cat([own.embedding(dtype) for own in shares]), checkpoint.embedding(dtype))
+        tables = [own.table(dtype).dense_weight() for own in shares]
+        assert torch.equal(torch.cat(tables), checkpoint.table(dtype).dense_weight())
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -106,7 +108,7 @@ def test_pruned_and_dropped_layers(
     assert widths == [[20 // ranks, 0, 36 // ranks, 8 // ranks]] * ranks
 
 
-@pytest.mark.parametrize("steps", ["dense", "int3 g16 asymmetric", "both", "hardly any inputs"])
+@pytest.mark.parametrize("steps", ["dense", "table and head", "int3 g16 asymmetric", "both", "hardly any inputs"])
 def test_the_plan_tells_what_is_read_and_held(make_hf: Callable[..., Path], tmp_path: Path, steps: str) -> None:
     folder = make_hf("llama", tie_word_embeddings=False)
     if STEPS[steps]:

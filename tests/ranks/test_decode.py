@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from halve.checkpoint.reader import load_model
 from halve.checkpoint.tensors import SafetensorsFolder
@@ -19,7 +21,9 @@ from halve.decode.sampling import Sampling
 from halve.decode.torch_step import TorchStep
 from halve.model.vocabulary_share import VocabularyShare
 from halve.ranks.collective import ALONE, Ranks
-from tests.common import FAMILIES, TOKENS, relative
+from tests.common import FAMILIES, GEMMA, TOKENS, relative
+from tests.model.test_longrope import CASES as LONGROPE
+from tests.model.test_longrope import LIMIT
 from tests.ranks.processes import on_ranks
 
 # Both sides add the same products, in other orders: ranks add up parts of a sum of at most 48 terms. Such sums differ by a few
@@ -93,6 +97,65 @@ def test_pruned_layers(make_hf: Callable[..., Path], tmp_path: Path, drawn_windo
     check(compress(folder, tmp_path / "out", steps).out, 2)
 
 
+TABLES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"tie_word_embeddings": True, "vocab_size": 101}),
+    ("llama", {}),  # of two, the embedding alone
+    ("gemma2", {**GEMMA, "final_logit_softcapping": 5.0}),  # scaled rows
+    ("opt", {}),  # learned positions beside them
+    ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),  # projected
+]
+TABLE_STEPS = [
+    "rtn:bits=8,targets=Embedding",
+    "rtn:bits=4,group_size=16,targets=Linear|Embedding",
+    "rtn:bits=3,group_size=8,symmetric=false,targets=Embedding|lm_head",
+]
+
+
+@pytest.mark.parametrize("step", TABLE_STEPS)
+@pytest.mark.parametrize(("family", "options"), TABLES)
+def test_packed_embeddings(
+    make_hf: Callable[..., Path], tmp_path: Path, family: str, options: dict[str, Any], step: str
+) -> None:
+    check(compress(make_hf(family, **options), tmp_path / "out", [step]).out, 2)
+
+
+def test_a_packed_embedding_on_more_ranks_and_in_bfloat16(make_hf: Callable[..., Path], tmp_path: Path) -> None:
+    folder = compress(make_hf("llama", tie_word_embeddings=True), tmp_path / "out", [TABLE_STEPS[2]]).out
+    check(folder, 4)
+    check(folder, 2, torch.bfloat16)
+
+
+def outgrown(ranks: Ranks, folder: Path) -> tuple[torch.Tensor, list[list[int]]]:
+    """Logits on both sides of the limit, and what is generated across it, each of two prompts of unequal lengths."""
+    model = load_model(folder, ranks=ranks)
+    sides = torch.cat([model(TOKENS[:, :count])[:, -1] for count in (LIMIT, LIMIT + 1)])
+    prompts = [TOKENS[0, : LIMIT - 3].tolist(), TOKENS[1, : LIMIT - 6].tolist()]
+    return sides.clone(), [g.tokens for g in generate(model, prompts, max_new_tokens=9)]
+
+
+@pytest.mark.parametrize("case", LONGROPE)
+def test_a_text_that_outgrows_the_limit_of_its_keys(make_hf: Callable[..., Path], case: str) -> None:
+    """All ranks make their keys again, in the compiled step as well. Phi-3 stores merged linears."""
+    family, options = LONGROPE[case]
+    folder = make_hf(family, **options)
+    with torch.inference_mode():
+        logits, tokens = outgrown(ALONE, folder)
+    for found in on_ranks(2, outgrown, folder):
+        assert isinstance(found, tuple), found
+        assert relative(found[0], logits) < TOLERANCE[torch.float32]
+        assert found[1] == tokens
+
+
+def test_the_text_part_of_a_model_of_more(make_hf: Callable[..., Path], tmp_path: Path) -> None:
+    text = make_hf("gemma3_text", **dict(FAMILIES)["gemma3_text"])
+    config = {"model_type": "gemma3", "text_config": json.loads((text / "config.json").read_text())}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = {f"language_model.{name}": t for name, t in load_file(text / "model.safetensors").items()}
+    save_file(tensors | {"vision_tower.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    check(tmp_path, 2)
+
+
 def test_opt_with_projections_and_norms_of_sums(make_hf: Callable[..., Path]) -> None:
     check(make_hf("opt", word_embed_proj_dim=16, do_layer_norm_before=False), 2)
 
@@ -160,11 +223,26 @@ def test_the_compiled_step_adds_up_what_torch_does(
 ) -> None:
     folder = make_hf(family, **dict(FAMILIES)[family])
     in_c, by_torch = (on_ranks(2, stepped, folder, dtype, engine) for engine in (CpuStep, TorchStep))
+    check_steps(in_c, by_torch, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("step", TABLE_STEPS)
+@pytest.mark.parametrize(("family", "options"), TABLES[:5])
+def test_the_compiled_step_looks_packed_rows_up(
+    make_hf: Callable[..., Path], tmp_path: Path, family: str, options: dict[str, Any], step: str
+) -> None:
+    folder = compress(make_hf(family, **options), tmp_path / "out", [step]).out
+    in_c, by_torch = (on_ranks(2, stepped, folder, torch.float32, engine) for engine in (CpuStep, TorchStep))
+    # C and torch add up every product in other orders as well, on one rank too: some hundred roundings, scaled rows most
+    check_steps(in_c, by_torch, 100 * 2**-24)
+
+
+def check_steps(in_c: list[Any], by_torch: list[Any], tolerance: float) -> None:
     if isinstance(in_c[0], str):
         pytest.skip(in_c[0])
     for rank in range(2):
         for c, t in zip(in_c[rank], by_torch[rank], strict=True):
-            assert relative(c, t) < TOLERANCE[dtype]
+            assert relative(c, t) < tolerance
     # the same bits on all ranks
     assert all(torch.equal(a, b) for a, b in zip(in_c[0], in_c[1], strict=True))
 

@@ -26,7 +26,7 @@ from halve.checkpoint.stored import (
     StoredLinear,
 )
 from halve.checkpoint.tensors import TensorSource, read_part
-from halve.model import families
+from halve.model import inventory
 from halve.model.families import Family
 from halve.model.shares import LinearShare, Share
 from halve.quantization import CodeRun, QuantSpec, code_run, cut_run
@@ -163,10 +163,9 @@ def plan_tensors(
 
 def _vectors(share: Share, family: Family) -> dict[str, range]:
     """The rows that a rank has of every tensor that is not part of a linear."""
-    rows = {name: range(shape[0]) for name, shape in families.vector_shapes(family, share.whole).items()}
-    rows[f"{family.names['embed']}.weight"] = share.vocabulary
+    rows = {name: range(shape[0]) for name, shape in inventory.vector_shapes(family, share.whole).items()}
     for index in range(len(share.whole.layers)):
-        for norm in families.block_norms(family, share.whole, index):
+        for norm in inventory.block_norms(family, share.whole, index):
             own = {f"{norm.name}.{part}": share.norm(index, norm) for part in ("weight", "bias")}
             rows |= {name: run for name, run in own.items() if name in rows}
     return rows

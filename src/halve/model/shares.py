@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from halve.errors import HalveError
 from halve.model.config import LayerConfig, ModelConfig
-from halve.model.families import LinearShape, NormShape
+from halve.model.inventory import TABLE, LinearShape, NormShape
 from halve.model.vocabulary_share import vocabulary_bounds
 from halve.model.wiring import HEAD_NORMS, SPACES, STREAM, WIRES
 
@@ -64,7 +64,7 @@ class Share:
         """What this rank has of a linear; all of one that neither belongs to a block nor to the vocabulary."""
         whole = range(shape.out_features), range(shape.in_features)
         if shape.layer is None:
-            return LinearShare(self.vocabulary, whole[1]) if shape.role == "head" else LinearShare(*whole)
+            return LinearShare(self.vocabulary if shape.role in ("head", TABLE) else whole[0], whole[1])
         wire = WIRES[shape.role]
         added_up = wire.writes == STREAM
         return LinearShare(

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from halve.model.linear import Linear
 from halve.ranks.collective import Ranks
 
 
@@ -28,13 +28,13 @@ class VocabularyShare:
         self.own = range(bounds[ranks.rank], bounds[ranks.rank + 1])
         self._widths = [end - begin for begin, end in pairwise(bounds)]
 
-    def embed(self, tokens_BT: Tensor, table_vD: Tensor) -> Tensor:
-        """Rows of the whole embedding, [B, T, D]: a rank looks up its own tokens, for the others it adds zeros."""
+    def embed(self, tokens_BT: Tensor, table_vD: Linear, dtype: torch.dtype) -> Tensor:
+        """Rows of the whole embedding, [B, T, D] in `dtype`: a rank looks up its own tokens, for the others it adds zeros."""
         if self.ranks.size == 1:
-            return functional.embedding(tokens_BT, table_vD)
+            return table_vD.look_up(tokens_BT, dtype)
         rows = tokens_BT - self.own.start
         others = (rows < 0) | (rows >= len(self.own))
-        x = functional.embedding(rows.masked_fill(others, 0), table_vD)
+        x = table_vD.look_up(rows.masked_fill(others, 0), dtype)
         return self.ranks.add(x.masked_fill(others.unsqueeze(-1), 0))
 
     def join(self, logits: Tensor) -> Tensor:

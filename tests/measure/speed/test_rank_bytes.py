@@ -53,6 +53,10 @@ def measured(ranks: Ranks, folder: Path) -> dict[str, Any]:
         ("qwen3", {"head_dim": 16}, ["rtn:bits=8,targets=Linear|lm_head"], 2),
         ("llama", {}, ["rtn:bits=4,group_size=16", "drop-mlp:layers=1"], 2),
         ("gemma2", {"head_dim": 16, "sliding_window": 3}, ["drop-attention:layers=0"], 2),
+        ("gemma2", {"head_dim": 16}, ["rtn:bits=4,group_size=16,targets=embed_tokens"], 4),
+        ("llama", {}, ["rtn:bits=3,group_size=8,symmetric=false,targets=Linear|lm_head|Embedding"], 2),
+        ("llama", {}, ["rtn:bits=8,symmetric=false,targets=Embedding"], 4),
+        ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}, ["rtn:bits=2,targets=Embedding"], 2),
     ],
 )
 def test_the_formula_gives_the_measured_bytes(

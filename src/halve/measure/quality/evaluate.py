@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from halve.checkpoint.identity import model_identity, versions
+from halve.checkpoint.identity import model_identity, model_sha256, versions
 from halve.checkpoint.reader import check_device, find_model, load_model, open_checkpoint
 from halve.checkpoint.tokenizer import load_tokenizer
 from halve.decode.text_stream import TokenizerLike
@@ -96,6 +96,7 @@ class LoadedModel:
 
     name: str
     folder: Path
+    sha256: str  # of what decides what it computes
     recipe: list[Any]
     device: str
     model: Model
@@ -117,7 +118,8 @@ class LoadedModel:
         tokenizer = tokenizer or load_tokenizer(model)
         folder = find_model(model)
         loaded = load_model(model, dtype=dtype, device=device, ranks=ranks)
-        return cls(name or model, folder, checkpoint_recipe(folder), device, loaded, tokenizer)
+        sha256, recipe = model_sha256(folder), checkpoint_recipe(folder)
+        return cls(name or model, folder, sha256, recipe, device, loaded, tokenizer)
 
     def as_base(self) -> ModelBase:
         """As what others are compared with."""
@@ -154,7 +156,10 @@ class BaseRequest:
             return
         base: Base | None = self._file
         if base is None and self._base is not None:
-            base = LoadedModel.load(self._base, device=device, dtype=dtype, ranks=loaded.model.ranks).as_base()
+            same = find_model(os.fspath(self._base)) == loaded.folder  # compared with itself a model is loaded once
+            ranks = loaded.model.ranks
+            other = loaded if same else LoadedModel.load(self._base, device=device, dtype=dtype, ranks=ranks)
+            base = other.as_base()
         with ExitStack() as stack:
             if self.save is None or loaded.model.ranks.rank:  # the first rank writes for all
                 yield BaseComparison(base)
@@ -192,6 +197,7 @@ def evaluate_loaded(
         loaded.name,
         command=command,
         recipe=loaded.recipe,
+        model_sha256=loaded.sha256,
         device=loaded.device,
         dtype=dtype_name(loaded.model.dtype),
         bos_ids=list(loaded.tokenizer.bos_ids),

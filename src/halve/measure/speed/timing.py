@@ -90,7 +90,7 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 def kv_bytes_per_step(model: Model, live_tokens: int) -> int:
     """Bytes of keys and values one query attends to when `live_tokens` tokens, itself included, are in the cache."""
-    return cache_bytes(model.config, model.embed.element_size(), live_tokens)
+    return cache_bytes(model.config, model.dtype.itemsize, live_tokens)
 
 
 def cache_bytes(config: ModelConfig, number_bytes: int, live_tokens: int) -> int:
