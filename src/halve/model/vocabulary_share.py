@@ -29,9 +29,14 @@ class VocabularyShare:
         self._widths = [end - begin for begin, end in pairwise(bounds)]
 
     def embed(self, tokens_BT: Tensor, table_vD: Linear, dtype: torch.dtype) -> Tensor:
-        """Rows of the whole embedding, [B, T, D] in `dtype`: a rank looks up its own tokens, for the others it adds zeros."""
+        """Rows of the whole embedding, [B, T, D] in `dtype`: a rank looks up its own tokens, for the others it adds zeros.
+
+        Raises IndexError for a token that none has, where that can be told without waiting for a device.
+        """
         if self.ranks.size == 1:
             return table_vD.look_up(tokens_BT, dtype)
+        if tokens_BT.device.type == "cpu" and not bool(((tokens_BT >= 0) & (tokens_BT < self.size)).all()):
+            raise IndexError(f"a token of {tokens_BT.flatten().tolist()} is not in the vocabulary of {self.size}")
         rows = tokens_BT - self.own.start
         others = (rows < 0) | (rows >= len(self.own))
         x = table_vD.look_up(rows.masked_fill(others, 0), dtype)
