@@ -140,7 +140,7 @@ class Bench:
         """Make the row's model as the folder `name`; what making it took."""
         if row.gguf:
             if not (self.work / "dense.gguf").exists():
-                self.halve("export", "dense", "dense.gguf", "--to", "gguf")
+                self.halve("export", "dense", "dense.gguf", "--to", "gguf", "--dtype", "bf16")
             return self.run([self.args.llama_quantize, "dense.gguf", f"{name}.gguf", row.gguf]) | {
                 "convert": self.halve("convert", f"{name}.gguf", name)
             }
