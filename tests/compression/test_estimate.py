@@ -21,6 +21,8 @@ def test_memory_by_hand(make_hf) -> None:
     states, held, hessians, solved = 1000 * 32 * 4, 1000 * 48 * 4, 3 * 4 * 48 * 48, 7680 * 4
     assert calibrated.memory_bytes == 7680 * 4 + states + held + hessians + solved
     assert calibrated.seconds > plain.seconds > 0
+    # of an embedding that is quantized, codes and words beside it, a byte a weight each, and four copies in float32
+    assert estimate([(state, False)], 1000, 4, "cpu", 97 * 32).memory_bytes == plain.memory_bytes + 18 * 97 * 32
 
 
 def test_the_plan_carries_it(make_hf, tmp_path) -> None:

@@ -21,6 +21,7 @@ from halve.decode.torch_step import TorchStep
 from halve.errors import HalveError
 from halve.kernels import cpu
 from halve.model.decoder import Model
+from halve.model.linear import Linear
 from tests.common import GEMMA, GRANITE, NEWER, relative
 
 PROMPTS = [[5, 9, 3, 44, 81, 2, 17], [7] * 11, [90, 2, 61]]
@@ -191,8 +192,8 @@ def greedy(model: Model, count: int) -> tuple[list[int], Tensor]:
 
 def in_float64(model: Model) -> Model:
     """The same numbers, computed with in float64."""
-    assert model.final_norm is not None and model.head.weight is not model.embed
-    model.embed = model.embed.double()
+    assert model.final_norm is not None and model.head is not model.table
+    model.dtype, model.table = torch.float64, Linear(model.table.dense_weight(torch.float64))
     norms = [norm for block in model.blocks for norm in block.norms.values()]  # type: ignore[union-attr]
     for norm in [*norms, model.final_norm]:
         norm.weight = norm.weight.double()  # type: ignore[union-attr]

@@ -108,6 +108,21 @@ def test_compressed_models(make_hf: Callable[..., Path], tmp_path: Path, steps: 
     check_steps(tmp_path / "out", PROMPTS[1:2])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "step", ["bits=8,group_size=16", "bits=4", "bits=3,group_size=8,symmetric=false"], ids=["8", "4", "3 ragged"]
+)
+def test_a_packed_table(make_hf: Callable[..., Path], tmp_path: Path, tied: bool, step: str) -> None:
+    """Rows looked up from it, and where it is tied its product as the head; groups of 8 are stored in another order."""
+    folder = make_hf("llama", num_hidden_layers=1, tie_word_embeddings=tied)
+    compress(folder, tmp_path / "out", [f"rtn:{step},targets=embed_tokens"])
+    model = check_steps(tmp_path / "out", PROMPTS[1:2], steps=1)
+    assert model.table.quantized and (model.head is model.table) == tied
+    tokens = torch.tensor([[0, 96, 15], [16, 5, 5]], device=DEVICE)
+    exact = load_model(tmp_path / "out", device=DEVICE, backend="reference").table.dense_weight()
+    assert torch.equal(model.table.look_up(tokens, torch.float32), exact[tokens])
+
+
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
 def test_half_precision(make_hf: Callable[..., Path], tmp_path: Path, dtype: torch.dtype, error: float) -> None:
     """Some ten roundings of 2^-9 (2^-12) along the residual stream of two layers; codes are exact in both."""

@@ -294,3 +294,26 @@ def report(
 
     page = write_page(folder, out, title=title, on_left_out=lambda why: complain(f"left out: {why}"))
     say(f"wrote {page}")
+
+
+def card(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A model that halve compressed.")],
+    records: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RECORD.json... | FOLDER]", help="What was measured of it, beside its halve-check.json."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace a README.md that halve did not write, or that was changed since."),
+    ] = False,
+) -> None:
+    """Write the model card of OUT, its README.md, again: what was done, what it cost, how to load it.
+
+    Only records of this very model count, told by content. Licence, language and base model in the card that is there stay.
+    """
+    from halve.report.card import write_card
+
+    written = write_card(out, records or (), overwrite=overwrite, on_left_out=lambda why: complain(f"left out: {why}"))
+    say(f"wrote {written}")

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from halve.cli.output import console, say
+from halve.compression.plan import dense_table
 from halve.escapes import plain
 from halve.measure.quality.tasks import figure_of
 from halve.measure.records import AnyRecord
@@ -41,6 +42,12 @@ def plan(recipe: RecipePlan, steps: list[Method]) -> None:
         f"disk while working: {_size(recipe.disk_bytes)}; memory: about {_size(recipe.estimate.memory_bytes)}; "
         f"time: about {show_duration(recipe.estimate.seconds)}"
     )
+    after = recipe.steps[-1].after
+    if (dense := dense_table(after)) is not None:
+        screen.print(
+            f"{' and '.join(dense.names)} stay dense: {_size(dense.nbytes)}, {dense.nbytes / after.nbytes:.0%} of the "
+            f"result; --step {dense.step} would leave {_size(dense.nbytes_after)} of them"
+        )
 
 
 def _step_table(title: str, step: StepPlan) -> Table:

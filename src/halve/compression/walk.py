@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint.reader import Checkpoint
-from halve.compression.plan import Key, StepPlan
+from halve.compression.plan import HEAD, TABLE, Key, StepPlan
 from halve.compression.windows import Calibration
 from halve.model.decoder import Block, Norm, Span, embed_tokens, make_rotaries, run_to_end
 from halve.model.linear import Linear
@@ -25,10 +25,16 @@ WAITING_BYTES = 1 << 30  # activations kept between two stages of a block; windo
 
 @dataclass(frozen=True)
 class Stage:
-    """Linears of a block that read one input; `inputs(held_out)` yields it in batches [rows, in], as often as asked."""
+    """Linears of a block that read one input; `inputs(held_out)` yields it in batches [rows, in], as often as asked.
+
+    looked_up: rows of the weight are read by token too; multiplied: what is read is multiplied by the weight (all but an
+    embedding that is not tied, which has no inputs).
+    """
 
     roles: tuple[str, ...]
     inputs: Callable[[bool], Iterator[Tensor]]
+    looked_up: bool = False
+    multiplied: bool = True
 
 
 class _HaltedBatch:
@@ -59,7 +65,7 @@ class _HaltedBatch:
 
 
 class BlockView:
-    """One block (or the head) in the hands of a method: its linears, and the inputs that reach them."""
+    """One block (or the head, or the embedding) in the hands of a method: its linears, and the inputs that reach them."""
 
     def __init__(self, walk: Walk, block: Block | None, linears: dict[str, Linear], index: int | None) -> None:
         self._walk = walk
@@ -76,7 +82,7 @@ class BlockView:
 
     def name(self, role: str) -> str:
         family = self._walk.checkpoint.family
-        return family.names["head"] if self.index is None else family.block_name(self.index, role)
+        return family.names[role] if self.index is None else family.block_name(self.index, role)
 
     def spec(self, plan: StepPlan, role: str) -> QuantSpec:
         """The scheme the plan gives this linear."""
@@ -116,7 +122,14 @@ class BlockView:
         Activations wait between stages (up to WAITING_BYTES), also for `Walk.advance`, so all of it is one pass.
         """
         if self.block is None:
-            yield Stage(("head",), lambda held_out: (s.flatten(0, -2) for s in self._walk.states[held_out]))
+            (role,) = self.linears
+            looked_up = role == TABLE[1]
+            multiplied = not looked_up or self._walk.checkpoint.config.tied
+
+            def states(held_out: bool) -> Iterator[Tensor]:
+                return (s.flatten(0, -2) for s in self._walk.states[held_out])
+
+            yield Stage((role,), states, looked_up, multiplied)
             return
         batches = self._walk.enter(self.block)
 
@@ -168,7 +181,7 @@ class Walk:
     @torch.inference_mode()
     def _embed(self, calibration: Calibration) -> None:
         checkpoint = self.checkpoint
-        embed = checkpoint.embedding(self.dtype, self.device)
+        table = checkpoint.table(self.dtype, self.device)
         positions = checkpoint.positions(self.dtype, self.device)
         project_in = checkpoint.projections(self.dtype, self.device).get("project_in")
         for states, windows in zip(self.states, (calibration.windows, calibration.held_out), strict=True):
@@ -176,7 +189,7 @@ class Walk:
             for batch in windows.split(rows):
                 span = self.span(batch.shape[1])
                 tokens = batch.to(self.device)
-                states.append(embed_tokens(checkpoint.config, tokens, span, embed, positions, project_in))
+                states.append(embed_tokens(checkpoint.config, tokens, span, table, positions, project_in, self.dtype))
 
     def block(self, index: int) -> BlockView:
         """Layer `index` of the model being compressed."""
@@ -194,7 +207,11 @@ class Walk:
 
     def head(self) -> BlockView:
         """The output head; its inputs are the states after the final norm."""
-        return BlockView(self, None, {"head": self.checkpoint.head(self.dtype, self.device)}, None)
+        return BlockView(self, None, {HEAD[1]: self.checkpoint.head(self.dtype, self.device)}, None)
+
+    def table(self) -> BlockView:
+        """The embedding; where it is tied, its inputs are those of the head."""
+        return BlockView(self, None, {TABLE[1]: self.checkpoint.table(self.dtype, self.device)}, None)
 
     def enter(self, block: Block) -> list[list[_HaltedBatch]]:
         """Send all states into a block to halt at its stages; `advance` brings them out. Indexed like `states`."""

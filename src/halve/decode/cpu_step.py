@@ -17,7 +17,15 @@ from torch import Tensor
 from halve.decode.torch_step import TorchStep
 from halve.errors import HalveError
 from halve.kernels.cpu import KINDS, CpuMatmul, Library, load_library
-from halve.kernels.structures import MAX_COUNT, CacheStruct, LayerStruct, LinearStruct, ModelStruct, NormStruct
+from halve.kernels.structures import (
+    MAX_COUNT,
+    CacheStruct,
+    LayerStruct,
+    LinearStruct,
+    ModelStruct,
+    NormStruct,
+    WeightStruct,
+)
 from halve.model.decoder import Block, Model, Norm, embed_scale
 from halve.model.linear import Linear
 from halve.model.rotary import query_growth
@@ -56,6 +64,8 @@ class CpuStep(TorchStep):
         if isinstance(missing := load_library(), str):
             return missing
         matmuls = [linear.matmul for _, linear in model.linears()]
+        if model.table.quantized:
+            matmuls.append(model.table.matmul)
         others = {str(getattr(m, "kernel", None)) for m in matmuls if not isinstance(m, CpuMatmul)}
         if others:
             return f"a layer runs on {min(others)}"
@@ -107,7 +117,7 @@ class CpuStep(TorchStep):
         return ModelStruct(
             kernels=library.kernels,
             layers=ctypes.addressof(self._layers),
-            embed=model.embed.data_ptr(),
+            table=self._table(library),
             positions=_address(model.positions),
             final_norm=_norm(model.final_norm),
             head=_linear(model.head),
@@ -137,6 +147,21 @@ class CpuStep(TorchStep):
             columns=max(_matmul(linear).columns for linear in linears),
             segments=max(_matmul(linear).segments for linear in linears),
         )
+
+    def _table(self, library: Library) -> int:
+        """Address of the embedding as a weight_t: that of a packed one's matmul, or of a dense one of which nothing but rows is
+        asked."""
+        table = self.model.table
+        if isinstance(table.matmul, CpuMatmul):
+            return table.matmul.address
+        weight = table.weight
+        assert isinstance(weight, Tensor)
+        rows, columns = weight.shape
+        self._dense_table = WeightStruct(
+            library.kernels, _address(weight), rows=rows, in_features=columns, columns=columns,
+            dense_kind=KINDS[weight.dtype],
+        )  # fmt: skip
+        return ctypes.addressof(self._dense_table)
 
     def _turn(self) -> None:
         """Point at the rotary tables by which the keys in the cache are turned."""

@@ -24,6 +24,7 @@ from halve.kernels.triton_backend import (
     Tiling,
     TritonMatmul,
     launch_options,
+    look_up,
     multiply,
     tiles_of,
     tiling,
@@ -65,6 +66,8 @@ def unsupported(model: Model) -> str | None:
         return "rotary embeddings that a text's length changes"
     if config.attention_cap is not None or config.logit_cap is not None:
         return "scores or logits with a cap"
+    if model.table.quantized and not isinstance(model.table.matmul, TritonMatmul):
+        return f"the embedding runs {model.table.kernel}"
     scales = (config.embed_scale, config.residual_scale, config.logit_divisor)
     if config.attention_scale is not None or any(scale != 1 for scale in scales):
         return "scaled embeddings, scores, sums or logits"
@@ -138,13 +141,13 @@ class StepLaunches:
         self._shared: dict[tuple[str, int], Tensor] = {}
         self._attention_scratch = self._make_attention_scratch()
 
-        embed, sublayers = model.embed, list(_sublayers(model))
+        sublayers = list(_sublayers(model))
         makers = [None, *(sublayer.last for sublayer in sublayers)]
         normed = [self._normed(each, maker) for each, maker in zip(sublayers, makers, strict=False)]
         # launches hold no reference to this object, so that its memory goes when it does
         x = self._x
         first = normed[0].input
-        self.launches: list[Launch] = [lambda: write_normed_input(embed, token, x, first)]
+        self.launches: list[Launch] = _embedding(model.table, token, x, first)
         for sublayer, source, following in zip(sublayers, normed, normed[1:], strict=False):
             self.launches += self._sublayer(sublayer, source, following.input)
         self.launches.append(self._head(sublayers[-1], normed[-1]))
@@ -324,6 +327,15 @@ def _sublayers(model: Model) -> Iterator[_Sublayer]:
                 yield _Sublayer(block, norm, readers, writer)  # type: ignore[arg-type]
     assert model.final_norm is not None
     yield _Sublayer(None, model.final_norm, [model.head], None)
+
+
+def _embedding(table: Linear, token: Tensor, x: Tensor, first: NormedInput) -> list[Launch]:
+    """Launches that fill the residual stream with the rows of the tokens and hand it to its first readers."""
+    if not table.quantized:
+        weight = table.weight
+        return [lambda: write_normed_input(weight, token, x, first)]  # type: ignore[arg-type]
+    operand = _operand(table)
+    return [lambda: look_up(operand, token, x), lambda: write_normed_input(x, None, x, first)]
 
 
 def _operand(linear: Linear) -> Operand:

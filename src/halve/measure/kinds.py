@@ -61,6 +61,7 @@ class BaseModel(TypedDict):
 class EvaluationRecord(Circumstances):
     """One task asked of one model; docs/evaluation.md explains the figures. What a task does not measure is None."""
 
+    model_sha256: NotRequired[str]
     device: str
     dtype: str
     bos_ids: NotRequired[list[int]]
@@ -147,6 +148,7 @@ class LongPrompt(TypedDict):
 class BenchmarkRecord(Circumstances):
     """Speed and memory of one model; docs/benchmark.md explains the figures."""
 
+    model_sha256: NotRequired[str]
     device: str
     device_name: str
     dtype: str

@@ -226,12 +226,16 @@ def capped(x: Tensor, cap: float) -> Tensor:
 
 
 class Model(nn.Module):
-    """Embedding, blocks, final norm, head. Built by `halve.load_model`; holds no gradient."""
+    """Embedding, blocks, final norm, head. Built by `halve.load_model`; holds no gradient.
+
+    The embedding is the rows of `table`, looked up by token; a tied head is that very linear.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
-        embed: Tensor,
+        dtype: torch.dtype,
+        table: Linear,
         blocks: list[Block],
         final_norm: Norm | None,
         head: Linear,
@@ -240,19 +244,15 @@ class Model(nn.Module):
         project_out: Linear | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.embed, self.positions = config, embed, positions
+        self.config, self.dtype, self.table, self.positions = config, dtype, table, positions
         self.blocks = nn.ModuleList(blocks)
         self.final_norm, self.head = final_norm, head
         self.project_in, self.project_out = project_in, project_out
-        self.rotaries = make_rotaries(config, embed.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed.dtype
+        self.rotaries = make_rotaries(config, self.device)
 
     @property
     def device(self) -> torch.device:
-        return self.embed.device
+        return self.table.device
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` tokens."""
@@ -274,7 +274,7 @@ class Model(nn.Module):
 
     def _hidden(self, tokens_BT: Tensor, cache: KVCache | None) -> Tensor:
         span = Span(self.rotaries, tokens_BT.shape[1], self.dtype, self.device, cache)
-        x = embed_tokens(self.config, tokens_BT, span, self.embed, self.positions, self.project_in)
+        x = embed_tokens(self.config, tokens_BT, span, self.table, self.positions, self.project_in, self.dtype)
         for block in self.blocks:
             x = block(x, span)
         if cache is not None:
@@ -302,18 +302,18 @@ class Model(nn.Module):
 
     def weight_bytes(self) -> int:
         """Bytes of all tensors; a tied head counts once."""
-        tensors = [self.embed, self.positions]
+        tensors = [self.positions]
         if self.final_norm is not None:
             tensors += [self.final_norm.weight, self.final_norm.bias]
-        total = sum(t.nbytes for t in tensors if t is not None)
+        total = self.table.nbytes + sum(t.nbytes for t in tensors if t is not None)
         total += sum(b.nbytes for b in self.blocks if isinstance(b, Block))
         total += sum(p.nbytes for p in (self.project_in, self.project_out) if p is not None)
-        return total if self.head.shares(self.embed) else total + self.head.nbytes
+        return total if self.head is self.table else total + self.head.nbytes
 
     def step_bytes(self) -> int:
         """Bytes one decode step has to read: all weights, of the embedding and position tables one row each."""
-        tied = self.head.shares(self.embed)
-        total = self.weight_bytes() - (0 if tied else self.embed.nbytes) + self.embed[0].nbytes
+        table = self.table.nbytes
+        total = self.weight_bytes() - (0 if self.head is self.table else table) + table // self.table.out_features
         return total if self.positions is None else total - self.positions.nbytes + self.positions[0].nbytes
 
 
@@ -337,12 +337,13 @@ def embed_tokens(
     config: ModelConfig,
     tokens_BT: Tensor,
     span: Span,
-    embed: Tensor,
+    table: Linear,
     positions: Tensor | None,
     project_in: Linear | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Input of the first block, [B, T, D]."""
-    x = functional.embedding(tokens_BT, embed)
+    """Input of the first block, [B, T, D] in `dtype`."""
+    x = table.look_up(tokens_BT, dtype)
     if config.embed_scale != 1:
         x = x * embed_scale(config, x.dtype)
     if project_in is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from halve.model.config import ModelConfig
 from halve.model.family import Family
 from halve.model.wiring import ATTENTION, HEAD_NORMS, SUBLAYERS, wires
+
+TABLE = "embed"  # role of the embedding
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,15 @@ def final_norm(family: Family, config: ModelConfig) -> NormShape | None:
     return NormShape(family.names["final_norm"], "final_norm", config.hidden_size, config.norm)
 
 
+def table_linear(family: Family, config: ModelConfig) -> LinearShape:
+    """The embedding: a row for each token. Where it is tied, the output head multiplies by it as well."""
+    width = config.embed_size or config.hidden_size
+    return LinearShape(family.names[TABLE], TABLE, None, config.vocab_size, width, False)
+
+
 def head_linear(family: Family, config: ModelConfig) -> LinearShape:
     """The output head."""
-    width = config.embed_size or config.hidden_size
-    return LinearShape(family.names["head"], "head", None, config.vocab_size, width, False)
+    return replace(table_linear(family, config), name=family.names["head"], role="head")
 
 
 def projection_linears(family: Family, config: ModelConfig) -> list[LinearShape]:
@@ -104,10 +111,8 @@ def projection_linears(family: Family, config: ModelConfig) -> list[LinearShape]
 
 
 def vector_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that is not part of a linear: embeddings, positions, norms."""
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{family.names['embed']}.weight": (config.vocab_size, config.embed_size or config.hidden_size)
-    }
+    """Every tensor that is not part of a linear or the embedding: positions, norms."""
+    shapes: dict[str, tuple[int, ...]] = {}
     if not config.ropes:
         rows = config.max_positions + config.position_offset
         shapes[f"{family.names['positions']}.weight"] = (rows, config.hidden_size)

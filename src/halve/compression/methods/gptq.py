@@ -25,6 +25,7 @@ from halve.compression.plan import ModelState, StepPlan
 from halve.compression.second_moment import second_moment, upper_triangle
 from halve.compression.walk import BlockView, Stage
 from halve.errors import DataError, RecipeError
+from halve.model.linear import Linear
 from halve.quantization import (
     QuantizedWeight,
     QuantSpec,
@@ -39,6 +40,7 @@ from halve.quantization import (
 logger = logging.getLogger(__name__)
 
 HELD_OUT_ROWS = 256  # inputs that the held-out error of a linear is measured on
+LOOK_UP_SHARE = 1.0  # of the mean diagonal of H: what an error of a row that is looked up counts in a tied table
 MAX_DAMPING = 1.0  # of the mean diagonal; beyond it H is noise and the request is refused
 _LEAF = 16  # columns quantized one by one between two matrix products
 SCALES = ("minmax", "mse")
@@ -52,7 +54,8 @@ class Gptq:
     """GPTQ. Options: bits 8|4|3|2, group_size (columns, -1 = per channel), symmetric, act_order, damping (share of the
     mean diagonal of H), scale minmax|mse (see `group_scales`), targets, ignore, fallback error|channel (what to do where
     the group size does not divide a layer's inputs). Sequential inside the block: q/k/v, o, gate/up, down, each
-    calibrated on the inputs it gets from what was quantized before it."""
+    calibrated on the inputs it gets from what was quantized before it. `embed_tokens` among targets is the embedding, or of
+    a tied model the one table of embedding and head, unless untie gives the head a tensor of its own."""
 
     name: ClassVar[str] = "gptq"
     calibrates: ClassVar[bool] = True
@@ -66,6 +69,7 @@ class Gptq:
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ()
     fallback: str = "error"
+    untie: bool = False
 
     def __post_init__(self) -> None:
         check_fallback(self.fallback)
@@ -76,7 +80,7 @@ class Gptq:
         return QuantSpec(self.bits, self.group_size, self.symmetric)
 
     def plan(self, state: ModelState) -> StepPlan:
-        return plan_quantization(self.name, state, self.spec(), self.targets, self.ignore, self.fallback)
+        return plan_quantization(self.name, state, self.spec(), self.targets, self.ignore, self.fallback, self.untie)
 
     def edit(self, view: BlockView, plan: StepPlan) -> list[dict[str, Any]]:
         touched = set(view.touched(plan))
@@ -88,7 +92,7 @@ class Gptq:
             started = time.monotonic()
             linear = view.linears[roles[0]]
             assert isinstance(linear.weight, Tensor)
-            hessian = second_moment(stage.inputs(False), linear.in_features, linear.weight.device)
+            hessian = _hessian(stage, linear)
             done = []
             for together in _same_scheme(view, plan, roles):
                 done += self._quantize(view, plan, together, hessian, stage)
@@ -102,7 +106,8 @@ class Gptq:
     ) -> list[dict[str, Any]]:
         """Quantize linears of one scheme, dtype and input together; one report row each."""
         linears = [view.linears[role] for role in roles]
-        weight = torch.cat([linear.dense_weight() for linear in linears])
+        weight = linears[0].weight if len(linears) == 1 else torch.cat([linear.dense_weight() for linear in linears])
+        assert isinstance(weight, Tensor)
         index = linears[0].input_index
         quantized, info = gptq(
             weight,
@@ -114,14 +119,16 @@ class Gptq:
             scale_dtype=view.dtype(plan, roles[0]),
             name=" + ".join(view.name(role) for role in roles),
         )
-        held_out = _held_out_error(weight, quantized, index, stage.inputs(True))
+        held_out = _held_out_error(weight, quantized, index, stage.inputs(True)) if stage.multiplied else None
         rows = []
         first = 0
         for role, linear in zip(roles, linears, strict=True):
             part = slice(first, first + linear.weight.shape[0])
             first = part.stop
             view.replace_weight(role, quantized.rows(torch.arange(part.start, part.stop, device=weight.device)))
-            errors = {"output_error": info.relative_error(part), "held_out_output_error": _relative(held_out, part)}
+            errors = {"output_error": info.relative_error(part)}
+            if held_out is not None:
+                errors["held_out_output_error"] = _relative(held_out, part)
             rows.append({"name": view.name(role), **errors, "damping": info.damping, "dead_inputs": info.dead_columns})
         return rows
 
@@ -134,6 +141,22 @@ def check_options(damping: float, scale: str) -> None:
         )
     if scale not in SCALES:
         raise RecipeError(f"scale={scale!r} is unknown: use {' or '.join(SCALES)}")
+
+
+def _hessian(stage: Stage, linear: Linear) -> Tensor:
+    """The quadratic form that the error of each row of a weight is measured in.
+
+    H, the second moment of what the weight multiplies. Rows that are looked up (an embedding) enter the model as they are: I.
+    Of a tied table both count, H + LOOK_UP_SHARE * mean(diag H) * I: docs/gptq.md derives it.
+    """
+    size, device = linear.in_features, linear.weight.device
+    if not stage.multiplied:
+        return torch.eye(size, device=device)
+    hessian = second_moment(stage.inputs(False), size, device)
+    if stage.looked_up:
+        diagonal = hessian.diagonal()
+        diagonal += LOOK_UP_SHARE * diagonal.mean()
+    return hessian
 
 
 def _same_scheme(view: BlockView, plan: StepPlan, roles: list[str]) -> list[list[str]]:
@@ -153,9 +176,13 @@ def _held_out_error(
     x = next(inputs)
     x = x[:: max(1, x.shape[0] // HELD_OUT_ROWS)].float()
     x = x if index is None else x.index_select(-1, index)
-    error = weight - quantized.dequantize()
-    loss, energy = ((x @ w.t()).square_().sum(0).double() for w in (error, weight))
-    return loss, energy
+    sums: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for first in range(0, weight.shape[0], _ROWS):
+        rows = torch.arange(first, min(first + _ROWS, weight.shape[0]), device=weight.device)
+        exact = weight[first : first + _ROWS].float()
+        for total, w in zip(sums, (exact - quantized.look_up(rows, torch.float32), exact), strict=True):
+            total.append((x @ w.t()).square_().sum(0).double())
+    return torch.cat(sums[0]), torch.cat(sums[1])
 
 
 @dataclass(frozen=True)
@@ -222,11 +249,13 @@ def gptq(
 def quadratic(weight: Tensor, hessian: Tensor) -> Tensor:
     """w H w^T of every row w of weight [O, I], float64 [O]; half the work of a full product, since H is symmetric."""
     total = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
-    for rows, columns in upper_triangle(0, hessian.shape[0]):
-        part = weight[:, rows].float() @ hessian[rows, columns]
-        part *= weight[:, columns]
-        # the tiles on both sides of the diagonal are equal
-        total += part.sum(1) if rows == columns else 2 * part.sum(1)
+    for first in range(0, weight.shape[0], _ROWS):
+        some = weight[first : first + _ROWS].float()
+        for rows, columns in upper_triangle(0, hessian.shape[0]):
+            part = some[:, rows] @ hessian[rows, columns]
+            part *= some[:, columns]
+            # the tiles on both sides of the diagonal are equal
+            total[first : first + _ROWS] += part.sum(1) if rows == columns else 2 * part.sum(1)
     return total
 
 

@@ -39,14 +39,15 @@ typedef struct {
 typedef struct {
     const kernels_t *kernels;
     const layer_t *layers;
-    const void *embed, *positions; /* positions: learned ones [..][hidden], or NULL */
+    const weight_t *table; /* of the embedding */
+    const void *positions; /* learned ones [..][hidden], or NULL */
     norm_t final_norm;
     linear_t head;
     int64_t layer_count, hidden, head_size, position_offset;
     int64_t bytes; /* read by a step */
     float eps, embed_scale, attention_scale, residual_scale, logit_divisor;
     float attention_cap, logit_cap; /* 0: none */
-    int32_t kind;  /* FLOAT32 or BFLOAT16: embedding, norms, biases, cache */
+    int32_t kind;  /* FLOAT32 or BFLOAT16: positions, norms, biases, cache */
     int32_t rms, has_final_norm, norm_input, norm_output, qk_norm, qk_norm_whole, gated, activation;
     int32_t inner, outer, columns, segments; /* largest over all linears: inputs, outputs side by side, and stored */
 } model_t;
@@ -233,11 +234,12 @@ static void embed_rows(void *data, int64_t first, int64_t last) {
     const step_t *s = data;
     const model_t *model = s->model;
     for (int64_t m = first; m < last; ++m) {
-        const int64_t token = s->tokens[m] * model->hidden, place = (s->slots[m] + model->position_offset) * model->hidden;
+        const int64_t place = (s->slots[m] + model->position_offset) * model->hidden;
+        float *x = s->x + m * model->hidden;
+        halve_cpu_row(model->table, s->tokens[m], x);
         for (int64_t c = 0; c < model->hidden; ++c) {
-            float value = number_at(model->embed, model->kind, token + c) * model->embed_scale;
-            if (model->positions) value += number_at(model->positions, model->kind, place + c);
-            s->x[m * model->hidden + c] = value;
+            x[c] *= model->embed_scale;
+            if (model->positions) x[c] += number_at(model->positions, model->kind, place + c);
         }
     }
 }
@@ -387,7 +389,9 @@ const char *halve_step_check(const model_t *model, const cache_t *cache) {
                 return "a linear of an MLP";
         }
     }
-    return fits(model, &model->head, 1, model->hidden, model->head.outputs) ? NULL : "the head";
+    if (!fits(model, &model->head, 1, model->hidden, model->head.outputs)) return "the head";
+    const weight_t *table = model->table;
+    return table && !halve_cpu_check(table) && table->in_features == model->hidden ? NULL : "the embedding";
 }
 
 /* Bytes of scratch that a step needs, 64-byte aligned. */
@@ -400,7 +404,7 @@ int64_t halve_step_scratch(const model_t *model, const cache_t *cache) {
 int halve_step(const model_t *model, const cache_t *cache, const int64_t *tokens, const int64_t *slots, float *logits,
                void *scratch) {
     for (int64_t m = 0; m < cache->batch; ++m)
-        if (tokens[m] < 0 || tokens[m] >= model->head.outputs || slots[m] < 0 || slots[m] >= cache->capacity) return -1;
+        if (tokens[m] < 0 || tokens[m] >= model->table->rows || slots[m] < 0 || slots[m] >= cache->capacity) return -1;
     step_t s = {.model = model, .cache = cache, .tokens = tokens, .slots = slots};
     lay_out(&s, (uintptr_t)scratch);
     call_t call = {&s, logits};
@@ -442,7 +446,7 @@ const declaration_t *halve_step_declarations(void) {
         STRUCTURE(model_t),
         FIELD(model_t, kernels),
         FIELD(model_t, layers),
-        FIELD(model_t, embed),
+        FIELD(model_t, table),
         FIELD(model_t, positions),
         FIELD(model_t, final_norm),
         FIELD(model_t, head),
