@@ -18,11 +18,11 @@ from halve.compression.distances import (
     influence,
     measure_every_run,
     measure_layers,
-    only_sublayer,
 )
 from halve.compression.walk import Walk
 from halve.compression.windows import Calibration
 from halve.model.decoder import Model
+from halve.model.wiring import ATTENTION, MLP
 
 TOKENS = torch.randint(0, 97, (5, 20), generator=torch.Generator().manual_seed(3))
 
@@ -125,7 +125,7 @@ def test_sublayers_in_order_are_the_block(make_hf) -> None:
     walk = walk_of(make_hf("llama"))
     block = walk.block(1).block
     assert block is not None
-    attention, mlp = only_sublayer(block, "attention"), only_sublayer(block, "mlp")
+    attention, mlp = block.only(ATTENTION), block.only(MLP)
     assert attention is not None and mlp is not None
     x = walk.states[0][0]
     with torch.inference_mode():
@@ -136,7 +136,7 @@ def test_sublayer_turns_are_measured_between_them(make_hf) -> None:
     walk = walk_of(make_hf("llama"))
     block = walk.block(0).block
     assert block is not None
-    attention = only_sublayer(block, "attention")
+    attention = block.only(ATTENTION)
     assert attention is not None
     x = walk.states[0][0]
     with torch.inference_mode():

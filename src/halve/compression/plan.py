@@ -15,6 +15,7 @@ from halve.errors import RecipeError, shown
 from halve.model import families
 from halve.model.config import ModelConfig
 from halve.model.families import Family
+from halve.model.wiring import SUBLAYERS
 from halve.quantization import QuantSpec
 
 Key = tuple[int | None, str]  # (layer, role); (None, "head") is the output head
@@ -116,6 +117,11 @@ class StepPlan:
                 return None
             layer = self.sources.index(layer)
         return self.after.linears.get((layer, role))
+
+    def kept_sublayers(self) -> list[tuple[int, str]]:
+        """The sublayers that stay, in the order they run, as (layer of the model before, name)."""
+        layers = zip(self.sources, self.after.config.layers, strict=True)
+        return [(source, name) for source, layer in layers for name, part in SUBLAYERS.items() if part.units(layer)]
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -55,5 +55,15 @@ class Resolvable(Protocol):
         ...
 
 
+@runtime_checkable
+class Aiming(Protocol):
+    """A method that may need the dense model's stream beside the compressed one."""
+
+    @property
+    def aims(self) -> bool:
+        """Whether `edit` does."""
+        ...
+
+
 _ALL = (Rtn, Gptq, L1Inputs, L1Outputs, PruneMlp, PruneHeads, DropLayers, DropAttention, DropMlp)
 METHODS: dict[str, type[Any]] = {method.name: method for method in _ALL}

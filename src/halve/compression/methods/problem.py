@@ -1,0 +1,124 @@
+"""What is asked of linears that are quantized together: their target on calibration inputs, and the held-out error of answers.
+
+Shape legend: N tokens, I input features, O output features of all of them, R held-out tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from halve.compression.dense_stream import Aim
+from halve.compression.methods.polish import sweep
+from halve.compression.methods.refit import refit_scales
+from halve.compression.methods.targets import best_alpha, lacking_moment, lacking_outputs, thinned
+from halve.compression.second_moment import moments, second_moment
+from halve.compression.walk import Stage
+from halve.model.linear import Linear
+from halve.quantization import QuantizedWeight, from_codes
+
+HELD_OUT_ROWS = 256  # inputs that the held-out error of a linear is measured on
+JUDGE_ROWS = 1024  # and those where something is chosen by it
+_LEAST_GAIN = 1e-3  # share of the error that a round of polishing must take away for another one
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The inputs of a stage: their Hessian [I, I], 2/N Y^T of what the dense stream asks for (see `lacking_moment`), and
+    some of the held-out ones."""
+
+    hessian: Tensor
+    cross: Tensor | None
+    held_out: Aim
+
+    @classmethod
+    def of(cls, stage: Stage, linear: Linear, aims: bool, chooses: bool) -> Calibrated:
+        """`aims`: at the dense stream; `chooses`: something is chosen by the held-out error."""
+        device = linear.weight.device
+        if aims:
+            pairs = ((aim.inputs, aim.goal if aim.drift is None else aim.drift) for aim in stage.aims(False))
+            hessian, cross = moments(pairs, linear.in_features, device)
+            return cls(hessian, cross, thinned(stage.aims(True), JUDGE_ROWS))
+        hessian = second_moment(stage.inputs(False), linear.in_features, device)
+        if chooses:
+            return cls(hessian, None, thinned((Aim(x.float()) for x in stage.inputs(True)), JUDGE_ROWS))
+        x = next(stage.inputs(True))
+        return cls(hessian, None, Aim(x[:: max(1, x.shape[0] // HELD_OUT_ROWS)].float()))
+
+
+class Problem:
+    """Linears that share inputs, kept inputs and a scheme, their rows stacked."""
+
+    def __init__(self, calibrated: Calibrated, linears: Sequence[Linear]) -> None:
+        weights = [linear.dense_weight() for linear in linears]
+        ends = torch.tensor([0, *(weight.shape[0] for weight in weights)]).cumsum(0).tolist()
+        index, hessian = linears[0].input_index, calibrated.hessian
+        inputs = calibrated.held_out.inputs
+        self.parts = [slice(low, high) for low, high in pairwise(ends)]  # the rows of each
+        self.weight = torch.cat(weights)
+        self.target = self.weight
+        self.hessian = hessian if index is None else hessian[index][:, index]
+        self.inputs = inputs if index is None else inputs[:, index]
+        self._lacking: Tensor | None = None  # on held-out tokens, [R, O]: what the target asks for beyond the weight
+        self._cross: Tensor | None = None
+        if calibrated.cross is not None:
+            drifts = calibrated.held_out.drift is not None
+            each = list(zip(linears, weights, strict=True))
+            cross = [lacking_moment(*pair, self.hessian, calibrated.cross, drifts) for pair in each]
+            self._cross = torch.cat(cross, 1)
+            self._lacking = torch.cat([lacking_outputs(*pair, calibrated.held_out) for pair in each], 1)
+
+    def aim(self, change: Tensor) -> list[float]:
+        """Move the target along a change of the weight [O, I], for each linear as far as it helps on held-out tokens;
+        returns how far."""
+        assert self._lacking is not None
+        moved, alphas = self.inputs @ change.t(), []
+        self.target = self.weight.clone()
+        for part in self.parts:
+            alpha = best_alpha(self._lacking[:, part], moved[:, part])
+            self._lacking[:, part] *= alpha
+            self.target[part] += alpha * change[part]
+            alphas.append(alpha)
+        return alphas
+
+    @property
+    def cross(self) -> Tensor | None:
+        """2/N Y^T T [I, O]: see targets.py; None where there is no dense stream."""
+        return self._cross
+
+    def error(self, quantized: QuantizedWeight) -> tuple[Tensor, Tensor]:
+        """On held-out tokens, summed, float64 [O]: the squared error of each output, and its own square."""
+        error = self.inputs @ (self.weight - quantized.dequantize()).t()
+        if self._lacking is not None:
+            error += self._lacking
+        energy = self.inputs @ self.weight.t()
+        loss, energy = (t.square_().sum(0).double() for t in (error, energy))
+        return loss, energy
+
+
+def improvements(
+    problem: Problem, quantized: QuantizedWeight, ridge: Tensor, loss: Tensor, refit: bool, sweeps: int
+) -> Iterator[tuple[str, QuantizedWeight, Tensor]]:
+    """What refitted scales, then polished codes (scales refitted after every sweep) make of a quantized weight, each with
+    the error of every row under H + diag(ridge), float64 [O], which begins as `loss`."""
+    spec, target, hessian = quantized.spec, problem.target, problem.hessian
+    codes, scale, zero = quantized.codes(), quantized.scale, quantized.zero
+    loss = loss.clone()
+    if refit:
+        scale, gain = refit_scales(codes, scale, zero, target, hessian, ridge, spec)
+        loss -= gain
+        yield "refit", from_codes(codes, scale, zero, spec), loss.clone()
+    for number in range(sweeps):
+        before = float(loss.sum())
+        codes, gain = sweep(codes, scale, zero, target, hessian, ridge, spec)
+        loss -= gain
+        if refit:
+            scale, gain = refit_scales(codes, scale, zero, target, hessian, ridge, spec)
+            loss -= gain
+        if number == sweeps - 1 or before - float(loss.sum()) <= _LEAST_GAIN * before:
+            yield "polish", from_codes(codes, scale, zero, spec), loss
+            return
