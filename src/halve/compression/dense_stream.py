@@ -78,8 +78,7 @@ class DenseStream:
             if self._block is None or self._block.index != layer:
                 self._block = None  # one at a time
                 self._block = self._read(layer)
-            part = self._block.only(SUBLAYERS[name])
-            assert part is not None
+            part = self._block.only((name,))
             for states in self.states:
                 for i, state in enumerate(states):
                     states[i] = part(state, self._span(state.shape[1]))

@@ -94,8 +94,8 @@ class _BlockMeter:
     def run(self, block: Block, state: Tensor, span: Span) -> Tensor:
         x = state
         for kind, mean in self.parts.items():
-            part = block.only(SUBLAYERS[kind])
-            if part is not None:
+            if SUBLAYERS[kind].units(block.layer):
+                part = block.only((kind,))
                 y = part(x, span)
                 mean.add(x, y)
                 x = y
@@ -180,6 +180,11 @@ def drop_by_perplexity(walk: Walk, candidates: list[Unit], count: int) -> list[U
     return sorted(dropped, key=candidates.index)
 
 
+def _sublayers(block: Block) -> dict[str, Block]:
+    """Each of a block's sublayers as a block."""
+    return {kind: block.only((kind,)) for kind, part in SUBLAYERS.items() if part.units(block.layer)}
+
+
 class _Scorer:
     """The negative log-likelihood of the calibration windows by the model without some of its units."""
 
@@ -189,9 +194,7 @@ class _Scorer:
         self.walk = walk
         self.tokens = walk.calibration.windows.split([state.shape[0] for state in walk.states[0]])
         blocks = [walk.block(index).block for index in range(len(checkpoint.config.layers))]
-        self.parts = [
-            {kind: block.only(part) for kind, part in SUBLAYERS.items()} for block in blocks if block is not None
-        ]
+        self.parts = [_sublayers(block) for block in blocks if block is not None]
         self.norm = checkpoint.final_norm(walk.dtype, walk.device)
         self.project_out = checkpoint.projections(walk.dtype, walk.device).get("project_out")
         self.head = checkpoint.head(walk.dtype, walk.device)
@@ -213,7 +216,7 @@ class _Scorer:
         if (index, None) in dropped:
             return x
         for kind, part in self.parts[index].items():
-            if part is not None and (index, kind) not in dropped:
+            if (index, kind) not in dropped:
                 x = part(x, span)
         return x
 

@@ -120,8 +120,11 @@ class StepPlan:
 
     def kept_sublayers(self) -> list[tuple[int, str]]:
         """The sublayers that stay, in the order they run, as (layer of the model before, name)."""
-        layers = zip(self.sources, self.after.config.layers, strict=True)
-        return [(source, name) for source, layer in layers for name, part in SUBLAYERS.items() if part.units(layer)]
+        return [(source, name) for layer, source in enumerate(self.sources) for name in self.sublayers(layer)]
+
+    def sublayers(self, layer: int) -> list[str]:
+        """Names of the sublayers that a layer of the model after has."""
+        return [name for name, part in SUBLAYERS.items() if part.units(self.after.config.layers[layer])]
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -75,7 +75,7 @@ def run_step(
             if walk.calibrated:
                 walk.advance(_finished(folder, request, source, plan, writer, index).block(index, dtype, walk.device))
             continue
-        view = walk.block(plan.sources[index])
+        view = walk.block(plan.sources[index], plan.sublayers(index))
         with torch.inference_mode():
             edited = method.edit(view, plan)
         tensors = _block_tensors(request, source, view, plan, index)

@@ -5,7 +5,7 @@ Shape legend: N windows, T tokens a window, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ from halve.compression.plan import Key, StepPlan
 from halve.compression.windows import Calibration
 from halve.model.decoder import Block, Halt, Norm, Span, embed_tokens, make_rotaries, run_to_end
 from halve.model.linear import Linear
-from halve.model.wiring import STREAM, WIRES
+from halve.model.wiring import STREAM, SUBLAYERS, WIRES
 from halve.quantization import QuantizedWeight, QuantSpec
 
 BATCH_TOKENS = 4096  # tokens sent through a block at once
@@ -110,7 +110,7 @@ class BlockView:
         config = plan.after.config
         block = self.block
         assert block is not None
-        if layer == self.index and config.layers[layer] == block.layer:
+        if config.layers[layer] == block.layer:
             return block  # the very one: states that wait inside it go on from there
         roles = [role for role in self.linears if (layer, role) in plan.after.linears]
         norms = {role: norm for role, norm in block.norms.items() if isinstance(norm, Norm)}
@@ -231,13 +231,13 @@ class Walk:
                 tokens = batch.to(self.device)
                 states.append(embed_tokens(checkpoint.config, tokens, span, embed, positions, project_in))
 
-    def block(self, index: int) -> BlockView:
-        """Layer `index` of the model being compressed."""
+    def block(self, index: int, sublayers: Collection[str] = tuple(SUBLAYERS)) -> BlockView:
+        """Layer `index` of the model being compressed, with those of its sublayers that are named."""
         block = self.checkpoint.block(index, self.dtype, self.device)
         linears = {role: linear for role, linear in block.linears.items() if isinstance(linear, Linear)}
         for role, linear in linears.items():
             block.linears[role] = self.expanded(linear)
-        return BlockView(self, block, linears, index)
+        return BlockView(self, block.only(sublayers), linears, index)
 
     def _block_of(self, checkpoint: Checkpoint, index: int) -> Block:
         """A block of another model, to run."""

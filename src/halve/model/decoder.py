@@ -6,7 +6,7 @@ h head size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -144,15 +144,12 @@ class Block(nn.Module):
         x = stream + (x if self.config.residual_scale == 1 else x * self.config.residual_scale)
         return self.norms[sublayer.norm](x) if self.config.norm_sum else x
 
-    def only(self, sublayer: Sublayer) -> Block | None:
-        """The block with only one of its sublayers, sharing the weights; None where it has none. The two in this order
-        are the block."""
+    def only(self, sublayers: Collection[str]) -> Block:
+        """The block with those of its sublayers that are named, sharing the weights. One after the other they are the block."""
         layer = self.layer
-        if not sublayer.units(layer):
-            return None
-        for other in SUBLAYERS.values():
-            if other is not sublayer:
-                layer = other.resized(layer, 0)
+        for name, sublayer in SUBLAYERS.items():
+            if name not in sublayers:
+                layer = sublayer.resized(layer, 0)
         linears = {role: linear for role, linear in self.linears.items() if isinstance(linear, Linear)}
         norms = {role: norm for role, norm in self.norms.items() if isinstance(norm, Norm)}
         return Block(self.config, layer, self.index, linears, norms)

@@ -59,10 +59,11 @@ def test_kept_inputs_and_outputs(drifts: bool) -> None:
 
 
 def test_the_best_alpha_by_hand() -> None:
-    """T = 1, and the change moves outputs by 2: 0.5 brings all of it; moving by -1 helps at no alpha; by 10, a little is
-    too much."""
+    """T = 1, and the change moves outputs by 2: 0.5 brings all of it; by 4, 0.25; moving by -1 helps at no alpha; by 10, a
+    little is too much."""
     lacking = torch.ones(4, 1)
     assert best_alpha(lacking, torch.full((4, 1), 2.0)) == 0.5
+    assert best_alpha(lacking, torch.full((4, 1), 4.0)) == 0.25
     assert best_alpha(lacking, torch.full((4, 1), -1.0)) == 0.0
     assert best_alpha(lacking, torch.full((4, 1), 10.0)) == 0.0
     assert best_alpha(lacking, torch.zeros(4, 1)) == 0.0

@@ -1,4 +1,5 @@
-"""Depth pruning: whole layers, or only their attention or their MLP, are left out. Weights stay as they are.
+"""Depth pruning: whole layers, or only their attention or their MLP, are left out. What writes the stream before a gap is
+refitted towards the dense stream behind it (patch.py); all other weights stay as they are.
 
 drop-layers with select=angular is the run of layers of least angular distance (Gromov et al. 2024, arXiv 2403.17887,
 equation 8), select=deepest the simple variant of its section 5, which keeps the last layer. What is measured and how:
@@ -12,7 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from halve.compression.distances import Unit, best_start, drop_by_perplexity, measure_layers
-from halve.compression.plan import ModelState, StepPlan, finish
+from halve.compression.methods import obs
+from halve.compression.methods.patch import refit_to_stream
+from halve.compression.plan import Key, ModelState, StepPlan, finish
 from halve.compression.walk import BlockView, Walk
 from halve.errors import RecipeError
 from halve.model.config import LayerConfig, ModelConfig
@@ -36,6 +39,8 @@ class Drop:
     count: int | None = None
     select: str = "angular"
     layers: tuple[str, ...] = ()
+    patch: bool | None = None
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         if (self.count is None) == (not self.layers):
@@ -44,6 +49,8 @@ class Drop:
             raise RecipeError(f"step {self.name}: count={self.count} must be at least 1")
         if self.select not in SELECTORS:
             raise RecipeError(f"step {self.name}: select={self.select!r} is not known: use {', '.join(SELECTORS)}")
+        if not 0 < self.damping <= obs.MAX_DAMPING:
+            raise RecipeError(f"step {self.name}: damping={self.damping} is not in (0, {obs.MAX_DAMPING:g}]")
         parse_layers(self.name, self.layers)
 
     @property
@@ -51,8 +58,13 @@ class Drop:
         return bool(self.layers) or self.select == "deepest"
 
     @property
+    def aims(self) -> bool:
+        """Whether what stands before a gap is refitted."""
+        return not self.resolved if self.patch is None else self.patch
+
+    @property
     def calibrates(self) -> bool:
-        return not self.resolved
+        return self.aims or not self.resolved
 
     def plan(self, state: ModelState) -> StepPlan:
         config = state.config
@@ -66,12 +78,40 @@ class Drop:
         sources = tuple(i for i, layer in enumerate(layers) if layer.has_attention or layer.has_mlp)
         left = replace(config, layers=tuple(layers[i] for i in sources))
         action = "removed" if self.resolved else f"removed (some {len(dropped)} {what}, by select={self.select})"
-        skipped = dict.fromkeys(state.linears, "not dropped")
-        return finish(self.name, state, {}, skipped, left, sources, action)
+        changed = {key: (state.linears[key], "refitted") for key in self._patched(state, layers)}
+        skipped = {key: "not dropped" for key in state.linears if key not in changed}
+        return finish(self.name, state, changed, skipped, left, sources, action)
+
+    def _patched(self, state: ModelState, layers: list[LayerConfig]) -> list[Key]:
+        """The linears that are refitted: the last before each gap, and the MLP's behind its own attention that goes."""
+        if not self.aims:
+            return []
+        places = [
+            (i, part) for i, layer in enumerate(state.config.layers) for part in SUBLAYERS.values() if part.units(layer)
+        ]
+        stays = [bool(part.units(layers[i])) for i, part in places]
+        keys = []
+        for number, (i, part) in enumerate(places):
+            before_gap = number + 1 < len(places) and not stays[number + 1]
+            behind_own = number > 0 and places[number - 1] == (i, ATTENTION) and not stays[number - 1]
+            if stays[number] and (before_gap or behind_own):
+                keys.append((i, part.writer))
+        quantized = [key for key in keys if state.linears[key].spec is not None]
+        if quantized and self.patch:
+            raise RecipeError(
+                f"step {self.name}: patch=true changes the weight of {state.linears[quantized[0]].name}, which is quantized: "
+                "drop before quantizing, or use patch=false"
+            )
+        return [key for key in keys if key not in quantized]
 
     def edit(self, view: BlockView, plan: StepPlan) -> list[dict[str, Any]]:
-        """Nothing to change in what stays: the plan leaves the rest out."""
-        return []
+        """Refit what stands before a gap; the plan leaves the rest out."""
+        touched = view.touched(plan)
+        if not touched:
+            return []
+        return [
+            refit_to_stream(view, plan, stage, self.damping) for stage in view.stages() if stage.roles[0] in touched
+        ]
 
     def resolve(self, walk: Walk) -> Self:
         """The same step with the chosen layers named."""
@@ -91,7 +131,7 @@ class Drop:
                 each = dict(enumerate(turns.layers)) if self.kind is None else turns.sublayers[self.kind]
                 score = {i: t.last_token if self.select == "angular" else t.influence for i, t in each.items()}
                 chosen = sorted(sorted(candidates, key=lambda i: score[i])[:count])
-        return replace(self, count=None, layers=format_layers(chosen))
+        return replace(self, count=None, layers=format_layers(chosen), patch=self.aims)
 
     def _candidates(self, config: ModelConfig) -> list[int]:
         return [index for index, layer in enumerate(config.layers) if any(part.units(layer) for part in self._parts())]

@@ -36,8 +36,8 @@ class Calibrated:
     held_out: Aim
 
     @classmethod
-    def of(cls, stage: Stage, linear: Linear, aims: bool, chooses: bool) -> Calibrated:
-        """`aims`: at the dense stream; `chooses`: something is chosen by the held-out error."""
+    def of(cls, stage: Stage, linear: Linear, aims: bool, chooses: bool = True) -> Calibrated:
+        """`aims`: at the dense stream; `chooses`: something is chosen by the held-out error, as aiming always does."""
         device = linear.weight.device
         if aims:
             pairs = ((aim.inputs, aim.goal if aim.drift is None else aim.drift) for aim in stage.aims(False))
@@ -63,38 +63,33 @@ class Problem:
         self.target = self.weight
         self.hessian = hessian if index is None else hessian[index][:, index]
         self.inputs = inputs if index is None else inputs[:, index]
-        self._lacking: Tensor | None = None  # on held-out tokens, [R, O]: what the target asks for beyond the weight
-        self._cross: Tensor | None = None
+        # where the dense stream is aimed at: 2/N Y^T T [I, O] (see targets.py), and T [R, O] on held-out tokens
+        self.cross: Tensor | None = None
+        self.lacking: Tensor | None = None
+        self.alpha = torch.zeros(self.weight.shape[0], device=self.weight.device)  # the share of T aimed at, by row
         if calibrated.cross is not None:
             drifts = calibrated.held_out.drift is not None
             each = list(zip(linears, weights, strict=True))
             cross = [lacking_moment(*pair, self.hessian, calibrated.cross, drifts) for pair in each]
-            self._cross = torch.cat(cross, 1)
-            self._lacking = torch.cat([lacking_outputs(*pair, calibrated.held_out) for pair in each], 1)
+            self.cross = torch.cat(cross, 1)
+            self.lacking = torch.cat([lacking_outputs(*pair, calibrated.held_out) for pair in each], 1)
 
     def aim(self, change: Tensor) -> list[float]:
         """Move the target along a change of the weight [O, I], for each linear as far as it helps on held-out tokens;
         returns how far."""
-        assert self._lacking is not None
-        moved, alphas = self.inputs @ change.t(), []
-        self.target = self.weight.clone()
-        for part in self.parts:
-            alpha = best_alpha(self._lacking[:, part], moved[:, part])
-            self._lacking[:, part] *= alpha
-            self.target[part] += alpha * change[part]
-            alphas.append(alpha)
+        assert self.lacking is not None
+        moved = self.inputs @ change.t()
+        alphas = [best_alpha(self.lacking[:, part], moved[:, part]) for part in self.parts]
+        for part, alpha in zip(self.parts, alphas, strict=True):
+            self.alpha[part] = alpha
+        self.target = self.weight + self.alpha.unsqueeze(1) * change
         return alphas
-
-    @property
-    def cross(self) -> Tensor | None:
-        """2/N Y^T T [I, O]: see targets.py; None where there is no dense stream."""
-        return self._cross
 
     def error(self, quantized: QuantizedWeight) -> tuple[Tensor, Tensor]:
         """On held-out tokens, summed, float64 [O]: the squared error of each output, and its own square."""
         error = self.inputs @ (self.weight - quantized.dequantize()).t()
-        if self._lacking is not None:
-            error += self._lacking
+        if self.lacking is not None:
+            error += self.alpha * self.lacking
         energy = self.inputs @ self.weight.t()
         loss, energy = (t.square_().sum(0).double() for t in (error, energy))
         return loss, energy
