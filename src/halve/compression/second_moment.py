@@ -17,15 +17,14 @@ def second_moment(inputs: Iterable[Tensor], in_features: int, device: torch.devi
 
     Half the work of full products, since H is symmetric. Raises DataError when no token comes.
     """
-    moment, _ = moments(((x, None) for x in inputs), in_features, device)
-    return moment
+    return moments(((x, None) for x in inputs), in_features, device)[0]
 
 
 def moments(
     pairs: Iterable[tuple[Tensor, Tensor | None]], in_features: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor | None]:
-    """H = 2/N X^T X and 2/N X^T Z, float32 [I, I] and [I, O], over pairs of inputs X [..., I] and others Z [..., O]; the
-    second is None where Z is."""
+) -> tuple[Tensor, Tensor | None, int]:
+    """H = 2/N X^T X and 2/N X^T Z, float32 [I, I] and [I, O], over pairs of inputs X [..., I] and others Z [..., O], and N;
+    the second is None where Z is."""
     moment = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
     cross: Tensor | None = None
     tokens = 0
@@ -42,7 +41,7 @@ def moments(
     for rows, columns in upper_triangle(0, in_features):
         if rows != columns:
             moment[columns, rows] = moment[rows, columns].t()
-    return moment.mul_(2 / tokens), None if cross is None else cross.mul_(2 / tokens)
+    return moment.mul_(2 / tokens), None if cross is None else cross.mul_(2 / tokens), tokens
 
 
 def upper_triangle(low: int, high: int) -> Iterator[tuple[slice, slice]]:

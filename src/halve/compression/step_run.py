@@ -12,7 +12,7 @@ from halve.checkpoint.reader import Checkpoint, compute_dtype
 from halve.checkpoint.stored import BIAS, SCALE, WEIGHT, StoredLinear, to_tensors
 from halve.checkpoint.tensors import FLOATING, SafetensorsFolder, cast
 from halve.checkpoint.writer import CheckpointWriter
-from halve.compression.methods import Aiming, Method
+from halve.compression.methods import Method, streams
 from halve.compression.plan import StepPlan, state_of
 from halve.compression.walk import BlockView, Walk
 from halve.compression.windows import Calibration, CalibrationOptions
@@ -64,7 +64,7 @@ def run_step(
     """One pass over the blocks that stay; every finished block is a shard in `folder`."""
     dtype = working_dtype(request, source)
     walk = Walk(source, windows, dtype, request.device)
-    if isinstance(method, Aiming) and method.aims:
+    if streams(method) > 1:
         walk.aim_at(source, range(len(source.config.layers)), plan.kept_sublayers())
     layers = len(plan.sources)
     writer = CheckpointWriter(folder, layers + 1)

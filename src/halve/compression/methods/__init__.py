@@ -65,5 +65,10 @@ class Aiming(Protocol):
         ...
 
 
+def streams(method: Method) -> int:
+    """How many streams of hidden states a step carries: none, the compressed model's, the dense one's beside it."""
+    return int(method.calibrates) + (isinstance(method, Aiming) and method.aims)
+
+
 _ALL = (Rtn, Gptq, L1Inputs, L1Outputs, PruneMlp, PruneHeads, DropLayers, DropAttention, DropMlp)
 METHODS: dict[str, type[Any]] = {method.name: method for method in _ALL}

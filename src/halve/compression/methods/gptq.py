@@ -118,7 +118,9 @@ class Gptq:
         problem = Problem(calibrated, linears)
         _check(problem.weight, problem.hessian, spec, name)
         factor = factorize(problem.hessian, self.damping, self.act_order, name)
-        rows: list[dict[str, Any]] = [{"name": view.name(role)} for role in roles]
+        rows: list[dict[str, Any]] = [
+            {"name": view.name(role)} | ({"alpha": 0.0} if self.aims else {}) for role in roles
+        ]
         if problem.cross is not None:
             for row, alpha in zip(rows, problem.aim(factor.solve(problem.cross).t()), strict=True):
                 row["alpha"] = alpha
@@ -151,7 +153,7 @@ class Gptq:
     ) -> dict[str, Answer]:
         """By name, what GPTQ gave and what the steps after it made of that."""
         answers = {"gptq": Answer(quantized, info.loss, problem.error(quantized))}
-        if self.refit or self.polish:
+        if (self.refit or self.polish) and not problem.starved:
             ridge = factor.ridge[factor.place]
             damped = info.loss + ridge_error(problem, quantized, ridge)
             for which, better, loss in improvements(problem, quantized, ridge, damped, self.refit, self.polish):

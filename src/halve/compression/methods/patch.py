@@ -1,9 +1,9 @@
-"""What stands before a gap, refitted so that the stream behind the gap is the dense one's again.
+"""What stands around a gap, refitted so that the stream behind it is the dense one's again.
 
-With m the inputs of a linear that writes the stream, in the compressed model, and T = goal - m W^T what its outputs lack of
-bringing the stream to where the dense model's is behind the gap, ridge regression gives W' = W + (T^T m) (m^T m + lambda I)^-1.
-(ReplaceMe, arXiv 2505.02819, puts one map in the place of several layers; here the linear that is there already takes it
-in, on its own inputs.)
+With m the inputs of a linear in the compressed model and T what its outputs lack (dense_stream.py), ridge regression gives
+    W' = W + alpha (T^T m) (m^T m + lambda I)^-1.
+Of the last linear before a gap T is asked by the dense stream behind the gap. (ReplaceMe, arXiv 2505.02819, puts one map in
+the place of several layers; here the linears that are there already take it in, on their own inputs.)
 
 Shape legend: I inputs and O outputs of the linear.
 """
@@ -28,19 +28,32 @@ def ridge_change(hessian: Tensor, cross: Tensor, damping: float, name: str) -> t
     return torch.cholesky_solve(cross.double(), factor).t().float(), used
 
 
-def refit_to_stream(view: BlockView, plan: StepPlan, stage: Stage, damping: float) -> dict[str, Any]:
-    """Refit the linear of a stage that writes the stream as far as that helps on held-out tokens; its report row."""
-    (role,) = stage.roles
-    linear = view.linears[role]
-    assert isinstance(linear.weight, Tensor)
-    problem = Problem(Calibrated.of(stage, linear, aims=True), [linear])
-    assert problem.cross is not None and problem.lacking is not None
-    change, used = ridge_change(problem.hessian, problem.cross, damping, view.name(role))
-    (alpha,) = problem.aim(change)
-    weight = problem.target.to(view.dtype(plan, role)).to(linear.weight.dtype)
-    view.replace_weight(role, weight)
+def same_inputs(view: BlockView, roles: list[str]) -> list[list[str]]:
+    """`roles` in groups that keep the same inputs."""
+    groups: dict[tuple[int, ...] | None, list[str]] = {}
+    for role in roles:
+        index = view.linears[role].input_index
+        groups.setdefault(None if index is None else tuple(index.tolist()), []).append(role)
+    return list(groups.values())
+
+
+def refit_to_stream(
+    view: BlockView, plan: StepPlan, stage: Stage, roles: list[str], damping: float
+) -> list[dict[str, Any]]:
+    """Refit linears of a stage towards the dense stream, each as far as that helps on held-out tokens; their report rows."""
+    linears = [view.linears[role] for role in roles]
+    problem = Problem(Calibrated.of(stage, linears[0], aims=True), linears)
+    if problem.cross is None or problem.lacking is None:
+        return [{"name": view.name(role), "alpha": 0.0} for role in roles]
+    change, used = ridge_change(problem.hessian, problem.cross, damping, " + ".join(map(view.name, roles)))
+    alphas, rows = problem.aim(change), []
     goal = problem.lacking + problem.inputs @ problem.weight.t()
-    left = goal - problem.inputs @ weight.float().t()
-    errors = {"before": problem.lacking, "after": left}
-    shares = {f"held_out_stream_error_{when}": float(e.norm() / goal.norm()) for when, e in errors.items()}
-    return {"name": view.name(role), "alpha": alpha, "damping": used, **shares}
+    for role, linear, part, alpha in zip(roles, linears, problem.parts, alphas, strict=True):
+        assert isinstance(linear.weight, Tensor)
+        weight = problem.target[part].to(view.dtype(plan, role)).to(linear.weight.dtype).contiguous()
+        view.replace_weight(role, weight)
+        errors = {"before": problem.lacking[:, part], "after": goal[:, part] - problem.inputs @ weight.float().t()}
+        size = float(goal[:, part].norm())
+        shares = {f"held_out_error_{when}": float(e.norm()) / size if size else 0.0 for when, e in errors.items()}
+        rows.append({"name": view.name(role), "alpha": alpha, "damping": used, **shares})
+    return rows

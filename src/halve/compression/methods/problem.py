@@ -16,23 +16,25 @@ from halve.compression.dense_stream import Aim
 from halve.compression.methods.polish import sweep
 from halve.compression.methods.refit import refit_scales
 from halve.compression.methods.targets import best_alpha, lacking_moment, lacking_outputs, thinned
-from halve.compression.second_moment import moments, second_moment
+from halve.compression.second_moment import moments
 from halve.compression.walk import Stage
 from halve.model.linear import Linear
 from halve.quantization import QuantizedWeight, from_codes
 
 HELD_OUT_ROWS = 256  # inputs that the held-out error of a linear is measured on
 JUDGE_ROWS = 1024  # and those where something is chosen by it
+TOKENS_PER_CHANNEL = 4  # with fewer, only codes are chosen by them
 _LEAST_GAIN = 1e-3  # share of the error that a round of polishing must take away for another one
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The inputs of a stage: their Hessian [I, I], 2/N Y^T of what the dense stream asks for (see `lacking_moment`), and
-    some of the held-out ones."""
+    """The inputs of a stage: their Hessian [I, I], 2/N Y^T of what the dense stream asks for (see `lacking_moment`), how
+    many they were, and some of the held-out ones."""
 
     hessian: Tensor
     cross: Tensor | None
+    tokens: int
     held_out: Aim
 
     @classmethod
@@ -41,13 +43,12 @@ class Calibrated:
         device = linear.weight.device
         if aims:
             pairs = ((aim.inputs, aim.goal if aim.drift is None else aim.drift) for aim in stage.aims(False))
-            hessian, cross = moments(pairs, linear.in_features, device)
-            return cls(hessian, cross, thinned(stage.aims(True), JUDGE_ROWS))
-        hessian = second_moment(stage.inputs(False), linear.in_features, device)
+            return cls(*moments(pairs, linear.in_features, device), thinned(stage.aims(True), JUDGE_ROWS))
+        found = moments(((x, None) for x in stage.inputs(False)), linear.in_features, device)
         if chooses:
-            return cls(hessian, None, thinned((Aim(x.float()) for x in stage.inputs(True)), JUDGE_ROWS))
+            return cls(*found, thinned((Aim(x.float()) for x in stage.inputs(True)), JUDGE_ROWS))
         x = next(stage.inputs(True))
-        return cls(hessian, None, Aim(x[:: max(1, x.shape[0] // HELD_OUT_ROWS)].float()))
+        return cls(*found, Aim(x[:: max(1, x.shape[0] // HELD_OUT_ROWS)].float()))
 
 
 class Problem:
@@ -61,13 +62,15 @@ class Problem:
         self.parts = [slice(low, high) for low, high in pairwise(ends)]  # the rows of each
         self.weight = torch.cat(weights)
         self.target = self.weight
+        # too few tokens tell the text they are of more than the language: nothing is then fitted to them but codes
+        self.starved = calibrated.tokens < TOKENS_PER_CHANNEL * self.weight.shape[1]
         self.hessian = hessian if index is None else hessian[index][:, index]
         self.inputs = inputs if index is None else inputs[:, index]
         # where the dense stream is aimed at: 2/N Y^T T [I, O] (see targets.py), and T [R, O] on held-out tokens
         self.cross: Tensor | None = None
         self.lacking: Tensor | None = None
         self.alpha = torch.zeros(self.weight.shape[0], device=self.weight.device)  # the share of T aimed at, by row
-        if calibrated.cross is not None:
+        if calibrated.cross is not None and not self.starved:
             drifts = calibrated.held_out.drift is not None
             each = list(zip(linears, weights, strict=True))
             cross = [lacking_moment(*pair, self.hessian, calibrated.cross, drifts) for pair in each]
