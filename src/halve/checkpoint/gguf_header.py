@@ -59,6 +59,7 @@ TYPES = {
     12: BlockType("Q4_K", 256, 144),
     13: BlockType("Q5_K", 256, 176),
     14: BlockType("Q6_K", 256, 210),
+    20: BlockType("IQ4_NL", 32, 18),  # what llama.cpp takes for rows that the types from Q2_K to Q4_K do not fit
 }
 _OTHER_TYPES = {9: "Q8_1", 15: "Q8_K", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"}
 _OTHER_TYPES |= dict(enumerate("IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64".split(), 16))

@@ -182,7 +182,7 @@ def convert(
 ) -> None:
     """Turn a folder of pickled .bin weights (most OPT checkpoints), or a GGUF file, into a folder of safetensors.
 
-    Of GGUF files Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 and Phi-3, of the types F32 to Q8_0 and Q2_K to Q6_K; quantized
+    Of GGUF files Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 and Phi-3, of the types F32 to Q8_0, Q2_K to Q6_K and IQ4_NL; quantized
     ones take `pip install 'halve[gguf]'`.
     """
     from halve.checkpoint.convert import convert as run

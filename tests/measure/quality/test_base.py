@@ -115,7 +115,7 @@ def loop_over_text(dense: Path, changed: Path, sequences: list[list[int]]) -> di
     )
 
 
-@pytest.mark.parametrize("protocol", ["documents", "windows"])
+@pytest.mark.parametrize("protocol", ["documents", "windows", "joined"])
 @pytest.mark.parametrize("batch_tokens", [1, 4096])
 def test_text_by_a_float64_loop(dense: Path, changed: Path, text: Path, protocol: str, batch_tokens: int) -> None:
     record = halve.evaluate(
@@ -124,6 +124,10 @@ def test_text_by_a_float64_loop(dense: Path, changed: Path, text: Path, protocol
     tokenizer = load_tokenizer(str(dense))
     if protocol == "documents":
         sequences = [tokenizer.encode(t, bos=True)[:32] for t in TEXTS]
+    elif protocol == "windows":
+        tokens, bos = tokenizer.encode("\n\n".join(TEXTS), bos=False), list(tokenizer.bos_ids)
+        body = 32 - len(bos)
+        sequences = [bos + tokens[i : i + body] for i in range(0, len(tokens), body)]
     else:
         tokens = tokenizer.encode("\n\n".join(TEXTS), bos=True)
         sequences = [tokens[i : i + 32] for i in range(0, len(tokens), 32)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,27 @@ def transformers_nll(folder: Path, sequences: list[list[int]]) -> tuple[float, i
     return total, sum(len(s) - 1 for s in sequences)
 
 
-def test_windows_are_cut_from_the_running_text(tmp_path: Path, folder: Path, model: Model, characters: Any) -> None:
+@pytest.mark.parametrize("protocol", ["windows", "joined"])
+def test_windows_are_cut_from_the_running_text(
+    tmp_path: Path, folder: Path, model: Model, characters: Any, protocol: str
+) -> None:
+    """`windows`: each behind a BOS, every token of the text predicted; `joined`: one BOS, and no first token is."""
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
-    record = evaluate(model, characters, task="perplexity", data=path, window=50)
-    ids = characters.encode(TEXT, bos=True)
-    nll, tokens = transformers_nll(folder, [ids[i : i + 50] for i in range(0, len(ids), 50)])
-    assert record["tokens"] == tokens == len(ids) - record["windows"]
+    record = evaluate(model, characters, task="perplexity", data=path, window=50, protocol=protocol)
+    ids = characters.encode(TEXT, bos=False)
+    if protocol == "windows":
+        pieces = [[*characters.bos_ids, *ids[i : i + 49]] for i in range(0, len(ids), 49)]
+        assert record["tokens"] == len(ids)
+    else:
+        running = [*characters.bos_ids, *ids]
+        pieces = [running[i : i + 50] for i in range(0, len(running), 50)]
+        assert record["tokens"] == len(running) - record["windows"]
+    nll, tokens = transformers_nll(folder, pieces)
+    assert (record["tokens"], record["windows"]) == (tokens, len(pieces))
     assert record["nll_nats_per_token"] == pytest.approx(nll / tokens, rel=1e-5)
     assert record["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
-    assert (record["window"], record["protocol"], record["data"]) == (50, "windows", "text.txt")
+    assert (record["window"], record["protocol"], record["data"]) == (50, protocol, "text.txt")
     assert record["accuracy"] is None and "accuracy" in record["not_measured"]
 
 
@@ -105,12 +117,12 @@ def test_bits_count_the_bytes_of_the_text(tmp_path: Path, make_hf: Callable[...,
     ids, counts = tokenizer.encode(text, bos=True), tokenizer.byte_counts(text)
     assert counts is not None
     of_token = [0, *counts]
-    for window in (2, 7, 10, 64):
-        record = evaluate(model, tokenizer, task="perplexity", data=path, window=window)
-        firsts = sum(of_token[i] for i in range(0, len(ids), window))
-        assert record["tokens"] == len(ids) - math.ceil(len(ids) / window)
+    for protocol, window in product(("windows", "joined"), (2, 7, 10, 64)):
+        record = evaluate(model, tokenizer, task="perplexity", data=path, window=window, protocol=protocol)
+        firsts = range(0, len(ids), window) if protocol == "joined" else [0]
+        assert record["tokens"] == len(ids) - len(firsts)
         bits = record["nll_nats_per_token"] * record["tokens"] / math.log(2)
-        assert bits / record["bits_per_byte"] == pytest.approx(len(text.encode()) - firsts)
+        assert bits / record["bits_per_byte"] == pytest.approx(len(text.encode()) - sum(of_token[i] for i in firsts))
     short = tmp_path / "short.jsonl"
     write_lines(short, {"text": "the 鷗"}, {"text": "🙂"})
     record = evaluate(model, tokenizer, task="perplexity", data=short, protocol="documents")
@@ -132,7 +144,9 @@ def test_limit_takes_the_first_parts(tmp_path: Path, folder: Path, model: Model,
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     record = evaluate(model, characters, task="perplexity", data=path, window=20, limit=2)
-    nll, tokens = transformers_nll(folder, [characters.encode(TEXT, bos=True)[i : i + 20] for i in (0, 20)])
+    nll, tokens = transformers_nll(
+        folder, [[*characters.bos_ids, *characters.encode(TEXT, bos=False)[i : i + 19]] for i in (0, 19)]
+    )
     assert (record["windows"], record["tokens"]) == (2, tokens)
     assert record["nll_nats_per_token"] == pytest.approx(nll / tokens, rel=1e-5)
 
@@ -170,7 +184,10 @@ def test_too_short_a_text(tmp_path: Path, model: Model, characters: Any) -> None
     [
         ({"window": 65}, "window 65: must be 2 to 64"),
         ({"window": 1}, "window 1: must be 2 to 64"),
-        ({"protocol": "letter"}, "protocol 'letter': unknown for task perplexity; choose one of windows, documents"),
+        (
+            {"protocol": "letter"},
+            "protocol 'letter': unknown for task perplexity; choose one of windows, documents, joined",
+        ),
         ({"template": "plain"}, "template 'plain'"),
         ({"limit": 0}, "limit 0: must be at least 1"),
         ({"data": None}, "give --data"),
@@ -184,6 +201,14 @@ def test_bad_requests_are_explained(
     path.write_text(TEXT)
     with pytest.raises(HalveError, match=message):
         evaluate(model, characters, **({"task": "perplexity", "data": path} | options))
+
+
+def test_a_window_holds_more_than_what_begins_it(tmp_path: Path, model: Model, characters: Any) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    characters.bos_ids = (1, 2)
+    with pytest.raises(HalveError, match="window 2: the tokenizer begins a text with 2 tokens; take a longer window"):
+        evaluate(model, characters, task="perplexity", data=path, window=2)
 
 
 def test_an_interrupted_run_goes_on(

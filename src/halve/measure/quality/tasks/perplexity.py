@@ -27,7 +27,11 @@ from halve.texts import SEPARATOR, json_rows, read_file
 if TYPE_CHECKING:
     from halve.measure.quality.options import EvaluationOptions
 
-PROTOCOLS = {"windows": "stretches of the running text", "documents": "each on its own"}
+PROTOCOLS = {
+    "windows": "stretches of the running text, each begun as a text is",
+    "documents": "each on its own",
+    "joined": "stretches of the running text, which alone is begun",
+}
 DEFAULT_WINDOW = 2048
 
 
@@ -65,8 +69,8 @@ PERPLEXITY = PerplexityTask()
 def read_text(path: Path, protocol: str) -> Text:
     """The text of a file as the protocol takes it.
 
-    windows: one piece, the whole file (the documents of a .jsonl joined by an empty line). documents: every line of a
-    .jsonl, or what stands between the separators of a .txt or .raw, without surrounding white space. Raises DataError.
+    windows, joined: one piece, the whole file (the documents of a .jsonl joined by an empty line). documents: every line
+    of a .jsonl, or what stands between the separators of a .txt or .raw, without surrounding white space. Raises DataError.
     """
     assert protocol in PROTOCOLS
     if path.suffix not in (".txt", ".raw", ".jsonl"):
@@ -103,21 +107,26 @@ class Stretch:
 def split(tokenizer: TokenizerLike, text: Text, window: int) -> tuple[list[Stretch], int]:
     """Token sequences to be predicted from their second token on, and how many documents were cut to the window.
 
-    windows: what the tokenizer puts before a text and the text, in stretches of `window` tokens; documents: the same
-    of each, cut.
+    With what the tokenizer puts before a text (BOS, mostly, or nothing) before every window and document; before the
+    whole text alone in `joined`. Raises HalveError where that leaves a window no token of the text.
     """
-    stretches, cut = [], 0
+    stretches, cut, bos = [], 0, list(tokenizer.bos_ids)
+    if len(bos) >= window:
+        raise HalveError(f"window {window}: the tokenizer begins a text with {len(bos)} tokens; take a longer window")
     for piece in text.pieces:
-        tokens, counts = tokenizer.encode(piece, bos=True), tokenizer.byte_counts(piece)
-        # what stands before the text is none of its bytes
-        place = None if counts is None else [0] * (len(tokens) - len(counts) + 1) + list(accumulate(counts))
-        last = len(tokens) if text.protocol == "windows" else 1
-        cut += text.protocol == "documents" and len(tokens) > window
-        for begin in range(0, last, window):
-            end = min(begin + window, len(tokens))
-            if end - begin >= 2:
-                covered = None if place is None else place[end] - place[begin + 1]
-                stretches.append(Stretch(tokens[begin:end], covered))
+        tokens, counts = tokenizer.encode(piece, bos=False), tokenizer.byte_counts(piece)
+        begun = bos
+        if text.protocol == "joined":  # what stands before the text is none of its bytes
+            tokens, counts, begun = bos + tokens, counts and [0] * len(bos) + counts, []
+        place = None if counts is None else [0, *accumulate(counts)]
+        body = window - len(begun)
+        last = 1 if text.protocol == "documents" else len(tokens)
+        cut += text.protocol == "documents" and len(tokens) > body
+        for begin in range(0, last, body):
+            end = min(begin + body, len(tokens))
+            if len(begun) + end - begin >= 2:
+                covered = None if place is None else place[end] - place[begin + (not begun)]
+                stretches.append(Stretch(begun + tokens[begin:end], covered))
     return stretches, cut
 
 
@@ -125,7 +134,7 @@ def window_of(text: Text, options: EvaluationOptions, config: ModelConfig) -> in
     """Tokens a window that a model of this config is asked in. Raises HalveError where its context does not hold them."""
     context, window = config.max_positions, options.window
     if window is None:
-        window = min(DEFAULT_WINDOW, context) if text.protocol == "windows" else context
+        window = context if text.protocol == "documents" else min(DEFAULT_WINDOW, context)
     if not 2 <= window <= context:
         raise HalveError(f"window {window}: must be 2 to {context}, the context of this model")
     return window
@@ -227,7 +236,7 @@ def _record(stretches: Sequence[Stretch], nll_nats: float, protocol: str, window
         "task": "perplexity",
         "protocol": protocol,
         "window": window,
-        protocol: len(stretches),
+        "documents" if protocol == "documents" else "windows": len(stretches),
         "tokens": tokens,
         "nll_nats_per_token": mean,
         "perplexity": perplexity,
