@@ -57,13 +57,14 @@ def excess(dense: Model, model: Model, data: list[Batch]) -> dict[str, float]:
 
 
 def run_recipe(folder: Path, recipe: str, args: argparse.Namespace, text: Path, data: list[Batch], work: Path) -> Any:
-    dense, draws = load_model(folder), []
+    dense, draws, seconds = load_model(folder), [], []
     for seed in range(args.draws):
         out = work / "-".join((folder.name, *"".join(c if c.isalnum() else " " for c in recipe).split(), str(seed)))
         started = time.monotonic()
         if not out.exists():
             compress(folder, out, recipe.split(), calibration=text, samples=args.samples, window=args.window, seed=seed)
-        draws.append(excess(dense, load_model(out), data) | {"seconds": time.monotonic() - started})
+            seconds.append(time.monotonic() - started)
+        draws.append(excess(dense, load_model(out), data))
         if args.work is None:
             shutil.rmtree(out)
     keys = ("excess_nats", "kl_nats", "same_top_share")
@@ -71,7 +72,7 @@ def run_recipe(folder: Path, recipe: str, args: argparse.Namespace, text: Path, 
     spread = {
         f"{key}_deviation": statistics.stdev(d[key] for d in draws) if len(draws) > 1 else None for key in keys[:2]
     }
-    return {"model": folder.name, "step": recipe, **means, **spread, "draws": draws}
+    return {"model": folder.name, "step": recipe, **means, **spread, "seconds": seconds, "draws": draws}
 
 
 def main() -> None:

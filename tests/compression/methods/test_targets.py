@@ -20,8 +20,8 @@ GOAL = torch.randn(300, 5, generator=GENERATOR)
 
 def target(linear: Linear, aim: Aim) -> torch.Tensor:
     """W* at alpha 1 without damping."""
-    hessian, cross = moments([(aim.inputs, aim.goal if aim.drift is None else aim.drift)], linear.in_features)
-    assert cross is not None
+    hessian, cross, tokens = moments([(aim.inputs, aim.goal if aim.drift is None else aim.drift)], linear.in_features)
+    assert cross is not None and tokens == 300
     if linear.input_index is not None:
         hessian = hessian[linear.input_index][:, linear.input_index]
     weight = linear.dense_weight()
