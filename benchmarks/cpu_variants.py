@@ -24,22 +24,31 @@ INT8, INT4 = QuantSpec(8, -1), QuantSpec(4, 128)
 
 @dataclass(frozen=True)
 class Variant:
-    """What becomes of a dense model: `spec` packs every linear, `head` the head; shares of what is removed."""
+    """What becomes of a dense model: `spec` packs every linear, `head` the head, and with `table` the embedding in one with
+    it; shares of what is removed."""
 
     title: str
     recipe: tuple[str, ...] = ()
     spec: QuantSpec | None = None
     head: QuantSpec | None = None
+    table: bool = False
     inputs: float = 0.0
     mlp: float = 0.0
     layers: float = 0.0
 
 
-_HEAD = "rtn:bits=8,targets=lm_head"
+_HEAD = "rtn:bits=8,targets=lm_head,untie=true"
 VARIANTS = {
     "bf16": Variant("bf16"),
     "int8": Variant("int8, int8 head", ("rtn:bits=8", _HEAD), INT8, INT8),
     "int4": Variant("int4 g128, int8 head", ("rtn:bits=4,group_size=128", _HEAD), INT4, INT8),
+    "int4-table": Variant(
+        "int4 g128, int8 table",
+        ("rtn:bits=4,group_size=128", "rtn:bits=8,targets=embed_tokens"),
+        INT4,
+        INT8,
+        table=True,
+    ),
     "int8-l1-inputs": Variant(
         "l1-inputs 35 %, int8, int8 head", ("l1-inputs:fraction=0.35", "rtn:bits=8", _HEAD), INT8, INT8, inputs=0.35
     ),
@@ -67,10 +76,10 @@ def build(dense: Model, variant: Variant) -> Model:
         width = _kept(width, variant.inputs)  # inputs that down_proj drops narrow the MLP
     count = round(len(dense.blocks) * (1 - variant.layers))
     layer = replace(dense.config.layers[0], intermediate_size=width)
-    config = replace(dense.config, layers=(layer,) * count, tied=False)
+    config = replace(dense.config, layers=(layer,) * count, tied=variant.table)
     blocks = [_block(block, index, config, layer, variant) for index, block in enumerate(list(dense.blocks)[:count])]
     head = _linear(config.vocab_size, config.hidden_size, variant.head, 0.0)
-    model = Model(config, dense.embed, blocks, dense.final_norm, head)
+    model = Model(config, dense.dtype, head if variant.table else dense.table, blocks, dense.final_norm, head)
     for _, linear in model.linears():
         linear.select_backend("auto", torch.bfloat16)
     return model

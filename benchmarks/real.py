@@ -53,6 +53,10 @@ def _rows() -> dict[str, Row]:
     """Every model by its name, the most telling first."""
     gptq = "gptq:bits=4,group_size=128"
     rows = {"dense": Row(), "rtn8": Row(("rtn:bits=8",)), "gptq4-g128": Row((gptq,))}
+    table = {8: 128, 4: 32}
+    for bits, group in table.items():
+        step = f"{'rtn' if bits == 8 else 'gptq'}:bits={bits},group_size={group},targets=embed_tokens"
+        rows[f"gptq4-g128-table{bits}"] = Row((gptq, step))
     rows |= {name: Row(gguf=name.partition("-")[2]) for name in ("llama.cpp-Q8_0", "llama.cpp-Q4_K_M")}
     rows |= {"llm-compressor4-g128": Row(llm_compressor=4), "rtn4-g128": Row(("rtn:bits=4,group_size=128",))}
     rows |= {f"gptq{bits}-g64": Row((f"gptq:bits={bits},group_size=64",)) for bits in (4, 3)}

@@ -1,4 +1,4 @@
-"""How far each method goes above an accuracy floor: the first system's table in its wider form, and bytes at 95 %.
+"""How far each method goes within a limit: the first system's table in its wider form, bytes at 95 %, and by KL.
 
     python benchmarks/search.py stories260K --model MODEL --exam story_cloze_615.jsonl --text tinystories_317.txt
     python benchmarks/search.py reader
@@ -6,7 +6,8 @@
 One search a row (see SEARCHES), each an ordinary `halve search` whose search.json becomes
 benchmarks/results/search/NAME-ROW.json; rows that are there already are left alone, an interrupted one goes on. --only
 ROW ... runs some rows. The first --calibration-documents documents of the text calibrate, and questions about them are
-left out of the exam, half of which is searched on and half confirms. docs/search.md shows the tables.
+left out of the exam, half of which is searched on and half confirms; searches on a text take its other documents in the
+same way. docs/search.md shows the tables.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from halve.texts import read_documents
 
 RESULTS = Path(__file__).parent / "results" / "search"
 HALF_RIGHT = Floor(0.5)
+DOCUMENTS = 64  # of a text, to search on
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,12 @@ def rows(group_size: int, lower_bound: bool, layers: int) -> dict[str, Row]:
     found["95-gptq"] = Row((gptq,), ("gptq.bits=2|3|4|8",), floor, bf16)
     both = ("prune-mlp.fraction=0..0.4", "gptq.bits=2|3|4|8")
     found["95-prune-gptq"] = Row(("prune-mlp:multiple_of=4", gptq), both, floor, bf16, 0.05, 16)
+    # on a text: what KL to the dense model allows, and the least of it in so many bytes
+    tenth = Floor(0.1, figure="kl")
+    found["kl-0.1-gptq"] = Row((gptq,), ("gptq.bits=2|3|4|8",), tenth, bf16)
+    found["kl-0.1-prune-mlp"] = Row(("prune-mlp:multiple_of=4",), both[:1], tenth, bf16)
+    third = Floor(0.3, True, figure="bytes")
+    found["bytes-30-prune-gptq"] = Row(("prune-mlp:multiple_of=4", gptq), both, third, bf16, 0.05, 12)
     return found
 
 
@@ -124,12 +132,15 @@ def main() -> None:
             continue
         row = searches[name]
         try:
+            on_text = row.floor.figure != "accuracy"
             search(
                 work / asked.subject, work / name, row.steps, row.vary, floor=row.floor,
-                evaluation=EvaluationOptions("multiple-choice", exam, "pmi", "plain",
-                                             None if row.floor.relative else material.limit),
+                evaluation=EvaluationOptions("perplexity", asked.text, "documents", limit=DOCUMENTS)
+                if on_text
+                else EvaluationOptions("multiple-choice", exam, "pmi", "plain",
+                                       None if row.floor.relative else material.limit),
                 calibration=CalibrationOptions(str(calibration), samples=64, window=512),
-                options=SearchOptions(resolution=row.resolution, trials=row.trials,
+                options=SearchOptions(resolution=row.resolution, trials=row.trials, leave_out_shared=on_text,
                                       command=f"python benchmarks/search.py {asked.subject} --only {name}"),
                 dtype=row.dtype,
             )  # fmt: skip
@@ -141,7 +152,9 @@ def main() -> None:
             if len(row.vary) > 1:
                 shutil.copyfile(work / name / "pareto.png", target.with_suffix(".png"))
             winner = json.loads(found.read_text())["winner"] or {}
-            shown = {key: winner.get(key) for key in ("values", "accuracy", "held_out_accuracy", "bytes_share")}
+            shown = {
+                key: winner.get(key) for key in ("values", "accuracy", "kl_nats_per_token", "bytes_share", "confirmed")
+            }
             print(f"{name}: {json.dumps(shown)}", flush=True)
 
 

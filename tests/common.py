@@ -18,6 +18,24 @@ TOKENS = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(7
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5}
 GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6, "logits_scaling": 1.7}
 # what Hugging Face calls the model, and options for `make_hf`
+MINISTRAL3_ROPE: dict[str, Any] = {
+    **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8},
+    "llama_4_scaling_beta": 0.3,
+}
+NEWER: list[tuple[str, dict[str, Any]]] = [
+    ("gemma", {"head_dim": 16, "attention_bias": True}),
+    ("vaultgemma", GEMMA),
+    ("olmo3", {"sliding_window": 5}),
+    ("exaone4", {"sliding_window": 5, "sliding_window_pattern": 2}),
+    ("ministral3", {"head_dim": 16, "sliding_window": 9, "rope_parameters": MINISTRAL3_ROPE}),
+    ("seed_oss", {"head_dim": 16, "attention_out_bias": True}),
+    ("ernie4_5", {"head_dim": 16, "use_bias": True}),
+    ("arcee", {}),
+    ("jais2", {}),
+    ("nemotron", {"attention_bias": True}),
+    ("starcoder2", {"sliding_window": 7}),
+    ("stablelm", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}, "use_qkv_bias": True}),
+]
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"tie_word_embeddings": True}),
     ("mistral", {}),
@@ -28,6 +46,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 2}),
     ("granite", GRANITE),
     ("olmo2", {}),
+    *NEWER,
     (
         "ministral",
         {"head_dim": 16, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},

@@ -36,8 +36,20 @@ def write_gguf(
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    if name.startswith("gemma"):
+    if name.startswith("gemma") and "sliding_window" in config:
         writer.add_sliding_window(config["sliding_window"])
+    if rope.get("rope_type") == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(config["original_max_position_embeddings"])
+        scale, original = config["max_position_embeddings"], config["original_max_position_embeddings"]
+        writer.add_rope_scaling_attn_factors((1 + np.log(scale / original) / np.log(original)) ** 0.5)
+        writer.add_rope_dimension_count(int(head_dim * rope["partial_rotary_factor"]))
+        for kind_of in ("short", "long"):
+            writer.add_tensor(f"rope_factors_{kind_of}.weight", np.array(rope[f"{kind_of}_factor"], np.float32))
+    if name == "granite":
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
     for key, value in (fields or {}).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add.get(type(value), writer.add_array)(key, value)
@@ -49,7 +61,7 @@ def write_gguf(
     for key, tensor in load_file(folder / "model.safetensors").items():
         stem, part = key.rsplit(".", 1)
         values = tensor.float().numpy()
-        if name == "llama" and stem.endswith(("q_proj", "k_proj")):
+        if name in ("llama", "granite", "smollm3") and stem.endswith(("q_proj", "k_proj")):
             count = heads if stem.endswith("q_proj") else kv_heads
             values = values.reshape(count, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(values.shape)
         if name.startswith("gemma") and stem.endswith("norm"):

@@ -7,6 +7,7 @@ from halve._version import __version__
 
 if TYPE_CHECKING:
     from halve.checkpoint.convert import convert
+    from halve.checkpoint.export import export
     from halve.checkpoint.hub import fetch
     from halve.checkpoint.reader import load_model
     from halve.checkpoint.tokenizer import load_tokenizer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from halve.measure.quality.options import EvaluationOptions
     from halve.measure.speed.benchmark import benchmark
     from halve.measure.table import compare
+    from halve.report.card import write_card
     from halve.report.page import write_page
     from halve.studies.layers import analyse_layers
     from halve.studies.search.options import SearchOptions
@@ -37,6 +39,7 @@ _PUBLIC = {
     "compress": "compression.compress",
     "convert": "checkpoint.convert",
     "evaluate": "measure.quality.evaluate",
+    "export": "checkpoint.export",
     "fetch": "checkpoint.hub",
     "generate": "decode.generate",
     "generate_text": "decode.generate",
@@ -46,6 +49,7 @@ _PUBLIC = {
     "quantize_linear": "compression.torch_layers",
     "reproduce_system1": "studies.system1.reproduce",
     "search": "studies.search.search",
+    "write_card": "report.card",
     "write_page": "report.page",
 }
 __all__ = [
@@ -60,6 +64,7 @@ __all__ = [
     "compress",
     "convert",
     "evaluate",
+    "export",
     "fetch",
     "generate",
     "generate_text",
@@ -69,6 +74,7 @@ __all__ = [
     "quantize_linear",
     "reproduce_system1",
     "search",
+    "write_card",
     "write_page",
 ]
 

@@ -243,6 +243,10 @@ class QuantizedWeight:
             self.packed[index], self.scale[index], zero, self.spec, self.in_features, self.group_index
         )
 
+    def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """The numbers of some rows (int64 [N]), [N, I] in `dtype`; only they are expanded."""
+        return self.rows(index).dequantize(dtype)
+
     def columns(self, index: Tensor) -> QuantizedWeight:
         """The weight with only the input columns `index` (int64 [kept]); groups become ragged, scales of emptied groups go."""
         codes = self.codes()[:, index]
@@ -273,11 +277,21 @@ def quantize(weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype | None = 
             f"group_size={spec.group_size} does not divide {columns} input columns: "
             f"use -1 (per channel) or one of {fitting_group_sizes(columns)}"
         )
-    grouped = weight.float().view(rows, -1, spec.columns_per_group(columns))
-    scale, zero = scale_and_zero(grouped, spec, scale_dtype or weight.dtype)
-    wide_zero = None if zero is None else zero.unsqueeze(-1)
-    codes = encode(grouped, scale.unsqueeze(-1), wide_zero, spec).view(rows, columns)
-    return from_codes(codes, scale, zero, spec)
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    scales, zeros = [], []
+    step = max(1, _CHUNK_CODES // columns)
+    for first in range(0, rows, step):
+        grouped = (
+            weight[first : first + step]
+            .float()
+            .view(-1, columns // spec.columns_per_group(columns), spec.columns_per_group(columns))
+        )
+        scale, zero = scale_and_zero(grouped, spec, scale_dtype or weight.dtype)
+        wide_zero = None if zero is None else zero.unsqueeze(-1)
+        codes[first : first + step] = encode(grouped, scale.unsqueeze(-1), wide_zero, spec).flatten(1)
+        scales.append(scale)
+        zeros += [] if zero is None else [zero]
+    return from_codes(codes, torch.cat(scales), torch.cat(zeros) if zeros else None, spec)
 
 
 def pack_zero(zero_OG: Tensor, bits: int) -> Tensor:

@@ -14,7 +14,7 @@ from halve.checkpoint.schemes import read_schemes, write_schemes
 from halve.model.config import ModelConfig
 from halve.model.families import parse_config
 from halve.quantization import QuantSpec
-from tests.common import GEMMA
+from tests.common import GEMMA, NEWER
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 MODELS = {
@@ -26,6 +26,7 @@ MODELS = {
     "gemma3": ("gemma3_text", {**GEMMA, "sliding_window_pattern": 2}),
     "smollm3": ("smollm3", {**SLIDING, "pad_token_id": 0, "no_rope_layer_interval": 2}),
     "olmo2": ("olmo2", {}),
+    **{kind: (kind, options) for kind, options in NEWER},
     "opt": ("opt", {"word_embed_proj_dim": 16}),
 }
 

@@ -24,12 +24,15 @@ from halve.checkpoint.tensors import SafetensorsFolder, read_json
 from halve.checkpoint.tokenizer import Tokenizer
 from halve.cli.app import main
 from halve.errors import CheckpointError, HalveError, UnsupportedModelError
-from tests.common import logits, relative, their_logits
+from tests.common import GRANITE, logits, relative, their_logits
 from tests.ggufs import ARRAY, TEXT, header, info, number, text, write_gguf
 
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
 GEMMA = WIDE | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "query_pre_attn_scalar": 32}
 GEMMA |= {"sliding_window": 5, "tie_word_embeddings": True}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.25] * 4, "long_factor": [1.1, 4.7] * 4}
+PARTIAL = LONGROPE | {"partial_rotary_factor": 0.75, "short_factor": [1.0, 1.25] * 3, "long_factor": [1.1, 4.7] * 3}
+PHI3: dict[str, Any] = WIDE | {"pad_token_id": 0, "rope_parameters": LONGROPE, "original_max_position_embeddings": 16}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": WIDE,
     "llama-biases": WIDE | {"attention_bias": True, "mlp_bias": True, "head_dim": 32},
@@ -38,6 +41,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA,
     "gemma3_text": GEMMA | {"num_hidden_layers": 7},
     "phi3": WIDE | {"pad_token_id": 0},
+    "phi3-longrope": PHI3,
+    "phi3-partial": PHI3 | {"rope_parameters": PARTIAL},
+    "granite": WIDE | GRANITE,
+    "smollm3": WIDE | {"num_hidden_layers": 5, "pad_token_id": 0, "tie_word_embeddings": True},
+    "olmo2": WIDE,
+    "gemma": WIDE | {"head_dim": 32, "pad_token_id": 0},
 }
 
 
@@ -47,7 +56,7 @@ def make_model(make_hf):
 
     def make(name: str) -> Path:
         if name not in made:
-            made[name] = make_hf(name.removesuffix("-biases"), **MODELS[name])
+            made[name] = make_hf(name.split("-")[0], **MODELS[name])
         return made[name]
 
     return make
@@ -233,8 +242,8 @@ def test_what_is_not_understood_is_refused(changed: dict[str, Any], words: str, 
 
 def test_an_architecture_that_is_not_converted_is_named(tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
-    file.write_bytes(header([text("general.architecture") + struct.pack("<I", TEXT) + text("granite")]))
-    with pytest.raises(UnsupportedModelError, match=r"'granite' is not converted: take a GGUF of llama, "):
+    file.write_bytes(header([text("general.architecture") + struct.pack("<I", TEXT) + text("mamba")]))
+    with pytest.raises(UnsupportedModelError, match=r"'mamba' is not converted: take a GGUF of llama, "):
         convert(file, tmp_path / "out")
 
 

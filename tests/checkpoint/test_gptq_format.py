@@ -111,7 +111,7 @@ def test_the_wrong_version_is_refused(written: str, read: str) -> None:
         read_gptq(*tensors.values(), QuantSpec(4, 16), read)
 
 
-def to_gptq(source: Path, out: Path, version: str, shuffle: bool = False, **config: object) -> Path:
+def to_gptq(source: Path, out: Path, version: str, shuffle: bool = False, group: int = 16, **config: object) -> Path:
     """The dense model `source` as a GPTQ folder of random codes, and beside it (out/dense) what these stand for."""
     shutil.copytree(source, out / "dense")
     shutil.copytree(source, out / "gptq")
@@ -122,12 +122,12 @@ def to_gptq(source: Path, out: Path, version: str, shuffle: bool = False, **conf
             stored[name] = tensor
             continue
         rows, columns = tensor.shape
-        parts, weight = fixture(4, columns, rows, 16, version, bool(config["sym"]), shuffle)
+        parts, weight = fixture(4, columns, rows, group, version, bool(config["sym"]), shuffle)
         parts["scales"] = parts["scales"] * 0.03
         base = name.removesuffix(".weight")
         stored |= {f"{base}.{part}": value for part, value in parts.items()}
         stored[f"{base}.bias"] = torch.zeros(rows)  # as AutoGPTQ writes it where the model has none
-        expected = read_gptq(*parts.values(), QuantSpec(4, 16, bool(config["sym"])), version).dequantize()
+        expected = read_gptq(*parts.values(), QuantSpec(4, group, bool(config["sym"])), version).dequantize()
         assert torch.allclose(expected, weight * 0.03, rtol=1e-2)
         dense[name] = expected
     save_file(stored, out / "gptq" / "model.safetensors", metadata={"format": "pt"})
@@ -136,7 +136,7 @@ def to_gptq(source: Path, out: Path, version: str, shuffle: bool = False, **conf
     raw["quantization_config"] = {
         "quant_method": "gptq",
         "bits": 4,
-        "group_size": 16,
+        "group_size": group,
         "desc_act": shuffle,
         "checkpoint_format": version,
         **config,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from halve.checkpoint.identity import model_identity
+from halve.checkpoint.identity import model_identity, model_sha256
 
 READ = ["config.json", "halve.json", "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"]
 READ += [
@@ -58,3 +59,19 @@ def test_random_weights_are_no_file(folder: Path, tmp_path: Path) -> None:
     found = model_identity(folder.rename(tmp_path / "local"), weights=False)
     assert "config.json" in found and "hub commit" not in found
     assert not [name for name in found if name.endswith(".safetensors")]
+
+
+def test_the_hash_of_a_model_is_that_of_what_it_computes_with(folder: Path) -> None:
+    def touched(name: str) -> str:
+        path = folder / name
+        before = path.read_bytes() if path.exists() else None
+        path.write_bytes((before or b"") + b" ")
+        found = model_sha256(folder)
+        path.unlink() if before is None else path.write_bytes(before)
+        return found
+
+    own = model_sha256(folder)
+    alike = {name for name in (*READ, *OTHERS, "LICENSE", "NOTICE.txt", "USE_POLICY.md") if touched(name) == own}
+    assert alike == {*OTHERS, "halve.json", "LICENSE", "NOTICE.txt", "USE_POLICY.md"}
+    elsewhere = shutil.copytree(folder, folder.parents[1] / "local")
+    assert model_sha256(elsewhere) == own

@@ -21,7 +21,7 @@ from halve.compression.edits import keep_inputs, keep_outputs
 from halve.compression.recipe import as_steps
 from halve.compression.step_run import Request
 from halve.errors import CheckpointError
-from halve.model.families import LinearShape
+from halve.model.inventory import LinearShape
 from halve.model.linear import Linear
 from halve.quantization import QuantizedWeight, QuantSpec, quantize
 

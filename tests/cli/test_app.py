@@ -47,6 +47,8 @@ def test_compress_evaluate_benchmark_compare(run, model: Path, tmp_path: Path) -
     out, records = tmp_path / "out", tmp_path / "records"
     code, printed, _ = run("compress", model, out, "--step", "rtn:bits=8", "--dry-run")
     assert code == 0 and "int8 per channel" in printed and "lm_head" in printed and not out.exists()
+    told = "".join(printed.split())  # lines break where the terminal ends
+    assert "model.embed_tokensandlm_headstaydense" in told and "--steprtn:bits=8,targets=embed_tokens|lm_head" in told
     code, printed, _ = run("compress", model, out, "--step", "rtn:bits=8")
     assert code == 0 and f"wrote {out}" in printed
     (done,) = json.loads((out / "halve.json").read_text())["steps"]
@@ -101,6 +103,33 @@ def test_compress_ends_with_the_check_that_evaluate_makes(
     (out / "report.html").unlink()
     code, _, error = run("compress", model, out, *step, "--overwrite")
     assert code == 0 and not (out / "halve-check.json").exists(), error
+
+
+def test_compress_leaves_a_card_which_takes_the_records_of_its_model(run, model: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("the cat sat on the mat and then a dog ran . " * 20)
+    (model / "README.md").write_text("---\nlicense: mit\n---\ntheirs\n")
+    code, printed, error = run("compress", model, out, "--step", "rtn:bits=8", "--check", text)
+    assert code == 0 and f"wrote {out / 'README.md'}" in printed, error
+    card = (out / "README.md").read_text()
+    assert "license: mit" in card and "theirs" not in card
+    kl = json.loads((out / "halve-check.json").read_text())["kl_nats_per_token"]
+    assert f"KL divergence from model, nats a token | {kl:.3g} |" in card
+    records = tmp_path / "records"
+    records.mkdir()
+    for folder in (model, out):
+        asked = ("--task", "perplexity", "--data", text, "--window", 32, "--json", records / f"{folder.name}.json")
+        assert run("evaluate", folder, *asked)[0] == 0
+    code, _, error = run("card", out, records / "model.json")
+    assert code == 2 and "another model" in error and (out / "README.md").read_text() == card
+    code, printed, error = run("card", out, records)
+    assert code == 0 and "left out" in error and "another model" in error
+    assert "window 32" in (out / "README.md").read_text() and "license: mit" in (out / "README.md").read_text()
+    (out / "README.md").write_text("my own words")
+    code, _, error = run("card", out)
+    assert code == 2 and "--overwrite" in error and run("card", out, "--overwrite")[0] == 0
+    code, _, error = run("card", model)
+    assert code == 2 and "halve.json" in error
 
 
 @pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
@@ -216,7 +245,7 @@ def test_help_and_version(run) -> None:
     assert code == 0
     for command in (
         *("compress", "evaluate", "benchmark", "generate", "compare", "demo", "convert", "steps", "layers"),
-        *("fetch", "reproduce", "report"),
+        *("fetch", "reproduce", "report", "export"),
     ):
         assert command in printed
         assert run(command, "--help")[0] == 0

@@ -158,7 +158,7 @@ def test_perplexity_drops_what_a_brute_force_search_drops(make_hf) -> None:
 
     def loss(kept: list[int]) -> float:
         with torch.inference_mode():
-            x = model.embed[TOKENS[:-1]]
+            x = model.table.look_up(TOKENS[:-1], model.dtype)
             for index in kept:
                 x = blocks[index](x, walk_of(folder).span(20))
             assert model.final_norm is not None

@@ -20,7 +20,7 @@ from tests.common import FAMILIES, logits, relative, their_logits, write_word_to
 
 STEPS = [
     "rtn:bits=8,targets=*q_proj|*layers.0.*",
-    "rtn:bits=4,group_size=16,targets=Linear|lm_head",
+    "rtn:bits=4,group_size=16,targets=Linear|lm_head,untie=true",
     "gptq:bits=4,group_size=16,targets=*v_proj|*layers.2.*",
     "prune-mlp:fraction=0.5,multiple_of=8",
     "l1-outputs:fraction=0.2,targets=*v_proj",

@@ -24,6 +24,8 @@ def test_memory_by_hand(make_hf) -> None:
     aiming = estimate([(state, 2)], 1000, 4, "cpu")  # states and block again, and 2/N Y^T (goal) of down_proj
     assert aiming.memory_bytes - calibrated.memory_bytes == states + 7680 * 4 + 4 * 48 * 32
     assert aiming.seconds > calibrated.seconds
+    # of an embedding that is quantized, codes and words beside it, a byte a weight each, and four copies in float32
+    assert estimate([(state, 0)], 1000, 4, "cpu", 97 * 32).memory_bytes == plain.memory_bytes + 18 * 97 * 32
 
 
 def test_the_plan_carries_it(make_hf, tmp_path) -> None:

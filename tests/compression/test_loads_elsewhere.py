@@ -22,7 +22,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt, head of its own": ("opt", {"word_embed_proj_dim": 16, "tie_word_embeddings": False}),
 }
 RECIPES: dict[str, list[str]] = {
-    "rtn and head": ["rtn:bits=4,group_size=16,targets=Linear|lm_head"],
+    "rtn and head": ["rtn:bits=4,group_size=16,targets=Linear|lm_head,untie=true"],
+    "rtn and embedding": ["rtn:bits=4,group_size=16,targets=Linear|embed_tokens"],
+    "embedding, asymmetric": ["rtn:bits=8,group_size=16,symmetric=false,targets=Embedding"],
     "rtn, two schemes": ["rtn:bits=4,group_size=16,ignore=*v_proj", "rtn:bits=8"],
     "gptq": ["gptq:bits=4,group_size=16"],
     "prune-mlp": ["prune-mlp:fraction=0.3,multiple_of=16"],

@@ -21,7 +21,8 @@ from halve.decode.torch_step import TorchStep
 from halve.errors import HalveError
 from halve.kernels import cpu
 from halve.model.decoder import Model
-from tests.common import GEMMA, GRANITE, relative
+from halve.model.linear import Linear
+from tests.common import GEMMA, GRANITE, NEWER, relative
 
 PROMPTS = [[5, 9, 3, 44, 81, 2, 17], [7] * 11, [90, 2, 61]]
 STEPS = 6
@@ -45,6 +46,7 @@ FAMILIES = {
     "smollm3": ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 2}),
     "granite": ("granite", GRANITE),
     "olmo2": ("olmo2", {}),
+    **{kind: (kind, options) for kind, options in NEWER if kind != "ernie4_5"},
     "opt": ("opt", {}),
 }
 
@@ -190,8 +192,8 @@ def greedy(model: Model, count: int) -> tuple[list[int], Tensor]:
 
 def in_float64(model: Model) -> Model:
     """The same numbers, computed with in float64."""
-    assert model.final_norm is not None and model.head.weight is not model.embed
-    model.embed = model.embed.double()
+    assert model.final_norm is not None and model.head is not model.table
+    model.dtype, model.table = torch.float64, Linear(model.table.dense_weight(torch.float64))
     norms = [norm for block in model.blocks for norm in block.norms.values()]  # type: ignore[union-attr]
     for norm in [*norms, model.final_norm]:
         norm.weight = norm.weight.double()  # type: ignore[union-attr]
@@ -235,7 +237,9 @@ def test_what_c_does_not_know_is_left_to_the_model(
         ({"outer": 16}, "a linear of an attention"),
         ({"columns": 8}, "a linear of an attention"),
         ({"segments": 0}, "a linear of an attention"),
-        ({"head_size": 7}, "the head size"),
+        ({"head_size": 0}, "the head size"),
+        ({"head_size": 4}, "the turned channels"),
+        ({"turned": 7}, "the turned channels"),
         ({"kind": 2}, "another kind"),
         ({"heads": 3}, "do not share keys evenly"),
         ({"heads": 8}, "a linear of an attention"),

@@ -22,11 +22,14 @@ from halve.decode.sampling import Sampling
 from halve.kernels import triton_backend
 from halve.kernels.triton_backend import Tiling
 from halve.model.decoder import Model
+from tests.common import MINISTRAL3_ROPE
 from tools.ptx.cpu import cpu_too
 
 pytestmark = pytest.mark.slow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = {"rope_type": "default", "partial_rotary_factor": 0.5}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 PROMPTS = [[5, 9, 3, 44], [7] * 21, [90, 2, 61, 33, 8, 8, 17]]
 
 
@@ -77,6 +80,7 @@ def check_steps(
         ("qwen3", {"head_dim": 8}),
         ("qwen2", {"tie_word_embeddings": True}),
         ("mistral", {"sliding_window": 18}),
+        ("seed_oss", {"head_dim": 8, "attention_out_bias": True}),
     ],
 )
 def test_families(make_hf: Callable[..., Path], family: str, options: dict[str, Any]) -> None:
@@ -102,6 +106,21 @@ def test_compressed_models(make_hf: Callable[..., Path], tmp_path: Path, steps: 
     folder = make_hf("llama", num_hidden_layers=2)
     compress(folder, tmp_path / "out", steps, dtype=torch.float32)
     check_steps(tmp_path / "out", PROMPTS[1:2])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "step", ["bits=8,group_size=16", "bits=4", "bits=3,group_size=8,symmetric=false"], ids=["8", "4", "3 ragged"]
+)
+def test_a_packed_table(make_hf: Callable[..., Path], tmp_path: Path, tied: bool, step: str) -> None:
+    """Rows looked up from it, and where it is tied its product as the head; groups of 8 are stored in another order."""
+    folder = make_hf("llama", num_hidden_layers=1, tie_word_embeddings=tied)
+    compress(folder, tmp_path / "out", [f"rtn:{step},targets=embed_tokens"])
+    model = check_steps(tmp_path / "out", PROMPTS[1:2], steps=1)
+    assert model.table.quantized and (model.head is model.table) == tied
+    tokens = torch.tensor([[0, 96, 15], [16, 5, 5]], device=DEVICE)
+    exact = load_model(tmp_path / "out", device=DEVICE, backend="reference").table.dense_weight()
+    assert torch.equal(model.table.look_up(tokens, torch.float32), exact[tokens])
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
@@ -189,6 +208,11 @@ def test_a_row_at_the_end_of_the_context_does_not_disturb_the_others(make_hf: Ca
         ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 2}, "rotary embeddings that differ between layers"),
         ("granite", {}, "scaled embeddings, scores, sums or logits"),
         ("olmo2", {}, "not a Llama-like block"),
+        ("arcee", {}, "not a Llama-like block"),
+        ("ernie4_5", {}, "of neighbours"),
+        ("ministral3", {"rope_parameters": MINISTRAL3_ROPE}, "queries that grow"),
+        ("phi3", {"pad_token_id": 0, "rope_parameters": HALF}, "a part of each head"),
+        ("phi3", {"pad_token_id": 0, "rope_parameters": LONGROPE}, "that a text's length changes"),
     ],
 )
 def test_families_that_cannot_be_fused_say_why(make_hf, family: str, options: dict, reason: str) -> None:

@@ -12,19 +12,23 @@ from pathlib import Path
 import pytest
 from transformers import CONFIG_MAPPING
 
-from halve.model.families import parse_config
+from halve.model.families import FAMILIES, parse_config
 from halve.model.fields import CHECKED, NOT_HANDLED
+from halve.model.layer_rules import no_windows
 from tests.model.differential import BASES, UNREAD, VALUES, draws, outcome
 
 # A family that reads none of them leaves them out of what it writes, so that only the source does not load there.
-LEFT_OUT = {
-    "llama": {"layer_types"},
-    "granite": {"layer_types"},
-    "olmo2": {"layer_types"},
-    "opt": {"layer_types", "rope_scaling", "rope_parameters"},
-}
+LEFT_OUT = {kind: {"layer_types"} for kind in BASES if FAMILIES[kind].windows is no_windows}
+LEFT_OUT["opt"] |= {"rope_scaling", "rope_parameters"}
+LEFT_OUT["phi3"] = {
+    "layer_types",
+    "head_dim",
+    "rope_scaling",
+    "rope_parameters",
+}  # of these "su", without the length that stands beside it
 # heads of a size of their own that do not divide the hidden size: transformers refuses them, what halve writes says so
-LEFT_OUT |= {kind: {"num_attention_heads"} for kind in ("gemma2", "gemma3_text")}
+LEFT_OUT |= {kind: {"num_attention_heads"} for kind in ("gemma2", "gemma3_text", "vaultgemma")}
+LEFT_OUT["nemotron"] |= {"num_key_value_heads"}  # as many as query heads where it is not there
 SINGLES, PAIRS, SHIPPED = 26, 12, 0.25
 
 

@@ -17,7 +17,7 @@ from halve.model.config import LayerConfig, ModelConfig
 from halve.model.families import FAMILIES, Family, parse_config
 from halve.model.layer_rules import windows_by_layer
 from halve.model.rotary import RopeConfig
-from tests.common import GEMMA, GRANITE, relative
+from tests.common import GEMMA, GRANITE, MINISTRAL3_ROPE, NEWER, relative
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -60,6 +60,21 @@ CASES = {
     "granite-yarn": ("granite", {**GRANITE, "rope_parameters": YARN, "mlp_bias": True, "tie_word_embeddings": True}),
     "olmo2": ("olmo2", {"num_key_value_heads": 2, "attention_bias": True}),
     "ministral": ("ministral", {"sliding_window": 5, "layer_types": KINDS, "head_dim": 16}),
+    **{kind: (kind, options) for kind, options in NEWER},
+    "gemma-gelu": ("gemma", {"head_dim": 16, "hidden_act": "gelu", "tie_word_embeddings": False}),
+    "olmo3-mixed": ("olmo3", {"layer_types": KINDS, "sliding_window": 5}),
+    "olmo3-two-ropes": ("olmo3", {"rope_scaling": YARN, "layer_types": KINDS, "sliding_window": 5}),
+    "exaone4-full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "ministral3-linear": (
+        "ministral3",
+        {"rope_parameters": MINISTRAL3_ROPE | {"rope_type": "linear", "original_max_position_embeddings": 3}},
+    ),
+    "ernie4_5-yarn": ("ernie4_5", {"head_dim": 16, "rope_parameters": YARN}),
+    "starcoder2-no-bias": ("starcoder2", {"use_bias": False}),
+    "nemotron-longrope": (
+        "nemotron",
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}},
+    ),
     "opt": ("opt", {}),
     "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
     "opt-no-bias": ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
@@ -129,7 +144,7 @@ def _edit(folder: Path, tmp_path: Path, **changes: object) -> Path:
         ({"model_type": "qwen3_moe"}, r"not supported \(a mixture of experts"),
         ({"is_causal": False}, "is_causal"),
         ({"kv_sharing_modes": ["store", "reuse", "reuse"]}, "kv_sharing_modes"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 2.0, "factor": 2.0}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 2.0, "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 2.0, "factor": 2.0}}, "low_freq_factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "mish"}, "mish"),

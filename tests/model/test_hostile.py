@@ -24,6 +24,7 @@ from halve.checkpoint.tokenizer import load_tokenizer
 from halve.errors import HalveError, UnsupportedModelError
 from halve.model.config import ModelConfig
 from halve.model.families import parse_config
+from halve.model.wrappers import own_config
 from tests.common import write_word_tokenizer
 from tests.model.differential import BASES, VALUES
 
@@ -85,7 +86,7 @@ def test_any_value_in_any_field_is_read_or_refused(kind: str) -> None:
     for change in changes:
         raw = {"model_type": kind} | BASES[kind] | change
         try:
-            config = parse_config(raw, "config.json")[1]
+            config = parse_config(own_config(raw, "config.json"), "config.json")[1]
         except UnsupportedModelError as error:
             refused(error)
             named = {*change, "layer_types", "num_attention_heads", "head_dim", "rope_scaling", "rope_parameters"}
@@ -102,7 +103,8 @@ def sane(config: ModelConfig) -> None:
     assert 0 <= config.norm_eps < INFINITY and len(config.layers) <= 10_000
     for rope in config.ropes:
         assert 1 < rope.theta < INFINITY
-        assert all(abs(value) < INFINITY for value in rope.options.values())
+        numbers = [n for value in rope.options.values() for n in (value if isinstance(value, tuple) else (value,))]
+        assert all(abs(number) < INFINITY for number in numbers) and 0 < rope.share <= 1
 
 
 @pytest.mark.parametrize(

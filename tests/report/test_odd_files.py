@@ -44,7 +44,7 @@ VALUES = [
     *RAW,
 ]
 
-FILES = "evaluation.json perplexity.json benchmark.json reproduce.json search.json layers.json halve.json".split()
+FILES = "evaluation perplexity benchmark reproduce search text-search layers halve".split()
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -79,9 +79,21 @@ def samples(study: Path) -> dict[str, Any]:
         "benchmark.json": json.loads((PROJECT / "benchmarks/results/demo/int8-speed.json").read_text()),
         "reproduce.json": reproduction,
         "search.json": json.loads((study / "search" / "search.json").read_text()),
+        "text-search.json": json.loads(text_search((study / "search" / "search.json").read_text())),
         "layers.json": analysis().as_json(),
         "halve.json": json.loads((study / "models" / "tiny-int8" / "halve.json").read_text()),
     }
+
+
+def text_search(text: str) -> str:
+    """A search for an accuracy as one for a KL."""
+    for old, new in (
+        ("accuracy_ci95", "kl_nats_per_token_interval"),
+        ("accuracy", "kl_nats_per_token"),
+        ("questions", "documents"),
+    ):
+        text = text.replace(f'"{old}"', f'"{new}"').replace(f'"held_out_{old}"', f'"held_out_{new}"')
+    return text.replace('"asked": 0.5', '"figure": "kl", "asked": 0.5')
 
 
 def shown_or_named(folder: Path) -> tuple[set[Path], dict[Path, str]]:
@@ -90,7 +102,7 @@ def shown_or_named(folder: Path) -> tuple[set[Path], dict[Path, str]]:
     return {*contents.everything, *contents.analyses, *manifests}, contents.left_out
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [f"{name}.json" for name in FILES])
 def test_whatever_is_in_a_file_the_others_are_shown(name: str, study: Path, tmp_path: Path) -> None:
     draw, sample = random.Random(f"5 {name}"), samples(study)[name]
     write_record(tmp_path / "good.json", evaluation("good", [], 0.5))
@@ -141,6 +153,12 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, study: Path) -> N
         ({"winner": []}, r'"winner" is a list, expected an object or null'),
         ({"recipe": ["rtn", {}]}, r'"recipe\.1" lacks "step"'),
         ({"dense": search["dense"] | {"accuracy_ci95": [0.5]}}, r'"dense\.accuracy_ci95" is not a list of 2'),
+        ({"floor": {"figure": "kl", "kl_nats_per_token": 1}}, r'"dense" lacks "kl_nats_per_token"'),
+        ({"floor": {"figure": "bytes", "bytes": 1}, "objective": "kl"}, r'"dense" lacks "kl_nats_per_token"'),
+        ({"floor": {"figure": "bytes"}, "objective": "accuracy"}, r'"floor" lacks "bytes"'),
+        ({"floor": {"figure": "bytes", "bytes": 1}}, r'"floor\.figure" is no figure of quality'),
+        ({"floor": {"figure": [], "accuracy": 1}}, r'"floor\.figure" is no figure of quality'),
+        ({"winner": trial(0.1, 0.6, 3)}, r'"winner" lacks "held_out_accuracy"'),
     ):
         path.write_text(json.dumps(search | change))
         with pytest.raises(DataError, match=rf"search\.json is malformed, {wrong}: make it again"):

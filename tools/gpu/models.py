@@ -66,7 +66,7 @@ class Row:
         if self.bits:
             steps.append({"step": "rtn", "bits": self.bits, "group_size": self.group_size})
         if self.head_bits:
-            steps.append({"step": "rtn", "bits": self.head_bits, "group_size": -1, "targets": "lm_head"})
+            steps.append({"step": "rtn", "bits": self.head_bits, "group_size": -1, "targets": "lm_head", "untie": True})
         return steps
 
 
@@ -102,7 +102,7 @@ def open_row(row: Row, device: str, dtype: torch.dtype) -> Checkpoint:
 def make_model(row: Row, checkpoint: Checkpoint, device: str, dtype: torch.dtype, backend: str) -> Model:
     """The model of a row, block by block: never more than one block in its first form."""
     config = checkpoint.config
-    embed = checkpoint.embedding(dtype, device)
+    table = checkpoint.table(dtype, device)
     blocks: list[Block] = []
     for index in range(len(config.layers)):
         block = checkpoint.block(index, dtype, device)
@@ -114,10 +114,10 @@ def make_model(row: Row, checkpoint: Checkpoint, device: str, dtype: torch.dtype
             assert isinstance(linear, Linear)
             linear.select_backend(backend, dtype)
         blocks.append(block)
-    head = checkpoint.head(dtype, device, embed)
+    head = checkpoint.head(dtype, device, table)
     head = _changed(head, row.head_kept, row.head_bits, -1)
     head.select_backend(backend, dtype)
-    return Model(config, embed, blocks, checkpoint.final_norm(dtype, device), head)
+    return Model(config, dtype, table, blocks, checkpoint.final_norm(dtype, device), head)
 
 
 def _changed(linear: Linear, kept: float, bits: int | None, group_size: int) -> Linear:

@@ -15,6 +15,12 @@ def with_dtype(raw: dict, dtype: torch.dtype) -> dict:
     return raw | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
 
 
+def with_layers(raw: dict, rows: list[dict]) -> dict:
+    """What a config says more, or else, where its layers have the widths that `rows` spell out."""
+    own = {"model_type": "halve", "halve_model_type": raw["model_type"], "halve_layers": rows}
+    return own | {"architectures": ["HalveForCausalLM"]}
+
+
 def config_json(
     raw: dict, family: Family, config: ModelConfig, plain: bool, schemes_json: dict | None, dtype: torch.dtype | None
 ) -> dict:
@@ -41,10 +47,7 @@ def config_json(
     if schemes_json:
         out["quantization_config"] = schemes_json
     if not plain:
-        rows = [{name: getattr(layer, name) for name in HALVE_LAYER} for layer in layers]
-        out |= {"model_type": "halve", "halve_model_type": base, "halve_layers": rows}
-        out["architectures"] = ["HalveForCausalLM"]
-        return out
+        return out | with_layers(out, [{name: getattr(layer, name) for name in HALVE_LAYER} for layer in layers])
     for ours, theirs in family.width_fields.items():
         value = config.head_dim if ours == "head_dim" else getattr(layers[0], ours)
         if ours != "head_dim" or raw.get("head_dim") is not None or value * layers[0].num_heads != config.hidden_size:

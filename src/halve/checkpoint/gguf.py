@@ -33,14 +33,11 @@ class GgufTensors:
     """The tensors of a GGUF file under the names of `config`, a Hugging Face one, as `dtype`; CheckpointError for others."""
 
     def __init__(self, header: GgufHeader, config: dict[str, Any], dtype: torch.dtype) -> None:
-        _, architecture = architecture_of(header)
-        self.header, self._dtype = header, dtype
+        _, self._architecture = architecture_of(header)
+        self.header, self._dtype, self._head_dim = header, dtype, config["head_dim"]
         self.names = tensor_names(header, config["num_hidden_layers"])
         self.shapes = {name: header.tensors[stored].shape for name, stored in self.names.items()}
         self.dtypes = dict.fromkeys(self.names, dtype)
-        self._head_dim = config["head_dim"] if architecture.permuted else None
-        family = families.FAMILIES.get(architecture.model_type)
-        self._norm_offset = 0.0 if family is None else family.norm_offset
 
     def get(self, name: str) -> Tensor:
         return torch.cat(list(self.parts(name)))
@@ -48,13 +45,13 @@ class GgufTensors:
     def parts(self, name: str) -> Iterator[Tensor]:
         """The tensor in runs of rows. Raises CheckpointError for NaN, infinity, or what `dtype` cannot hold."""
         stored = self.names[name]
-        paired = self._head_dim if ".attn_q." in stored or ".attn_k." in stored else None
+        paired = self._head_dim if self._architecture.in_pairs(stored) else None
         for values in read_rows(self.header, stored, multiple=paired or 1):
             if paired:
                 # pairs (0, 1), (2, 3), ... of a head's channels -> first half, second half
                 values = values.view(-1, paired // 2, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
-            if self._norm_offset and stored.endswith("norm.weight"):
-                values = values - self._norm_offset
+            if offset := self._architecture.offset(stored):
+                values = values - offset
             yield cast(f"{self.header.path}: {stored}", values, self._dtype)
 
 

@@ -1,167 +1,40 @@
-"""What a GGUF file says of its model, as a Hugging Face config, and the names of its tensors there."""
+"""What a GGUF file says of its model, as a Hugging Face config, and the fields that say the same of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from halve.checkpoint.config import with_layers
+from halve.checkpoint.gguf_architecture import (
+    ARCHITECTURES,
+    EPSILON,
+    HEAD_SIZES,
+    OUTPUT,
+    ROPE_FACTORS,
+    SIZES,
+    SPREADS,
+    TOKEN_EMBEDDING,
+    WIDTHS,
+    Architecture,
+    GgufFields,
+)
 from halve.checkpoint.gguf_header import GgufHeader
 from halve.errors import CheckpointError, UnsupportedModelError, shown
-from halve.model.families import FAMILIES
+from halve.model.config import ModelConfig
 from halve.model.fields import MAX_LAYERS
 from halve.model.rotary import RopeConfig, rope_frequencies
-from halve.model.wrappers import ALIASES
 
 Json = dict[str, Any]
 
-ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1 and later divide their rotary frequencies by
-_ROLES = {
-    "attn_norm": "attn_norm",
-    "ffn_norm": "mlp_norm",
-    "attn_q": "q_proj",
-    "attn_k": "k_proj",
-    "attn_v": "v_proj",
-    "attn_output": "o_proj",
-    "attn_q_norm": "q_norm",
-    "attn_k_norm": "k_norm",
-    "ffn_gate": "gate_proj",
-    "ffn_up": "up_proj",
-    "ffn_down": "down_proj",
-}
-_OUTPUT_NORMS = {"post_attention_norm": "attn_output_norm", "post_ffw_norm": "mlp_output_norm"}
-_TOP = {"token_embd": "embed", "output_norm": "final_norm", "output": "head"}
-_MEANINGLESS = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout")  # fields that say nothing of the maths
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How one `general.architecture` maps onto a Hugging Face `model_type`.
-
-    own: fields of its config beside the common ones; roles: names of tensors in a block by role; merged: those of tensors
-    that hold several of them; permuted: rows of q and k are stored in the order of neighbouring pairs.
-    """
-
-    model_type: str
-    class_name: str
-    own: Callable[[GgufFields, Json], Json] | None = None
-    roles: dict[str, str] = field(default_factory=lambda: _ROLES)
-    merged: dict[str, str] = field(default_factory=dict)
-    permuted: bool = False
-    needs_rope_base: bool = False
-
-
-class GgufFields:
-    """The fields `<architecture>.*` of a header; each is checked as it is read, and what is not read is refused."""
-
-    def __init__(self, header: GgufHeader, architecture: str) -> None:
-        self.header, self.prefix = header, f"{architecture}."
-        self._read: set[str] = set()
-
-    def fail(self, key: str, why: str) -> UnsupportedModelError:
-        value = self.header.fields.get(self.prefix + key)
-        what = f"{self.prefix}{key} is missing and" if value is None else f"{self.prefix}{key}={shown(value)}"
-        return UnsupportedModelError(f"{self.header.path}: {what} {why}: take the model's Hugging Face folder")
-
-    def get(self, key: str) -> Any:
-        self._read.add(self.prefix + key)
-        value = self.header.fields.get(self.prefix + key)
-        if isinstance(value, tuple) and value and all(one == value[0] for one in value):
-            return value[0]  # of each layer the same
-        return value
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        value = self.get(key)
-        value = default if value is None else value
-        if type(value) is not int:
-            raise self.fail(key, "must be one whole number, the same for all layers")
-        return value
-
-    def decimal(self, key: str, default: float | None = None) -> float:
-        value = self.get(key)
-        value = default if value is None else value
-        if not isinstance(value, float) or not abs(value) <= 1e30:  # neither true of NaN
-            raise self.fail(key, "must be a decimal number of at most 1e30")
-        return float(str(np.float32(value)))  # as it was written before it was stored in 32 bits
-
-    def only(self, key: str, *allowed: Any) -> None:
-        """Refuse a field that is there with another value than these."""
-        value = self.get(key)
-        if value is not None and not any(type(value) is type(one) and value == one for one in allowed):
-            raise self.fail(key, "changes what is computed and is not handled")
-
-    def refuse_unread(self) -> None:
-        known = self._read | {self.prefix + key for key in _MEANINGLESS}
-        for key in self.header.fields:
-            if key.startswith(self.prefix) and key not in known:
-                raise UnsupportedModelError(
-                    f"{self.header.path}: field {shown(key)} is not known for this architecture and may change what is "
-                    "computed: take the model's Hugging Face folder"
-                )
-
-
-def _gemma(fields: GgufFields, config: Json, period: int, largest: int) -> Json:
-    """What Gemma 2 and 3 share. The largest of each, by its layers, scales scores by another size than that of a head."""
-    layers = config["num_hidden_layers"]
-    pattern = fields.get("attention.sliding_window_pattern")
-    if isinstance(pattern, tuple) and len(pattern) == layers and all(isinstance(one, bool) for one in pattern):
-        sliding = pattern
-    elif isinstance(pattern, bool):
-        sliding = [pattern] * layers
-    elif pattern is None or (isinstance(pattern, int) and pattern > 0):
-        sliding = [(layer + 1) % (pattern or period) != 0 for layer in range(layers)]
-    else:
-        raise fields.fail("attention.sliding_window_pattern", "must be a period, or true or false for each layer")
-    by_head = config["hidden_size"] // config["num_attention_heads"]
-    return {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": by_head if layers == largest else config["head_dim"],
-        "sliding_window": fields.whole("attention.sliding_window"),
-        "layer_types": ["sliding_attention" if window else "full_attention" for window in sliding],
-    }
-
-
-def _gemma2(fields: GgufFields, config: Json) -> Json:
-    return _gemma(fields, config, period=2, largest=46) | {
-        "attn_logit_softcapping": fields.decimal("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": fields.decimal("final_logit_softcapping", 30.0),
-    }
-
-
-def _gemma3(fields: GgufFields, config: Json) -> Json:
-    cap = fields.get("final_logit_softcapping")
-    local = {"rope_type": "default", "rope_theta": fields.decimal("rope.freq_base_swa", 10000.0)}
-    return _gemma(fields, config, period=6, largest=62) | {
-        "final_logit_softcapping": None if cap is None else fields.decimal("final_logit_softcapping"),
-        "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
-    }
-
-
-def _phi3(fields: GgufFields, config: Json) -> Json:
-    original = fields.get("rope.scaling.original_context_length")
-    if original not in (None, config["max_position_embeddings"]):
-        raise fields.fail("rope.scaling.original_context_length", "names frequencies that change with a text's length")
-    fields.only("rope.scaling.attn_factor", 1.0)
-    return {"sliding_window": fields.whole("attention.sliding_window", 0) or None}
-
-
-ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", permuted=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
-    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _gemma2, _ROLES | _OUTPUT_NORMS),
-    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", _gemma3, _ROLES | _OUTPUT_NORMS, needs_rope_base=True),
-    "phi3": Architecture(
-        "phi3",
-        "Phi3ForCausalLM",
-        _phi3,
-        merged={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
-    ),
-}
+_ROPE_BASE, _ROPE_TYPE, _ROPE_FACTOR = "rope.freq_base", "rope.scaling.type", "rope.scaling.factor"
+# of Llama 3.1 and later: the factors that a file holds do not tell these apart
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# ids of tokens that end a generation: of a text, a turn, a message
+_ENDS = ("eos", "eot", "eom")
 
 
 def architecture_of(header: GgufHeader) -> tuple[str, Architecture]:
@@ -185,29 +58,18 @@ def architecture_of(header: GgufHeader) -> tuple[str, Architecture]:
 def tensor_names(header: GgufHeader, layers: int) -> dict[str, str]:
     """Hugging Face name -> name in the file. Raises CheckpointError for a tensor that the architecture does not have."""
     _, architecture = architecture_of(header)
-    kind = architecture.model_type
-    family = FAMILIES[ALIASES[kind].other if kind in ALIASES else kind]
-    theirs = {ours: family.names[role] for ours, role in architecture.roles.items() if role in family.names}
+    stems = architecture.stems(layers)
     names: dict[str, str] = {}
-    numbers = {str(layer) for layer in range(layers)}
     for stored in header.tensors:
         stem, _, part = stored.rpartition(".")
-        if stored == ROPE_FACTORS:
+        if stored == ROPE_FACTORS or (architecture.partial and stored in SPREADS.values()):
             continue
-        block = stem.split(".", 2)
-        if stem in _TOP:
-            own = family.names[_TOP[stem]]
-        elif len(block) == 3 and block[0] == "blk" and block[1] in numbers:
-            own = (theirs | architecture.merged).get(block[2])
-            own = own and f"{family.names['block'].format(int(block[1]))}.{own}"
-        else:
-            own = None
-        if own is None or part not in ("weight", "bias"):
+        if stem not in stems or part not in ("weight", "bias"):
             raise CheckpointError(
                 f"{header.path}: unexpected tensor {shown(stored)}: its fields do not describe this model, take its "
                 "Hugging Face folder"
             )
-        names[f"{own}.{part}"] = stored
+        names[f"{stems[stem]}.{part}"] = stored
     return names
 
 
@@ -218,16 +80,21 @@ def hf_config(header: GgufHeader, read: Callable[[str], Tensor]) -> Json:
     """
     name, architecture = architecture_of(header)
     fields, tensors = GgufFields(header, name), header.tensors
-    if "token_embd.weight" not in tensors:
-        raise CheckpointError(f"{header.path}: tensor 'token_embd.weight' is missing: give a whole model's file")
-    heads, hidden = fields.whole("attention.head_count"), fields.whole("embedding_length")
-    layers = fields.whole("block_count")
-    if not 1 <= heads <= hidden:
-        raise fields.fail("attention.head_count", f"must be from 1 to embedding_length={hidden}")
+    if f"{TOKEN_EMBEDDING}.weight" not in tensors:
+        raise CheckpointError(f"{header.path}: tensor '{TOKEN_EMBEDDING}.weight' is missing: give a whole model's file")
+    layers, hidden = fields.whole("block_count"), fields.whole("embedding_length")
     if not 1 <= layers <= MAX_LAYERS:
         raise fields.fail("block_count", f"must be from 1 to {MAX_LAYERS:,}")
-    head_dim = fields.whole("attention.key_length", fields.whole("rope.dimension_count", hidden // heads))
-    for key in ("attention.value_length", "rope.dimension_count"):
+    widths = _widths(fields, architecture, layers)
+    of_all = max(zip(*widths.values(), strict=True))  # a layer with the most heads
+    heads = of_all[0]
+    if not 1 <= heads <= hidden:
+        raise fields.fail("attention.head_count", f"must be from 1 to embedding_length={hidden}")
+    key_length, value_length, rotated = HEAD_SIZES
+    head_dim = fields.whole(
+        key_length, hidden // heads if architecture.partial else fields.whole(rotated, hidden // heads)
+    )
+    for key in (value_length,) if architecture.partial else (value_length, rotated):
         fields.only(key, head_dim)
     for key in ("expert_count", "expert_used_count"):
         fields.only(key, 0)
@@ -235,42 +102,99 @@ def hf_config(header: GgufHeader, read: Callable[[str], Tensor]) -> Json:
     config: Json = {
         "model_type": architecture.model_type,
         "architectures": [architecture.class_name],
-        "vocab_size": tensors["token_embd.weight"].shape[0],
-        "hidden_size": hidden,
-        "intermediate_size": fields.whole("feed_forward_length"),
+        "vocab_size": tensors[f"{TOKEN_EMBEDDING}.weight"].shape[0],
+        **{number.theirs: fields.whole(number.key) for number in SIZES},
         "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": fields.whole("attention.head_count_kv", heads),
+        **dict(zip(widths, of_all, strict=True)),
         "head_dim": head_dim,
-        "max_position_embeddings": fields.whole("context_length"),
-        "rms_norm_eps": fields.decimal("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": _rope(fields, architecture),
-        "tie_word_embeddings": "output.weight" not in tensors,
+        EPSILON.theirs: fields.decimal(EPSILON.key),
+        "rope_parameters": _read_rope(fields, architecture),
+        "tie_word_embeddings": f"{OUTPUT}.weight" not in tensors,
     }
     biases = {"attention_bias": "blk.0.attn_output.bias", "mlp_bias": "blk.0.ffn_down.bias"}
-    config |= {key: tensor in tensors for key, tensor in biases.items() if key in _bias_fields(architecture)}
-    config |= architecture.own(fields, config) if architecture.own else {}
+    config |= {key: tensor in tensors for key, tensor in biases.items() if key in architecture.family.bias_fields}
+    config |= architecture.read(fields, config) if architecture.read else {}
+    if any(len(set(sizes)) > 1 for sizes in widths.values()):
+        rows = [{number.ours: widths[number.theirs][layer] for number in WIDTHS} for layer in range(layers)]
+        config |= with_layers(config, rows)
+    if config["rope_parameters"].get("rope_type") == "longrope":
+        config["rope_parameters"] |= {key: _spread(header, tensor, read) for key, tensor in SPREADS.items()}
     if ROPE_FACTORS in tensors:
         config["rope_parameters"] = _llama3_rope(header, config, read)
     fields.refuse_unread()
     return config | token_ids(header, config["vocab_size"])
 
 
-def _bias_fields(architecture: Architecture) -> frozenset[str]:
-    family = FAMILIES.get(architecture.model_type)
-    return frozenset() if family is None else family.bias_fields
+def _widths(fields: GgufFields, architecture: Architecture, layers: int) -> dict[str, list[int]]:
+    """The widths of each layer, by their fields in a config."""
+    widths: dict[str, list[int]] = {}
+    for number in WIDTHS:
+        default = widths["num_attention_heads"] if number.ours == "num_kv_heads" else None
+        widths[number.theirs] = sizes = fields.by_layer(number.key, layers, default)
+        if len(set(sizes)) > 1 and not architecture.by_layer:
+            raise fields.fail(number.key, "must be one whole number, the same for all layers")
+    return widths
 
 
-def _rope(fields: GgufFields, architecture: Architecture) -> Json:
-    base = fields.decimal("rope.freq_base", None if architecture.needs_rope_base else 10000.0)
-    kind = fields.get("rope.scaling.type")
+def gguf_fields(name: str, config: ModelConfig) -> Json:
+    """The fields of a GGUF file of architecture `name` that say what `config` does, which `hf_config` reads.
+
+    What has no field there is not said: whoever writes them reads them back and compares.
+    """
+    architecture, layers = ARCHITECTURES[name], config.layers
+    fields: Json = {"block_count": len(layers)}
+    fields |= {number.key: getattr(config, number.ours) for number in (*SIZES, EPSILON)}
+    fields |= dict.fromkeys(HEAD_SIZES, config.head_dim)
+    for number in WIDTHS:
+        sizes = [getattr(layer, number.ours) for layer in layers]
+        fields[number.key] = sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
+    fields |= _write_rope(config.ropes[0]) if config.ropes else {}
+    fields |= architecture.write(config) if architecture.write else {}
+    fields |= {"vocab_size": config.vocab_size}
+    return {"general.architecture": name} | {f"{name}.{key}": value for key, value in fields.items()}
+
+
+def _read_rope(fields: GgufFields, architecture: Architecture) -> Json:
+    base = fields.decimal(_ROPE_BASE, None if architecture.needs_rope_base else 10000.0)
+    kind = fields.get(_ROPE_TYPE)
     fields.only("rope.scale_linear", 1.0)
     if kind in (None, "none"):
-        fields.only("rope.scaling.factor", 0.0, 1.0)
+        fields.only(_ROPE_FACTOR, 0.0, 1.0)
         return {"rope_type": "default", "rope_theta": base}
     if kind != "linear":
-        raise fields.fail("rope.scaling.type", "is a rotary type that is not converted")
-    return {"rope_type": "linear", "rope_theta": base, "factor": fields.decimal("rope.scaling.factor")}
+        raise fields.fail(_ROPE_TYPE, "is a rotary type that is not converted")
+    return {"rope_type": "linear", "rope_theta": base, "factor": fields.decimal(_ROPE_FACTOR)}
+
+
+def _write_rope(rope: RopeConfig) -> Json:
+    scaling = {_ROPE_TYPE: "linear", _ROPE_FACTOR: rope.options["factor"]} if rope.kind == "linear" else {}
+    return {_ROPE_BASE: rope.theta} | scaling
+
+
+def rope_factors(config: ModelConfig) -> Tensor | None:
+    """What the frequencies of Llama 3.1 and later are divided by, float32 [head size / 2], None for other models.
+
+    Raises UnsupportedModelError for bands that would not be found again from them.
+    """
+    rope = config.ropes[0] if config.ropes else None
+    if rope is None or rope.kind != "llama3":
+        return None
+    other = {key: rope.options[key] for key, value in _LLAMA3.items() if rope.options[key] != value}
+    if other:
+        key, value = next(iter(other.items()))
+        raise UnsupportedModelError(
+            f"rope type llama3 with {key}={value}, and a GGUF file tells of {_LLAMA3[key]} alone"
+        )
+    plain, _ = rope_frequencies(RopeConfig(rope.theta), config.head_dim, 0)
+    bands, _ = rope_frequencies(rope, config.head_dim, 0)
+    return plain / bands
+
+
+def _spread(header: GgufHeader, name: str, read: Callable[[str], Tensor]) -> list[float]:
+    """The numbers of a tensor, as they were written before they were stored in 32 bits."""
+    if name not in header.tensors:
+        raise CheckpointError(f"{header.path}: tensor {name!r} is missing: get an intact copy")
+    return [float(str(number)) for number in read(name).flatten().numpy()]
 
 
 def _llama3_rope(header: GgufHeader, config: Json, read: Callable[[str], Tensor]) -> Json:
@@ -279,8 +203,7 @@ def _llama3_rope(header: GgufHeader, config: Json, read: Callable[[str], Tensor]
     if rope.get("rope_type") == "default" and header.tensors[ROPE_FACTORS].shape == (head_dim / 2,):
         factors = read(ROPE_FACTORS)
         plain, _ = rope_frequencies(RopeConfig(rope["rope_theta"]), head_dim, 0)
-        numbers = {"factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        numbers["original_max_position_embeddings"] = 8192
+        numbers = {"factor": float(factors.max()), **_LLAMA3}
         bands, _ = rope_frequencies(RopeConfig(rope["rope_theta"], "llama3", numbers), head_dim, 0)
         if numbers["factor"] >= 1 and torch.allclose(plain / factors, bands, rtol=1e-4, atol=0):
             return rope | {"rope_type": "llama3"} | numbers
@@ -293,13 +216,13 @@ def _llama3_rope(header: GgufHeader, config: Json, read: Callable[[str], Tensor]
 def token_ids(header: GgufHeader, vocab_size: int) -> Json:
     """The ids of special tokens as a config has them; a token that ends a turn ends a generation as well."""
     ids: dict[str, int | None] = {}
-    for name in ("bos", "eos", "padding", "unknown", "eot"):
+    for name in ("bos", "padding", "unknown", *_ENDS):
         key = f"tokenizer.ggml.{name}_token_id"
         ids[name] = token = header.fields.get(key)
         if token is not None and not (type(token) is int and 0 <= token < vocab_size):
             raise CheckpointError(
                 f"{header.path}: {key}={shown(token)} is no token of a vocabulary of {vocab_size:,}: get an intact copy"
             )
-    ends = [token for token in dict.fromkeys((ids["eos"], ids["eot"])) if token is not None]
+    ends = [token for token in dict.fromkeys(ids[name] for name in _ENDS) if token is not None]
     eos = ends if len(ends) > 1 else next(iter(ends), None)
     return {"bos_token_id": ids["bos"], "eos_token_id": eos, "pad_token_id": ids["padding"]}

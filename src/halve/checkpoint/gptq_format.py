@@ -25,7 +25,7 @@ from halve.checkpoint.stored import (
 )
 from halve.checkpoint.tensors import TensorSource, expect
 from halve.errors import CheckpointError, UnsupportedModelError, shown
-from halve.model.families import LinearShape
+from halve.model.inventory import LinearShape
 from halve.quantization import PACKABLE_BITS, QuantizedWeight, QuantSpec, unpack
 
 PARTS = {"qweight": PACKED, "qzeros": PACKED, "scales": SCALE, "g_idx": GROUP_INDEX}  # and what they are like of ours

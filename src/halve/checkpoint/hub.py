@@ -9,9 +9,9 @@ from typing import Any
 
 from halve.checkpoint.tensors import INDEX, SINGLE, read_weight_map
 from halve.errors import CheckpointError, OutputError, first_line
-from halve.files.contents import COMPANIONS, TEMPLATES
+from halve.files.contents import CARD, COMPANIONS, TEMPLATES
 
-_ABOUT = ["*.json", *(f"{name}*.jinja" if name.endswith("/") else name for name in COMPANIONS)]
+_ABOUT = ["*.json", CARD, *(f"{name}*.jinja" if name.endswith("/") else name for name in COMPANIONS)]
 _WEIGHTS = ["*.safetensors"]
 # of folders that of chat templates alone: some repositories keep the same weights a second time, in another layout
 _OTHER_FOLDERS = [f"{TEMPLATES[:n]}[!{TEMPLATES[n]}]*/*" for n in range(len(TEMPLATES))]

@@ -8,8 +8,8 @@ from pathlib import Path
 from halve._version import __version__
 from halve.checkpoint.foreign import OLD_GPTQ
 from halve.checkpoint.tensors import INDEX, SINGLE, read_weight_map
-from halve.files.contents import companions
-from halve.files.identity import hash_files
+from halve.files.contents import companions, is_terms
+from halve.files.identity import hash_files, hash_text
 
 _READ = ("config.json", "halve.json", OLD_GPTQ)  # beside the weights, and what goes with them
 
@@ -25,6 +25,14 @@ def model_identity(folder: Path, *, weights: bool = True) -> dict[str, str]:
     named = {path.relative_to(folder).as_posix(): path for path in files if path.is_file()}
     commit = {"hub commit": folder.name} if folder.parent.name == "snapshots" else {}
     return commit | hash_files(named)
+
+
+def model_sha256(folder: Path) -> str:
+    """One hash of the files of a model that decide what it computes: weights, their names, config, tokenizer. What was
+    written about them does not count, nor where they lie."""
+    files = model_identity(folder)
+    told = [name for name in files if name not in ("halve.json", "hub commit") and not is_terms(name)]
+    return hash_text(*(part for name in sorted(told) for part in (name, files[name])))
 
 
 def _weight_files(folder: Path) -> list[Path]:

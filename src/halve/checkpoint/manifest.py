@@ -42,6 +42,7 @@ class Provenance(TypedDict, total=False):
     """How a model was made: what a measurement of it repeats, and further steps add to."""
 
     base_model: str
+    weight_bytes_before: int
     recipe: list[dict[str, Any]]
     steps: list[dict[str, Any]]
 
@@ -50,6 +51,7 @@ class Manifest(TypedDict):
     """All that halve.json says."""
 
     base_model: str
+    weight_bytes_before: NotRequired[int]  # of the base model
     recipe: list[StepOptions]
     calibration: CalibrationOrigin | None
     steps: list[StepReport]

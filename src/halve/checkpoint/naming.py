@@ -15,7 +15,14 @@ from halve.model.wiring import SUBLAYERS, wires
 
 # parts of names that wrappers of a module add: data parallel, torch.compile, FSDP, checkpointing, models of several kinds
 # of input; no part of any family is called so
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "language_model"}
+_WRAPPERS = {
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "language_model",
+    "text_model",
+}
 _ADAPTER = "adapter_config.json"
 _MERGE = "merge it first (peft's merge_and_unload, then save_pretrained) and give the folder of the merged model"
 

@@ -18,7 +18,7 @@ from halve.checkpoint.hub import fetch
 from halve.checkpoint.manifest import Provenance, read_manifest
 from halve.checkpoint.naming import check_parts, refuse_adapter, split_merged, under_own_names
 from halve.checkpoint.schemes import read_schemes
-from halve.checkpoint.stored import BIAS, PACKED, WEIGHT, StoredLinear, tensor_names
+from halve.checkpoint.stored import BIAS, PACKED, SCALE, WEIGHT, StoredLinear, tensor_names
 from halve.checkpoint.tensors import (
     FLOATING,
     RandomTensors,
@@ -31,10 +31,11 @@ from halve.checkpoint.tensors import (
 )
 from halve.errors import CheckpointError, HalveError, reading, shown
 from halve.files.contents import link_outside
-from halve.model import families
+from halve.model import families, inventory
 from halve.model.config import ModelConfig
 from halve.model.decoder import Block, Model, Norm
-from halve.model.families import Family, LinearShape, NormShape
+from halve.model.families import Family
+from halve.model.inventory import LinearShape, NormShape
 from halve.model.linear import Linear
 from halve.model.merge import merge_siblings
 from halve.model.wrappers import own_config, own_tensors
@@ -83,7 +84,10 @@ class Checkpoint:
         """What the model is meant to run in: as config.json says, which other programs go by; else that of the embedding."""
         named = str(self.raw.get("dtype") or self.raw.get("torch_dtype")).removeprefix("torch.")
         dtype = torch.float32 if named == "float64" else getattr(torch, named, None)
-        return dtype if dtype in FLOATING else self.tensors.dtypes[f"{self.family.names['embed']}.weight"]
+        if dtype in FLOATING:
+            return dtype
+        table = self.family.names[inventory.TABLE]
+        return self.tensors.dtypes.get(f"{table}.{WEIGHT}") or self.tensors.dtypes[f"{table}.{SCALE}"]
 
     @property
     def manifest(self) -> Provenance:
@@ -92,13 +96,18 @@ class Checkpoint:
         return read_manifest(path) if path.exists() else {}
 
     def linear_shapes(self) -> Iterator[LinearShape]:
-        """Every linear that methods may touch: block by block, then the head."""
+        """Every linear: block by block, then the head. The embedding, of which rows are looked up, is `table_shape`."""
         for index in range(len(self.config.layers)):
-            yield from families.block_linears(self.family, self.config, index)
-        yield families.head_linear(self.family, self.config)
+            yield from inventory.block_linears(self.family, self.config, index)
+        yield inventory.head_linear(self.family, self.config)
+
+    @property
+    def table_shape(self) -> LinearShape:
+        """The embedding."""
+        return inventory.table_linear(self.family, self.config)
 
     def stored(self, shape: LinearShape) -> StoredLinear:
-        """How one linear is stored, from the headers."""
+        """How one linear, or the embedding, is stored, from the headers."""
         return StoredLinear.from_headers(self.tensors, shape, self.schemes.get(shape.name), str(self.folder))
 
     def tensor(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
@@ -116,15 +125,15 @@ class Checkpoint:
 
         return self.stored(shape).to_linear(get, dtype, device)
 
-    def head(self, dtype: torch.dtype, device: torch.device | str, embed: Tensor | None = None) -> Linear:
-        """The output head; shares `embed` when tied."""
-        shape = families.head_linear(self.family, self.config)
-        if self.config.tied:
-            return Linear(self.embedding(dtype, device) if embed is None else embed)
-        return self.linear(shape, dtype, device)
+    def table(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Linear:
+        """The embedding, whose rows are looked up."""
+        return self.linear(self.table_shape, dtype, device)
 
-    def embedding(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        return self.tensor(f"{self.family.names['embed']}.weight", dtype, device)
+    def head(self, dtype: torch.dtype, device: torch.device | str, table: Linear | None = None) -> Linear:
+        """The output head; when tied the very `table`."""
+        if self.config.tied:
+            return table or self.table(dtype, device)
+        return self.linear(inventory.head_linear(self.family, self.config), dtype, device)
 
     def positions(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor | None:
         """The table of learned positions, or None."""
@@ -134,7 +143,7 @@ class Checkpoint:
 
     def projections(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Linear]:
         """OPT-350m's project_in and project_out, empty for others."""
-        shapes = families.projection_linears(self.family, self.config)
+        shapes = inventory.projection_linears(self.family, self.config)
         return {s.role: self.linear(s, dtype, device) for s in shapes}
 
     def norm(self, shape: NormShape, dtype: torch.dtype, device: torch.device | str) -> Norm:
@@ -143,27 +152,28 @@ class Checkpoint:
             return self.tensor(full, dtype, device) if full in self.tensors.shapes else None
 
         offset = self.config.norm_offset
-        weight = part("weight", torch.float32 if offset else dtype)  # the sum would lose digits in bfloat16
+        own = torch.float32 if offset else dtype  # the sum would lose digits in bfloat16
+        weight = part("weight", own)
         if weight is not None and offset:
             weight = weight + offset
-        return Norm(weight, part("bias", dtype), self.config.norm_eps, shape.kind, shape.size)
+        return Norm(weight, part("bias", own), self.config.norm_eps, shape.kind, shape.size)
 
     def final_norm(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Norm | None:
-        shape = families.final_norm(self.family, self.config)
+        shape = inventory.final_norm(self.family, self.config)
         return None if shape is None else self.norm(shape, dtype, device)
 
     def block(self, index: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Block:
         """One layer, its linears unmerged."""
         family, config = self.family, self.config
-        linears = {s.role: self.linear(s, dtype, device) for s in families.block_linears(family, config, index)}
-        norms = {s.role: self.norm(s, dtype, device) for s in families.block_norms(family, config, index)}
+        linears = {s.role: self.linear(s, dtype, device) for s in inventory.block_linears(family, config, index)}
+        norms = {s.role: self.norm(s, dtype, device) for s in inventory.block_norms(family, config, index)}
         return Block(config, config.layers[index], index, linears, norms)
 
     def check(self) -> None:
         """Every tensor present, none unexpected, all of the right shape; from the headers alone."""
         check_parts(self.tensors, self.family, self.config, self.raw, str(self.folder))
-        vectors = families.vector_shapes(self.family, self.config)
-        linears = [*self.linear_shapes(), *families.projection_linears(self.family, self.config)]
+        vectors = inventory.vector_shapes(self.family, self.config)
+        linears = [self.table_shape, *self.linear_shapes(), *inventory.projection_linears(self.family, self.config)]
         self._check_dtypes(linears, vectors)
         for name, shape in vectors.items():
             expect(self.tensors, name, shape, str(self.folder))
@@ -174,6 +184,10 @@ class Checkpoint:
                 self._check_tied(linear)
             else:
                 self.stored(linear).check(self.tensors, str(self.folder))
+        if not self.stored(self.table_shape).whole:
+            raise CheckpointError(
+                f"{self.folder}: {self.table_shape.name!r} lacks rows or columns: an embedding has all"
+            )
         for name in self.tensors.shapes:
             if name not in known and not name.endswith(_HARMLESS_TENSORS):
                 raise CheckpointError(
@@ -192,10 +206,14 @@ class Checkpoint:
                 )
 
     def _check_tied(self, linear: LinearShape) -> None:
-        name, embed = f"{linear.name}.{WEIGHT}", f"{self.family.names['embed']}.weight"
+        name, embed = f"{linear.name}.{WEIGHT}", f"{self.table_shape.name}.{WEIGHT}"
         if f"{linear.name}.{PACKED}" in self.tensors.shapes:
-            raise CheckpointError(f"{self.folder}: a quantized head needs tie_word_embeddings=false in config.json")
-        if name in self.tensors.shapes and not torch.equal(self.tensor(name), self.tensor(embed)):
+            raise CheckpointError(
+                f"{self.folder}: a quantized head of its own needs tie_word_embeddings=false in config.json; a tied one is "
+                f"the embedding, {self.table_shape.name!r}"
+            )
+        same = name not in self.tensors.shapes or embed in self.tensors.shapes
+        if not same or (name in self.tensors.shapes and not torch.equal(self.tensor(name), self.tensor(embed))):
             raise CheckpointError(
                 f"{self.folder}: tie_word_embeddings is true but {name!r} differs from the embedding: "
                 "set tie_word_embeddings to false in config.json if the head is to be used"
@@ -230,7 +248,7 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
         checkpoint.schemes = converted.schemes
     else:
         names = [shape.name for shape in checkpoint.linear_shapes()]
-        checkpoint.schemes = read_schemes(quantization, names, origin)
+        checkpoint.schemes = read_schemes(quantization, names, origin, checkpoint.table_shape.name)
     checkpoint.check()
     _ = checkpoint.manifest  # it is added to when all is done: what is wrong with it is told before
     return checkpoint
@@ -239,8 +257,9 @@ def open_checkpoint(model: str | Path, random_weights: bool = False, dtype: torc
 def _random_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
     """The checkpoint with random tensors of the shapes that its config asks for."""
     family, config = checkpoint.family, checkpoint.config
-    headers = {name: (shape, dtype) for name, shape in families.vector_shapes(family, config).items()}
-    for linear in (*checkpoint.linear_shapes(), *families.projection_linears(family, config)):
+    headers = {name: (shape, dtype) for name, shape in inventory.vector_shapes(family, config).items()}
+    shapes = (checkpoint.table_shape, *checkpoint.linear_shapes(), *inventory.projection_linears(family, config))
+    for linear in shapes:
         if linear.role != "head" or not config.tied:
             parts = StoredLinear.dense(linear).parts(dtype)
             headers |= {f"{linear.name}.{part}": header for part, header in parts.items()}
@@ -272,26 +291,33 @@ def load_model(
     check_device(device)
     checkpoint = open_checkpoint(model, random_weights, dtype)
     dtype = compute_dtype(checkpoint, dtype, device)
-    embed = checkpoint.embedding(dtype, device)
+    # a weight gets its kernel's form as soon as it is read: at most one is in memory in both forms, the largest one first
+    table = checkpoint.table(dtype, device)
+    if checkpoint.config.tied or table.quantized:
+        table.select_backend(backend, dtype)
     projections = checkpoint.projections(dtype, device)
     blocks = []
     for index in range(len(checkpoint.config.layers)):
         block = checkpoint.block(index, dtype, device)
         merge_siblings(block)
+        for linear in block.linears.values():
+            assert isinstance(linear, Linear)
+            linear.select_backend(backend, dtype)
         blocks.append(block)
-    loaded = Model(
+    head = checkpoint.head(dtype, device, table)
+    if head is not table:
+        head.select_backend(backend, dtype)
+    return Model(
         checkpoint.config,
-        embed,
+        dtype,
+        table,
         blocks,
         checkpoint.final_norm(dtype, device),
-        checkpoint.head(dtype, device, embed),
+        head,
         checkpoint.positions(dtype, device),
         projections.get("project_in"),
         projections.get("project_out"),
     )
-    for _, linear in loaded.linears():
-        linear.select_backend(backend, dtype)
-    return loaded
 
 
 def check_device(device: torch.device | str) -> str:

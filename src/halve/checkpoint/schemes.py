@@ -20,7 +20,7 @@ def _patterns(config: Json, key: str, names: list[str], origin: str) -> set[str]
     patterns = [_compile(target[3:], origin, key) for target in targets if target.startswith("re:")]
     if len(patterns) > _MOST_PATTERNS:
         raise _malformed(origin, key, targets, f"at most {_MOST_PATTERNS} regular expressions")
-    exact = set(targets) & {*names, "Linear"}
+    exact = set(targets) & {*names, "Linear", "Embedding"}
     return exact | {name for name in names if any(pattern.match(name) for pattern in patterns)}
 
 
@@ -77,11 +77,13 @@ def checked_spec(bits: Any, group_size: Any, symmetric: Any, origin: str) -> Qua
         raise UnsupportedModelError(f"{origin}: quantization_config: {error}") from error
 
 
-def read_schemes(config: Json, names: list[str], origin: str) -> dict[str, QuantSpec]:
-    """The scheme of every linear in `names` that a compressed-tensors config quantizes.
+def read_schemes(config: Json, names: list[str], origin: str, table: str | None = None) -> dict[str, QuantSpec]:
+    """The scheme of every linear in `names`, and of the embedding `table`, that a compressed-tensors config quantizes.
 
-    Exact names and regular expressions win over the class name `Linear`; `ignore` wins over both.
+    Exact names and regular expressions win over the class names `Linear` and `Embedding`; `ignore` wins over both.
     """
+    kinds = dict.fromkeys(names, "Linear") | ({} if table is None else {table: "Embedding"})
+    names = list(kinds)
     if config.get("format") not in ("pack-quantized", None) or config.get("kv_cache_scheme"):
         raise UnsupportedModelError(
             f"{origin}: quantization format {shown(config.get('format'))} is not handled: only pack-quantized is"
@@ -91,23 +93,28 @@ def read_schemes(config: Json, names: list[str], origin: str) -> dict[str, Quant
     read = [(_patterns(group, "targets", names, origin), _read_spec(group, origin)) for group in groups]
     ignored = _patterns(config, "ignore", names, origin)
     schemes: dict[str, QuantSpec] = {}
-    for name in names:
-        found = [spec for wanted in (name, "Linear") for targets, spec in read if wanted in targets]
-        if found and not {name, "Linear"} & ignored:
+    for name, kind in kinds.items():
+        found = [spec for wanted in (name, kind) for targets, spec in read if wanted in targets]
+        if found and not {name, kind} & ignored:
             schemes[name] = found[0]
     return schemes
 
 
-def write_schemes(schemes: dict[str, QuantSpec], names: list[str]) -> Json:
-    """The `quantization_config` of a model whose linears `names` have `schemes` (those absent stay dense).
+def write_schemes(schemes: dict[str, QuantSpec], names: list[str], table: str | None = None) -> Json:
+    """The `quantization_config` of a model whose linears `names` and embedding `table` have `schemes` (those absent stay
+    dense).
 
     One scheme is written as the class target `Linear` with the dense ones ignored; several as exact names, the way
-    that loads with exact logits in transformers and vLLM.
+    that loads with exact logits in transformers and vLLM. The embedding is always named: a class may be other tables' too.
     """
     by_spec: dict[QuantSpec, list[str]] = {}
-    for name in names:
+    for name in (*names, *([] if table is None else [table])):
         if name in schemes:
             by_spec.setdefault(schemes[name], []).append(name)
+    if len(by_spec) == 1:
+        (spec,) = by_spec
+        linears = ["Linear"] if any(name in schemes for name in names) else []
+        by_spec[spec] = linears + ([table] if table in schemes else [])
     groups: Json = {}
     for position, (spec, members) in enumerate(by_spec.items()):
         weights = {
@@ -120,13 +127,16 @@ def write_schemes(schemes: dict[str, QuantSpec], names: list[str]) -> Json:
             "dynamic": False,
         }
         groups[f"group_{position}"] = {
-            "targets": ["Linear"] if len(by_spec) == 1 else members,
+            "targets": members,
             "input_activations": None,
             "output_activations": None,
             "weights": weights,
         }
+    # transformers 5.23 has no packed embeddings, but one scheme it expands while it loads, of an embedding too
+    expanded = {"dequantize": True} if table in schemes and len(by_spec) == 1 else {}
     return {
         "quant_method": "compressed-tensors",
+        **expanded,
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": [name for name in names if name not in schemes],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halve.checkpoint.tensors import TensorSource, expect
 from halve.errors import CheckpointError
-from halve.model.families import LinearShape
+from halve.model.inventory import LinearShape
 from halve.model.linear import Linear
 from halve.quantization import QuantizedWeight, QuantSpec, pack_zero, unpack_zero
 

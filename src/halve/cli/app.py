@@ -42,8 +42,10 @@ for command in (
     studies.search,
     studies.reproduce,
     studies.report,
+    studies.card,
     models.fetch,
     models.convert,
+    models.export,
     models.steps,
 ):
     app.command()(command)

@@ -22,7 +22,7 @@ from halve.cli.options import (
     Window,
     dtype_of,
 )
-from halve.cli.output import say, stream
+from halve.cli.output import complain, say, stream
 from halve.errors import HalveError, OutputError
 from halve.files import resolve_out
 from halve.files.contents import CHECK, OTHERWISE
@@ -73,6 +73,7 @@ def compress(
     from halve.compression.compress import compress as run
     from halve.compression.recipe import as_steps, read_recipe
     from halve.compression.windows import CalibrationOptions
+    from halve.report.card import write_card
 
     if step and recipe:
         raise HalveError("--step and --recipe were both given: use one of them")
@@ -98,6 +99,10 @@ def compress(
     terminal.result(result)
     if question is not None:
         _compare_with_source(out, model, question, device, dtype)
+    card = write_card(
+        result.out, source=result.plan.checkpoint.folder, on_left_out=lambda why: complain(f"left out: {why}")
+    )
+    say(f"wrote {card}")
 
 
 def _check_question(text: Path, model: str, out: Path) -> EvaluationOptions:
@@ -182,12 +187,42 @@ def convert(
 ) -> None:
     """Turn a folder of pickled .bin weights (most OPT checkpoints), or a GGUF file, into a folder of safetensors.
 
-    Of GGUF files Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 and Phi-3, of the types F32 to Q8_0, Q2_K to Q6_K and IQ4_NL; quantized
-    ones take `pip install 'halve[gguf]'`.
+    Of GGUF files Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 and Phi-3, of the types F32 to Q8_0, Q2_K to Q6_K and IQ4_NL;
+    quantized ones take `pip install 'halve[gguf]'`.
     """
     from halve.checkpoint.convert import convert as run
 
     say(f"wrote {run(model, out, dtype=dtype_of(dtype), overwrite=overwrite)}")
+
+
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write.")],
+    to: Annotated[str, typer.Option(help="gguf.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32: of dense weights (default: as stored).", show_default=False)
+    ] = None,
+    requantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Round linears that GGUF has no place for again, to F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1 or Q4_0; without "
+            "it they are refused.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a GGUF file.")] = False,
+) -> None:
+    """Write MODEL as a GGUF file, for llama.cpp and other programs: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3.
+
+    Codes are written as they are where GGUF has them (groups of a multiple of 32 columns: 4, 3 and 2 bits as Q4_0, with zero
+    points as Q4_1, 8 bits as Q8_0); scales become float16. Tokenizer and chat template are included.
+    """
+    from halve.checkpoint.export import export as run
+
+    made = run(model, out, to=to, dtype=dtype_of(dtype, "fp16"), requantize=requantize, overwrite=overwrite)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in made.types.items())
+    say(f"wrote {made.path}: {show_bytes(made.nbytes, 2)}, tensors: {kinds}; {made.rounding}")
 
 
 def steps() -> None:

@@ -65,7 +65,6 @@ Protocol = Annotated[
     str | None,
     typer.Option(help="; ".join([f"{_FOR_QUESTIONS} for questions", *_FOR_OTHERS]) + ".", show_default=False),
 ]
-QuestionProtocol = Annotated[str | None, typer.Option(help=f"{_FOR_QUESTIONS}.", show_default=False)]
 Template = Annotated[
     str | None,
     typer.Option(
@@ -81,10 +80,11 @@ TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 i
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this probability; 1 is off.")]
 
 
-def dtype_of(name: str | None):
-    """The torch dtype of --dtype, None for the model's own."""
+def dtype_of(name: str | None, *others: str):
+    """The torch dtype of --dtype, bf16, fp32 or one of `others`; None where there is none."""
     from halve.checkpoint.reader import DTYPES
 
-    if name is not None and name not in ("bf16", "fp32"):
-        raise HalveError(f"--dtype {name!r} is not known: use bf16 or fp32")
+    known = ("bf16", "fp32", *others)
+    if name is not None and name not in known:
+        raise HalveError(f"--dtype {name!r} is not known: use {listed(known)}")
     return None if name is None else DTYPES[name]

@@ -13,7 +13,7 @@ from halve.cli.options import (
     Dtype,
     Model,
     Overwrite,
-    QuestionProtocol,
+    Protocol,
     Samples,
     Seed,
     Template,
@@ -25,7 +25,7 @@ from halve.cli.output import complain, say
 from halve.errors import HalveError
 from halve.measure.quality.protocols import PROTOCOLS
 from halve.measure.quality.tasks import QUESTION_TASKS
-from halve.studies.search.options import Floor, SearchOptions
+from halve.studies.search.options import TEXT_TASK, SearchOptions
 from halve.studies.system1.protocol import SYSTEM1, protocol_named
 
 
@@ -83,36 +83,62 @@ def search(
             help="STEP.key=LOW..HIGH or STEP.key=A|B|C; STEP is a step's name, or its position where it is twice."
         ),
     ],
-    floor: Annotated[str, typer.Option(help="Accuracy to keep: 0.5, or 95% of the dense model's.")],
-    minimise: Annotated[
-        str,
+    floor: Annotated[
+        str | None, typer.Option(help="Accuracy to keep: 0.5, or 95% of the dense model's.", show_default=False)
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Instead: KL divergence from MODEL of at most this many nats a token.", show_default=False),
+    ] = None,
+    min_same_top: Annotated[
+        str | None,
+        typer.Option(help="Instead: MODEL's most probable token at 97% of positions or more.", show_default=False),
+    ] = None,
+    max_bytes: Annotated[
+        str | None,
         typer.Option(
-            help="bytes of the weights on disk, memory they take while decoding on this machine, or ms of a decode step."
+            help="Instead: the best model of at most 20MB of weights on disk, or 25% of MODEL's.", show_default=False
         ),
-    ] = "bytes",
+    ] = None,
+    minimise: Annotated[
+        str | None,
+        typer.Option(
+            help="bytes of the weights on disk (default), memory they take while decoding on this machine, or ms of a "
+            "decode step; with --max-bytes kl (default of task kl).",
+            show_default=False,
+        ),
+    ] = None,
     floor_lower_bound: Annotated[
-        bool, typer.Option("--floor-lower-bound", help="The lower end of the 95 % interval has to clear the floor.")
+        bool,
+        typer.Option("--floor-lower-bound", help="The worse end of the 95 % interval has to keep the limit."),
     ] = False,
-    task: Annotated[str, typer.Option(help=f"{listed(QUESTION_TASKS)}.")] = "race-h",
+    task: Annotated[
+        str, typer.Option(help=f"{listed(QUESTION_TASKS, 'or')}, or {TEXT_TASK}: a text, compared with MODEL itself.")
+    ] = "race-h",
     data: Annotated[
         str | None,
         typer.Option(
-            help="Questions to search on; without --held-out-data divided by article. race-h without it searches on the "
-            "validation set and confirms on the test.",
+            help="Questions or text to search on; without --held-out-data divided by article or document. race-h without it "
+            "searches on the validation set and confirms on the test.",
             show_default=False,
         ),
     ] = None,
     held_out_data: Annotated[
-        str | None, typer.Option(help="Questions the winner is confirmed on.", show_default=False)
+        str | None, typer.Option(help="Questions or text the winner is confirmed on.", show_default=False)
     ] = None,
     search_share: Annotated[float, typer.Option(help="Share of --data to search on, where it is divided.")] = 0.5,
     leave_out_shared: Annotated[
-        bool, typer.Option("--leave-out-shared", help="Leave out search questions whose article is in the final test.")
+        bool,
+        typer.Option(
+            "--leave-out-shared",
+            help="Leave out search questions whose article is in the final test; of a text all documents found elsewhere.",
+        ),
     ] = False,
-    protocol: QuestionProtocol = None,
+    protocol: Protocol = None,
     template: Template = None,
     limit: Annotated[
-        int | None, typer.Option(help="The first N questions to search on only.", show_default=False)
+        int | None,
+        typer.Option(help="The first N questions, windows or documents to search on only.", show_default=False),
     ] = None,
     resolution: Annotated[
         float | None,
@@ -138,10 +164,11 @@ def search(
     dtype: Dtype = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Find how far a recipe can go with the accuracy of MODEL above a floor: the smallest, or fastest, such model.
+    """Find how far a recipe can go: the smallest, or fastest, model with an accuracy or a KL divergence within a limit.
 
-    One varied option is bisected, several are searched by Optuna. The winner, in OUT/winner, is confirmed on questions
-    no trial has seen. The same command goes on with an interrupted search, and run twice at once shares the work.
+    One limit is given: --floor, --max-kl, --min-same-top or --max-bytes. One varied option is bisected, several are
+    searched by Optuna. The winner, in OUT/winner, is confirmed on what no trial has seen. The same command goes on with an
+    interrupted search, and run twice at once shares the work.
     """
     from halve.cli import terminal
     from halve.compression.windows import CalibrationOptions
@@ -153,8 +180,14 @@ def search(
         out,
         step,
         vary,
-        floor=Floor.parse(floor, floor_lower_bound),
-        evaluation=EvaluationOptions(task, data, protocol_named(protocol), template, limit, seed=seed),
+        floor=floor,
+        max_kl=max_kl,
+        min_same_top=min_same_top,
+        max_bytes=max_bytes,
+        floor_lower_bound=floor_lower_bound,
+        evaluation=EvaluationOptions(
+            "perplexity" if task == TEXT_TASK else task, data, protocol_named(protocol), template, limit, seed=seed
+        ),
         calibration=CalibrationOptions(calibration, samples, window, seed),
         options=SearchOptions(
             minimise,
@@ -261,3 +294,26 @@ def report(
 
     page = write_page(folder, out, title=title, on_left_out=lambda why: complain(f"left out: {why}"))
     say(f"wrote {page}")
+
+
+def card(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A model that halve compressed.")],
+    records: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RECORD.json... | FOLDER]", help="What was measured of it, beside its halve-check.json."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace a README.md that halve did not write, or that was changed since."),
+    ] = False,
+) -> None:
+    """Write the model card of OUT, its README.md, again: what was done, what it cost, how to load it.
+
+    Only records of this very model count, told by content. Licence, language and base model in the card that is there stay.
+    """
+    from halve.report.card import write_card
+
+    written = write_card(out, records or (), overwrite=overwrite, on_left_out=lambda why: complain(f"left out: {why}"))
+    say(f"wrote {written}")

@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from halve.cli.output import console, say
+from halve.compression.plan import dense_table
 from halve.escapes import plain
 from halve.measure.quality.tasks import figure_of
 from halve.measure.records import AnyRecord
 from halve.measure.units import show_bytes, show_difference, show_duration, show_kl, show_percent
-from halve.studies.search.options import OBJECTIVES
+from halve.studies.search.figures import UNITS, Judged, qualities
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from halve.compression.compress import RecipePlan, Result
     from halve.compression.methods import Method
     from halve.compression.plan import StepPlan
+    from halve.studies.search.figures import Figure
     from halve.studies.system1.needs import Needs
 
 
@@ -40,6 +42,12 @@ def plan(recipe: RecipePlan, steps: list[Method]) -> None:
         f"disk while working: {_size(recipe.disk_bytes)}; memory: about {_size(recipe.estimate.memory_bytes)}; "
         f"time: about {show_duration(recipe.estimate.seconds)}"
     )
+    after = recipe.steps[-1].after
+    if (dense := dense_table(after)) is not None:
+        screen.print(
+            f"{' and '.join(dense.names)} stay dense: {_size(dense.nbytes)}, {dense.nbytes / after.nbytes:.0%} of the "
+            f"result; --step {dense.step} would leave {_size(dense.nbytes_after)} of them"
+        )
 
 
 def _step_table(title: str, step: StepPlan) -> Table:
@@ -175,35 +183,47 @@ def benchmark(record: AnyRecord) -> None:
 
 def trial(row: dict[str, Any]) -> None:
     """One line as a trial of a search is measured."""
-    verdict = "clears the floor" if row["feasible"] else "below the floor"
-    measured = f"{_size(row['bytes'])} on disk, {_size(row['memory'])} in memory"
-    measured += f", {row['ms']:.2f} ms a token" if "ms" in row else ""
-    say(f"{_point(row)}: accuracy {row['accuracy']:.1%}, {measured}, {verdict}")
+    verdict = "clears the floor" if row["feasible"] else "does not clear the floor"
+    quality = [f"{figure.label} {figure.show(row[figure.key])}" for figure in qualities(row)]
+    measured = [f"{_size(row['bytes'])} on disk", f"{_size(row['memory'])} in memory"]
+    measured += [f"{row['ms']:.2f} ms a token"] if "ms" in row else []
+    say(f"{_point(row)}: {', '.join([*quality, *measured, verdict])}")
 
 
 def search(record: dict[str, Any], out: Path) -> None:
     """The Pareto front of a search, its winner, and what there is to know about it."""
-    objective = record["objective"]
+    judged = Judged.of(record)
     table = Table(title=f"{len(record['trials'])} trials; none is better in both", title_justify="left")
-    for title in ("recipe", "accuracy", OBJECTIVES[objective], "floor"):
+    for title in ("recipe", judged.quality.label, judged.cost.label, "floor"):
         table.add_column(title, justify="left" if title == "recipe" else "right")
     for row in record["pareto"]:
-        shown = f"{row['objective']:.2f}" if objective == "ms" else _size(row["objective"])
-        table.add_row(plain(_point(row)), f"{row['accuracy']:.1%}", shown, "yes" if row["feasible"] else "no")
+        shown = [judged.quality.show(row[judged.quality.key]), judged.cost.show(judged.cost_of(row))]
+        table.add_row(plain(_point(row)), *shown, "yes" if row["feasible"] else "no")
     console().print(table)
-    winner, dense = record["winner"], record["dense"]
-    low, high = winner["held_out_accuracy_ci95"]
+    winner = record["winner"]
+    held_out = [_held_out(figure, winner, record["dense"]) for figure in qualities(winner)]
+    count, unit = next((record["held_out_data"][unit], unit) for unit in UNITS if unit in record["held_out_data"])
+    level = record["floor"][f"held_out_{judged.limited.key}"]
     say(
         f"winner: {_point(winner)}: {_size(winner['bytes'])} on disk, {winner['bytes_share']:.0%} of the dense model; "
-        f"accuracy {winner['held_out_accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
-        f"{record['held_out_data']['questions']} questions no trial has seen, dense {dense['held_out_accuracy']:.1%}: "
-        f"{'confirmed' if winner['confirmed'] else 'NOT confirmed'} above {record['floor']['held_out_accuracy']:.1%}"
+        f"{', '.join(held_out)} on {count} {unit} no trial has seen: "
+        f"{'confirmed' if winner['confirmed'] else 'NOT confirmed'}, {judged.limited.bound(level)}"
     )
+    if record.get("kept_tokens"):
+        say(f"note: KL is a lower bound, from the dense model's {record['kept_tokens']:,} most probable tokens")
     for note in record["notes"]:
         say(f"note: {note}")
     say(
         f"the winner is in {out / 'winner'}, everything measured in {out / 'search.json'}, the plot in {out / 'pareto.png'}"
     )
+
+
+def _held_out(figure: Figure, winner: dict[str, Any], dense: dict[str, Any]) -> str:
+    """A figure of the winner with its interval, and the dense model's where that is not known by itself."""
+    low, high = figure.ends(winner, "held_out_")
+    around = "" if low is None or high is None else f" (95 % interval {figure.show_interval(low, high)})"
+    beside = f", dense {figure.show(dense['held_out_accuracy'])}" if figure.key == "accuracy" else ""
+    return f"{figure.label} {figure.show(winner[f'held_out_{figure.key}'])}{around}{beside}"
 
 
 def _point(row: dict[str, Any]) -> str:

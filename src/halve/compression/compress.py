@@ -26,7 +26,7 @@ from halve.checkpoint.tokenizer import load_tokenizer
 from halve.checkpoint.writer import CheckpointWriter
 from halve.compression.estimate import Estimate, estimate
 from halve.compression.methods import Method, Resolvable, streams
-from halve.compression.plan import StepPlan, state_of
+from halve.compression.plan import TABLE, StepPlan, state_of
 from halve.compression.recipe import as_steps, make_step, step_json
 from halve.compression.step_run import Request, check_fits, run_step, working_dtype
 from halve.compression.walk import Walk
@@ -35,7 +35,7 @@ from halve.errors import CheckpointError
 from halve.files import write_json, write_text
 from halve.files.contents import companions
 from halve.files.work import WorkFolder
-from halve.model.families import projection_linears
+from halve.model.inventory import projection_linears
 from halve.texts import read_documents
 
 
@@ -82,7 +82,9 @@ def plan_recipe(request: Request) -> RecipePlan:
     passes = [(plan.before, streams(method)) for plan, method in zip(plans, request.steps, strict=True)]
     samples = request.calibration.samples
     tokens = (samples + max(1, samples // HELD_OUT_SHARE)) * window
-    cost = estimate(passes, tokens, working_dtype(request, checkpoint).itemsize, request.device)
+    itemsize = working_dtype(request, checkpoint).itemsize
+    table_weights = max(plan.before.table.parameters for plan in plans) if any(TABLE in p.touched for p in plans) else 0
+    cost = estimate(passes, tokens, itemsize, request.device, table_weights)
     return RecipePlan(checkpoint, state_of(checkpoint, None).nbytes, plans, window, cost)
 
 
@@ -137,7 +139,7 @@ def _run(request: Request, plan: RecipePlan, windows: Calibration | None, work: 
             reports.append(_report(asked, method, step, rows))
             timed = [row for row in rows if "seconds" in row]
             seconds += [{"linear": row["name"], "seconds": round(row["seconds"], 3)} for row in timed]
-            manifest = _manifest(request, plan.checkpoint, reports, windows)
+            manifest = _manifest(request, plan, reports, windows)
             _complete(folder, request, source, step, manifest)
         else:  # an interrupted run got this far
             manifest = json.loads((folder / "halve.json").read_text())
@@ -229,7 +231,7 @@ def _complete(folder: Path, request: Request, source: Checkpoint, step: StepPlan
     # the projections too: a scheme for all linears must not be taken for theirs
     projections = projection_linears(source.family, state.config)
     names = [s.name for s in (*state.linears.values(), *projections)]
-    schemes = write_schemes(state.schemes, names) if state.schemes else None
+    schemes = write_schemes(state.schemes, names, state.table.name) if state.schemes else None
     config = config_json(source.raw, source.family, state.config, state.plain, schemes, request.dtype or source.dtype)
     CheckpointWriter(folder, len(step.sources) + 1).finish(config, manifest, source.folder)
 
@@ -254,21 +256,22 @@ def _report(asked: Method, method: Method, step: StepPlan, rows: list[dict[str, 
         **({} if asked == method else {"resolved": step_json(method)}),
         "parameters_before": step.before.parameters,
         "parameters_after": step.after.parameters,
-        "linear_bytes_before": step.before.linear_bytes,
+        "linear_bytes_before": sum(line["bytes_before"] for line in linears),
         "linear_bytes_after": sum(line["bytes_after"] for line in linears),
         "linears": linears,
     }
 
 
 def _manifest(
-    request: Request, checkpoint: Checkpoint, reports: list[dict[str, Any]], windows: Calibration | None
+    request: Request, plan: RecipePlan, reports: list[dict[str, Any]], windows: Calibration | None
 ) -> dict[str, Any]:
     """halve.json: what was done, with what. The same request gives the same bytes, so no times and no machine."""
-    earlier = checkpoint.manifest
+    earlier = plan.checkpoint.manifest
     return {
         "halve_version": __version__,
         "torch_version": torch.__version__,
         "base_model": earlier.get("base_model", _model_name(request)),
+        "weight_bytes_before": earlier.get("weight_bytes_before", plan.bytes_before),
         "recipe": earlier.get("recipe", []) + [step_json(m) for m in request.steps[: len(reports)]],
         "calibration": None if windows is None else windows.origin,
         "steps": earlier.get("steps", []) + reports,

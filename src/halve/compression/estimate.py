@@ -14,6 +14,7 @@ from halve.compression.walk import WAITING_BYTES
 from halve.model.config import ModelConfig
 
 _PASSES = 2.5  # forward, Hessian and solution of a calibrated step, in units of one forward pass (measured on GPTQ)
+_RUN = 1 << 25  # weights of an embedding that are worked on at a time, about
 _READ_BYTES_PER_S = 0.5e9  # reading, transforming and writing weights, on a slow disk
 
 
@@ -26,14 +27,21 @@ class Estimate:
 
 
 def estimate(
-    states: Sequence[tuple[ModelState, int]], tokens: int, itemsize: int, device: torch.device | str
+    states: Sequence[tuple[ModelState, int]],
+    tokens: int,
+    itemsize: int,
+    device: torch.device | str,
+    table_weights: int = 0,
 ) -> Estimate:
     """What the steps take that start from `states`, each with how many streams of `tokens` tokens it carries: none, the
     compressed model's, or the dense one's beside it.
 
-    `itemsize`: bytes of the type computed in. Measures the machine's matrix products for a tenth of a second.
+    `itemsize`: bytes of the type computed in; `table_weights`: of the largest embedding that one of the steps quantizes:
+    its codes lie in memory beside it, as bytes and packed, and some float32 copies of the rows being worked on. Measures the
+    machine's matrix products for a tenth of a second.
     """
     memory = max(_memory(state, streams, tokens, itemsize) for state, streams in states)
+    memory += 2 * table_weights + 4 * 4 * min(table_weights, _RUN)
     flops = sum(2.0 * state.parameters * tokens * _PASSES * streams for state, streams in states)
     moved = sum(state.linear_bytes for state, _ in states)
     seconds = (flops / _flops_per_s(device) if flops else 0.0) + moved / _READ_BYTES_PER_S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from halve.checkpoint.stored import BIAS, SCALE, WEIGHT, StoredLinear, to_tensor
 from halve.checkpoint.tensors import FLOATING, SafetensorsFolder, cast
 from halve.checkpoint.writer import CheckpointWriter
 from halve.compression.methods import Method, streams
-from halve.compression.plan import StepPlan, state_of
+from halve.compression.plan import HEAD, TABLE, Key, StepPlan, state_of
 from halve.compression.walk import BlockView, Walk
 from halve.compression.windows import Calibration, CalibrationOptions
-from halve.model.families import block_linears, projection_linears, vector_shapes
+from halve.model.inventory import block_linears, projection_linears, vector_shapes
 from halve.progress import track
 
 
@@ -35,7 +36,8 @@ class Request:
 def working_dtype(request: Request, source: Checkpoint) -> torch.dtype:
     """What a step computes in: as the model runs, but no narrower than what it may change, and never in float16."""
     dtype = compute_dtype(source, request.dtype, request.device)
-    for linear in state_of(source, request.dtype).linears.values():
+    state = state_of(source, request.dtype)
+    for linear in (state.table, *state.linears.values()):
         for stored in (linear.dtype if linear.spec is None else None, linear.bias_dtype):
             dtype = dtype if stored is None else torch.promote_types(dtype, stored)
     return torch.float32 if dtype == torch.float16 else dtype
@@ -82,22 +84,25 @@ def run_step(
         edited = _with_bytes(edited, view, plan, tensors)
         writer.write(index, tensors, edited)
         rows += edited
-        head_reads = (None, "head") in plan.touched
-        if walk.calibrated and (index + 1 < layers or head_reads):
+        if walk.calibrated and (index + 1 < layers or plan.touched & {HEAD, TABLE}):
             walk.advance(view.finished(plan, index))
     if writer.done(layers):
         return rows + writer.rows(layers)
-    tensors = _other_tensors(request, source)
-    edited = []
-    if (None, "head") in plan.touched:
+    tensors, edited = _other_tensors(request, source), []
+    if plan.touched & {HEAD, TABLE}:
         walk.finish_states()
-        view = walk.head()
+    stored: dict[Key, tuple[StoredLinear, Callable[[], BlockView]]] = {TABLE: (plan.before.table, walk.table)}
+    if HEAD in plan.touched or not source.config.tied:
+        stored[HEAD] = plan.before.linears[HEAD], walk.head
+    for key, (linear, viewed) in stored.items():
+        if key not in plan.touched:
+            tensors |= _unchanged(request, source, linear, linear.name)
+            continue
+        view = viewed()
         with torch.inference_mode():
-            edited = method.edit(view, plan)
-        tensors |= _changed(view, plan, "head")
-        edited = _with_bytes(edited, view, plan, tensors)
-    elif not source.config.tied:
-        tensors |= _unchanged(request, source, plan.before.linears[None, "head"], source.family.names["head"])
+            made = method.edit(view, plan)
+        tensors |= _changed(view, plan, key[1])
+        edited += _with_bytes(made, view, plan, tensors)
     writer.write(layers, tensors, edited)
     return rows + edited
 
@@ -161,7 +166,7 @@ def _with_bytes(
 
 
 def _other_tensors(request: Request, source: Checkpoint) -> dict[str, torch.Tensor]:
-    """Embeddings, positions, final norm and projections, as they were."""
+    """Positions, final norm and projections, as they were."""
     block = source.family.names["block"].split("{")[0]
     names = [n for n in vector_shapes(source.family, source.config) if not n.startswith(block)]
     names += [f"{s.name}.weight" for s in projection_linears(source.family, source.config)]

@@ -24,7 +24,7 @@ from halve.compression.methods.gptq import gptq
 from halve.compression.recipe import make_step
 from halve.compression.second_moment import second_moment
 from halve.errors import RecipeError
-from halve.model.families import LinearShape
+from halve.model.inventory import LinearShape
 from halve.model.linear import Linear
 from halve.quantization import quantize
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halve.checkpoint.reader import Checkpoint
 from halve.compression.dense_stream import Aim, DenseStream, Place, reader_aim, writer_aim
-from halve.compression.plan import Key, StepPlan
+from halve.compression.plan import HEAD, TABLE, Key, StepPlan
 from halve.compression.windows import Calibration
 from halve.model.decoder import Block, Halt, Norm, Span, embed_tokens, make_rotaries, run_to_end
 from halve.model.linear import Linear
@@ -29,12 +29,16 @@ WAITING_BYTES = 1 << 30  # activations kept between two stages of a block; windo
 class Stage:
     """Linears of a block that read one input; `inputs(held_out)` yields it in batches [rows, in], as often as asked.
 
-    `aims(held_out)` yields them with what the dense stream asks for, where the walk carries that.
+    `aims(held_out)` yields them with what the dense stream asks for, where the walk carries that. looked_up: rows of the
+    weight are read by token too; multiplied: what is read is multiplied by the weight (all but an embedding that is not
+    tied, which has no inputs).
     """
 
     roles: tuple[str, ...]
     inputs: Callable[[bool], Iterator[Tensor]]
     aims: Callable[[bool], Iterator[Aim]]
+    looked_up: bool = False
+    multiplied: bool = True
 
 
 class _HaltedBatch:
@@ -65,7 +69,7 @@ class _HaltedBatch:
 
 
 class BlockView:
-    """One block (or the head) in the hands of a method: its linears, and the inputs that reach them."""
+    """One block (or the head, or the embedding) in the hands of a method: its linears, and the inputs that reach them."""
 
     def __init__(self, walk: Walk, block: Block | None, linears: dict[str, Linear], index: int | None) -> None:
         self._walk = walk
@@ -82,7 +86,7 @@ class BlockView:
 
     def name(self, role: str) -> str:
         family = self._walk.checkpoint.family
-        return family.names["head"] if self.index is None else family.block_name(self.index, role)
+        return family.names[role] if self.index is None else family.block_name(self.index, role)
 
     def spec(self, plan: StepPlan, role: str) -> QuantSpec:
         """The scheme the plan gives this linear."""
@@ -123,7 +127,10 @@ class BlockView:
         """
         block = self.block
         if block is None:
-            yield Stage(("head",), self._head_inputs, self._head_aims)
+            (role,) = self.linears
+            looked_up = role == TABLE[1]
+            multiplied = not looked_up or self._walk.checkpoint.config.tied
+            yield Stage((role,), self._head_inputs, self._head_aims, looked_up, multiplied)
             return
         batches = self._walk.enter(block)
 
@@ -221,7 +228,7 @@ class Walk:
     @torch.inference_mode()
     def _embed(self, calibration: Calibration) -> None:
         checkpoint = self.checkpoint
-        embed = checkpoint.embedding(self.dtype, self.device)
+        table = checkpoint.table(self.dtype, self.device)
         positions = checkpoint.positions(self.dtype, self.device)
         project_in = checkpoint.projections(self.dtype, self.device).get("project_in")
         for states, windows in zip(self.states, (calibration.windows, calibration.held_out), strict=True):
@@ -229,7 +236,7 @@ class Walk:
             for batch in windows.split(rows):
                 span = self.span(batch.shape[1])
                 tokens = batch.to(self.device)
-                states.append(embed_tokens(checkpoint.config, tokens, span, embed, positions, project_in))
+                states.append(embed_tokens(checkpoint.config, tokens, span, table, positions, project_in, self.dtype))
 
     def block(self, index: int, sublayers: Collection[str] = tuple(SUBLAYERS)) -> BlockView:
         """Layer `index` of the model being compressed, with those of its sublayers that are named."""
@@ -255,7 +262,11 @@ class Walk:
 
     def head(self) -> BlockView:
         """The output head; its inputs are the states after the final norm."""
-        return BlockView(self, None, {"head": self.checkpoint.head(self.dtype, self.device)}, None)
+        return BlockView(self, None, {HEAD[1]: self.checkpoint.head(self.dtype, self.device)}, None)
+
+    def table(self) -> BlockView:
+        """The embedding; where it is tied, its inputs are those of the head."""
+        return BlockView(self, None, {TABLE[1]: self.checkpoint.table(self.dtype, self.device)}, None)
 
     def enter(self, block: Block) -> list[list[_HaltedBatch]]:
         """Send all states into a block to halt at its stages; `advance` brings them out. Indexed like `states`."""

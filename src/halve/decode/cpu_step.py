@@ -17,12 +17,21 @@ from torch import Tensor
 from halve.decode.torch_step import TorchStep
 from halve.errors import HalveError
 from halve.kernels.cpu import KINDS, CpuMatmul, Library, load_library
-from halve.kernels.structures import MAX_COUNT, CacheStruct, LayerStruct, LinearStruct, ModelStruct, NormStruct
+from halve.kernels.structures import (
+    MAX_COUNT,
+    CacheStruct,
+    LayerStruct,
+    LinearStruct,
+    ModelStruct,
+    NormStruct,
+    WeightStruct,
+)
 from halve.model.decoder import Block, Model, Norm, embed_scale
 from halve.model.linear import Linear
+from halve.model.rotary import query_growth
 from halve.model.wiring import ATTENTION, HEAD_NORMS, MLP, SUBLAYERS, wires
 
-_ACTIVATIONS = {"silu": 0, "swish": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu": 3}
+_ACTIVATIONS = {"silu": 0, "swish": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu": 3, "relu2": 4}
 
 
 class CpuStep(TorchStep):
@@ -55,12 +64,16 @@ class CpuStep(TorchStep):
         if isinstance(missing := load_library(), str):
             return missing
         matmuls = [linear.matmul for _, linear in model.linears()]
+        if model.table.quantized:
+            matmuls.append(model.table.matmul)
         others = {str(getattr(m, "kernel", None)) for m in matmuls if not isinstance(m, CpuMatmul)}
         if others:
             return f"a layer runs on {min(others)}"
         config = model.config
         if config.norm_sum or model.project_in is not None:
             return "norms after the sums, or a projected embedding"
+        if any(rope.neighbours for rope in config.ropes):
+            return "rotary embeddings that turn neighbouring channels"
         if any(block._forward_pre_hooks or block._forward_hooks for block in model.blocks):
             return "hooks on a layer"
         if config.activation not in _ACTIVATIONS:
@@ -70,6 +83,13 @@ class CpuStep(TorchStep):
 
     def logits(self, tokens_B1: Tensor) -> Tensor:
         """Logits float32 [B, V] after tokens int64 [B, 1]; the cache grows by one. Overwritten by the next call."""
+        if self.cache.tokens is not None:
+            length = self.cache.end + 1
+            if any(rotary.long(length) != self.cache.long for rotary in self.model.rotaries):
+                return super().logits(tokens_B1).float()  # which makes the whole cache again
+            self.cache.outgrown(tokens_B1)
+            if self._long != self.cache.long:
+                self._turn()
         lengths = self.cache.lengths
         if isinstance(lengths, int):
             assert lengths < self.cache.capacity, (lengths, self.cache.capacity)
@@ -87,19 +107,17 @@ class CpuStep(TorchStep):
 
     def _describe(self, library: Library) -> ModelStruct:
         model, config = self.model, self.model.config
-        self._turns = [rotary.tables(self.cache.capacity, torch.float32) for rotary in model.rotaries]
         self._layers = (LayerStruct * len(config.layers))()
         for block, layer in zip(model.blocks, self._layers, strict=True):
             assert isinstance(block, Block)
             _describe_block(block, layer)
-            if block.layer.rope is not None:
-                layer.cosine, layer.sine = (t.data_ptr() for t in self._turns[block.layer.rope])
+        self._turn()
         linears = [linear for _, linear in model.linears()]
         scale = config.attention_scale
         return ModelStruct(
             kernels=library.kernels,
             layers=ctypes.addressof(self._layers),
-            embed=model.embed.data_ptr(),
+            table=self._table(library),
             positions=_address(model.positions),
             final_norm=_norm(model.final_norm),
             head=_linear(model.head),
@@ -129,6 +147,33 @@ class CpuStep(TorchStep):
             columns=max(_matmul(linear).columns for linear in linears),
             segments=max(_matmul(linear).segments for linear in linears),
         )
+
+    def _table(self, library: Library) -> int:
+        """Address of the embedding as a weight_t: that of a packed one's matmul, or of a dense one of which nothing but rows is
+        asked."""
+        table = self.model.table
+        if isinstance(table.matmul, CpuMatmul):
+            return table.matmul.address
+        weight = table.weight
+        assert isinstance(weight, Tensor)
+        rows, columns = weight.shape
+        self._dense_table = WeightStruct(
+            library.kernels, _address(weight), rows=rows, in_features=columns, columns=columns,
+            dense_kind=KINDS[weight.dtype],
+        )  # fmt: skip
+        return ctypes.addressof(self._dense_table)
+
+    def _turn(self) -> None:
+        """Point at the rotary tables by which the keys in the cache are turned."""
+        capacity, self._long = self.cache.capacity, self.cache.long
+        self._turns = [rotary.tables(capacity, torch.float32, self._long) for rotary in self.model.rotaries]
+        self._growths = [query_growth(rope, torch.arange(capacity)) for rope in self.model.config.ropes]
+        for block, layer in zip(self.model.blocks, self._layers, strict=True):
+            assert isinstance(block, Block)
+            if block.layer.rope is not None:
+                layer.cosine, layer.sine = (t.data_ptr() for t in self._turns[block.layer.rope])
+                layer.turned = self.model.rotaries[block.layer.rope].turned
+                layer.growth = _address(self._growths[block.layer.rope])
 
     def _describe_cache(self) -> CacheStruct:
         pairs = self.cache.layers

@@ -10,7 +10,7 @@ Shape legend: B prompts, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from halve.kernels.triton_backend import (
     Tiling,
     TritonMatmul,
     launch_options,
+    look_up,
     multiply,
     tiles_of,
     tiling,
@@ -34,6 +35,7 @@ from halve.model.cache import KVCache
 from halve.model.config import LayerConfig
 from halve.model.decoder import Block, Model, Norm
 from halve.model.linear import Linear
+from halve.model.rotary import RopeConfig
 from halve.model.wiring import ATTENTION, HEAD_NORMS, MLP, SUBLAYERS
 
 STORE, ADD, GATE, TIMES = 0, 1, 2, 3  # epilogues of triton_matmul
@@ -58,8 +60,14 @@ def unsupported(model: Model) -> str | None:
         return "norms of what sublayers write, or weights of norms in float32"
     if len(config.ropes) > 1 or any(layer.has_attention and layer.rope is None for layer in config.layers):
         return "rotary embeddings that differ between layers"
+    if any(replace(rope, kind="default", options={}) != RopeConfig(rope.theta) for rope in config.ropes):
+        return "rotary embeddings of a part of each head, of neighbours, or with queries that grow"
+    if config.length_limit is not None:
+        return "rotary embeddings that a text's length changes"
     if config.attention_cap is not None or config.logit_cap is not None:
         return "scores or logits with a cap"
+    if model.table.quantized and not isinstance(model.table.matmul, TritonMatmul):
+        return f"the embedding runs {model.table.kernel}"
     scales = (config.embed_scale, config.residual_scale, config.logit_divisor)
     if config.attention_scale is not None or any(scale != 1 for scale in scales):
         return "scaled embeddings, scores, sums or logits"
@@ -133,13 +141,13 @@ class StepLaunches:
         self._shared: dict[tuple[str, int], Tensor] = {}
         self._attention_scratch = self._make_attention_scratch()
 
-        embed, sublayers = model.embed, list(_sublayers(model))
+        sublayers = list(_sublayers(model))
         makers = [None, *(sublayer.last for sublayer in sublayers)]
         normed = [self._normed(each, maker) for each, maker in zip(sublayers, makers, strict=False)]
         # launches hold no reference to this object, so that its memory goes when it does
         x = self._x
         first = normed[0].input
-        self.launches: list[Launch] = [lambda: write_normed_input(embed, token, x, first)]
+        self.launches: list[Launch] = _embedding(model.table, token, x, first)
         for sublayer, source, following in zip(sublayers, normed, normed[1:], strict=False):
             self.launches += self._sublayer(sublayer, source, following.input)
         self.launches.append(self._head(sublayers[-1], normed[-1]))
@@ -319,6 +327,15 @@ def _sublayers(model: Model) -> Iterator[_Sublayer]:
                 yield _Sublayer(block, norm, readers, writer)  # type: ignore[arg-type]
     assert model.final_norm is not None
     yield _Sublayer(None, model.final_norm, [model.head], None)
+
+
+def _embedding(table: Linear, token: Tensor, x: Tensor, first: NormedInput) -> list[Launch]:
+    """Launches that fill the residual stream with the rows of the tokens and hand it to its first readers."""
+    if not table.quantized:
+        weight = table.weight
+        return [lambda: write_normed_input(weight, token, x, first)]  # type: ignore[arg-type]
+    operand = _operand(table)
+    return [lambda: look_up(operand, token, x), lambda: write_normed_input(x, None, x, first)]
 
 
 def _operand(linear: Linear) -> Operand:

@@ -42,6 +42,7 @@ VARIANTS = (
     DemoVariant("int8", (INT8,)),
     DemoVariant("gptq-8bit", (GPTQ_8,)),
     DemoVariant("gptq-4bit", (GPTQ_4,)),
+    DemoVariant("4bit-table", (GPTQ_4, "rtn:bits=8,group_size=128,targets=embed_tokens")),
     # quantized, then pruned by L1 norm: every linear, or the head alone
     DemoVariant("8bit-l1-35", (GPTQ_8, "l1-inputs:fraction=0.35")),
     DemoVariant("8bit-head-l1-35", (GPTQ_8, "l1-inputs:fraction=0.35,targets=lm_head")),

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,6 +73,18 @@ def check_output_path(path: str | os.PathLike[str], what: str, ours: Callable[[P
     if path.is_file() and path.stat().st_size and not ours(path):
         raise OutputError(f"{path} exists and is not {what} that halve wrote, so it is not replaced: name another file")
     return path
+
+
+def check_disk(place: Path, needs_bytes: int) -> None:
+    """Raise OutputError unless a folder can be written to and its disk has room for so many bytes."""
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise OutputError(f"{place}: cannot be written to: choose another place for OUT")
+    free, needed = shutil.disk_usage(place).free, int(needs_bytes * 1.01)
+    if free < needed:
+        raise OutputError(
+            f"{place}: the disk has {free:,} bytes free and this needs {needed:,}: "
+            "free some space or choose another disk for OUT"
+        )
 
 
 def resolve_out(out: str | os.PathLike[str]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -15,11 +16,14 @@ from halve.files import read_object
 
 TEMPLATES = "additional_chat_templates/"  # the only folder of a model that is read
 # what goes with the weights wherever they go, fetched and copied: tokenizer, chat templates, terms of use
+_TERMS = "LICENSE* LICENCE* License* NOTICE* Notice* USE_POLICY*".split()
 COMPANIONS = (
     "generation_config.json tokenizer.* tokenizer_config.json special_tokens_map.json added_tokens.json vocab.* merges.txt "
-    f"chat_template.* {TEMPLATES} tekken.json spiece.model LICENSE* LICENCE* License* NOTICE* Notice* USE_POLICY*"
-).split()
+    f"chat_template.* {TEMPLATES} tekken.json spiece.model"
+).split() + _TERMS
 CHECK = "halve-check.json"  # of a model made by halve: the record of what it was compared with
+CARD = "README.md"  # of a model: what it is, for people and for the hub
+_SEAL = re.compile(rb"\n<!-- halve card ([0-9a-f]{64}) -->\n\Z")
 # what `--overwrite` may delete: names that programs write, none that a person would give to notes or adapters
 MODEL_FILES = [
     *"config.json quantize_config.json halve.json halve-log.jsonl model.safetensors model-?????-of-?????.safetensors".split(),
@@ -126,7 +130,9 @@ def first_foreign(folder: Path, names: Sequence[str], below: Sequence[str] = (),
 
 
 def _is_result(file: Path) -> bool:
-    """Whether a file is a record, or the progress of an evaluation."""
+    """Whether a file is a record, a card, or the progress of an evaluation."""
+    if file.name == CARD:
+        return is_card(file)
     if file.name.endswith(".progress.jsonl"):
         return is_progress(file)
     return file.suffix == ".json" and is_record(file)
@@ -134,6 +140,18 @@ def _is_result(file: Path) -> bool:
 
 def is_record(file: Path) -> bool:
     return {"halve_version", "kind"} <= (read_object(file) or {}).keys()
+
+
+def sealed_card(text: str) -> str:
+    """A card with what tells it from one that somebody has written, or changed since."""
+    return f"{text}\n<!-- halve card {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def is_card(file: Path) -> bool:
+    """Whether a file is a card as halve wrote it."""
+    content = file.read_bytes() if file.is_file() else b""
+    seal = _SEAL.search(content)
+    return seal is not None and hashlib.sha256(content[: seal.start()]).hexdigest() == seal[1].decode()
 
 
 def is_progress(file: Path) -> bool:
@@ -151,6 +169,11 @@ def why_not_a_model(folder: Path) -> str | None:
 
 def holding(folder: Path, foreign: Path) -> str:
     return f"exists and is not empty, and holds {foreign.relative_to(folder)}, which halve did not write"
+
+
+def is_terms(name: str) -> bool:
+    """Whether a file says under which terms a model may be used, and nothing that a program reads."""
+    return any(fnmatch(name, pattern) for pattern in _TERMS)
 
 
 def companions(folder: Path) -> list[Path]:

@@ -84,6 +84,12 @@ def check_type(value: Any, kind: Any, source: str | Path, optional: Set[str] = f
         raise _malformed(source, fault)
 
 
+def check_has(place: Any, key: str, where: str, source: str | Path) -> None:
+    """Raise DataError when the object at `where` lacks a key; what is no object is left to `check_type`."""
+    if isinstance(place, Mapping) and key not in place:
+        raise _malformed(source, (where, f'lacks "{key}"'))
+
+
 def finite(value: Any, lost: dict[str, str] | None = None, where: str = "") -> Any:
     """A value for JSON, which knows no infinity: such a number becomes null, and `lost` gets its place and its name."""
     if isinstance(value, float) and not math.isfinite(value):

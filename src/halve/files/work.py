@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from halve.errors import OutputError
-from halve.files import Lease, read_object, resolve_out
+from halve.files import Lease, check_disk, read_object, resolve_out
 from halve.files.contents import (
     OTHERWISE,
     OWNER,
@@ -71,7 +71,7 @@ class WorkFolder:
         except OSError as error:
             reason = "changed while it was looked at" if isinstance(error, FileNotFoundError) else str(error.strerror)
             raise OutputError(f"{self.out}: cannot be looked into ({reason}): try again, or {OTHERWISE}") from error
-        self._check_disk(self.out if self._inside else existing, needs_bytes)
+        check_disk(self.out if self._inside else existing, needs_bytes)
 
     def _check_content(self) -> None:
         """Raise OutputError unless OUT is new or empty, or is to be replaced and may be."""
@@ -99,16 +99,6 @@ class WorkFolder:
         scratch = [e for e in entries if e.name.startswith(".halve.partial") and is_scratch(e)]
         moved = [(read_object(e / f"{OWNER}.json") or {}).get("moved", {}) for e in scratch]
         return [e for e in entries if e not in scratch and not any(m.get(e.name) == e.lstat().st_ino for m in moved)]
-
-    def _check_disk(self, place: Path, needs_bytes: int) -> None:
-        if not place.is_dir() or not os.access(place, os.W_OK):
-            raise OutputError(f"{place}: cannot be written to: choose another place for OUT")
-        free, needed = shutil.disk_usage(place).free, int(needs_bytes * 1.01)
-        if free < needed:
-            raise OutputError(
-                f"{place}: the disk has {free:,} bytes free and this needs {needed:,}: "
-                "free some space or choose another disk for OUT"
-            )
 
     @contextmanager
     def claim(self, identity: Any, *, resume: bool = True) -> Iterator[Path]:

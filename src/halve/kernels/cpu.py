@@ -51,6 +51,7 @@ class Library:
         self.multiply = library.halve_cpu_multiply
         self.expand = library.halve_cpu_expand
         self.pack = library.halve_cpu_pack
+        self.look_up = library.halve_cpu_look_up
         self.step = library.halve_step
         self.step_check = library.halve_step_check
         self.step_scratch = library.halve_step_scratch
@@ -170,9 +171,21 @@ class BlockedWeight(PreparedWeight):
         )
 
     @property
+    def device(self) -> torch.device:
+        return self.block_codes.device
+
+    @property
     def nbytes(self) -> int:
         tensors = (self.block_codes, self.block_scales, self.block_zeros, self.order, self.group_index)
         return sum(t.nbytes for t in tensors if t is not None)
+
+    def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        library = load_library()
+        assert isinstance(library, Library), library
+        index, rows = index.contiguous(), torch.empty(index.numel(), self.shape[1])
+        if library.look_up(ctypes.byref(self.describe(library)), index.data_ptr(), index.numel(), rows.data_ptr()):
+            raise IndexError(f"one of the rows {index.tolist()[:8]} is not among the {self.shape[0]} of the weight")
+        return rows.to(dtype)
 
     def scale(self) -> Tensor:
         return _from_blocks(self.block_scales, self.shape[0]).to(self.scale_dtype)

@@ -22,6 +22,10 @@ class PreparedWeight(ABC):
 
     @property
     @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of everything that is kept."""
 
@@ -36,6 +40,11 @@ class PreparedWeight(ABC):
     @abstractmethod
     def zero(self) -> Tensor | None:
         """int8 [O, G], None where the weight is symmetric."""
+
+    @abstractmethod
+    def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """The numbers of some rows (int64 [N]), [N, I] in `dtype`; only they are expanded. Raises IndexError for a row
+        that is not there, where that can be told without waiting for a device."""
 
     def stored(self) -> QuantizedWeight:
         """The weight as a checkpoint has it."""

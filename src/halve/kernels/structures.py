@@ -56,6 +56,8 @@ class LayerStruct(ctypes.Structure):
         ("up", LinearStruct * 2),
         ("down", LinearStruct),
         *((name, c_int64) for name in ("heads", "kv_heads", "width", "window")),
+        ("growth", c_void_p),
+        ("turned", c_int64),
     )
 
 
@@ -63,7 +65,7 @@ class ModelStruct(ctypes.Structure):
     """model_t: all that a decode step reads but the cache."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("kernels", "layers", "embed", "positions")),
+        *((name, c_void_p) for name in ("kernels", "layers", "table", "positions")),
         ("final_norm", NormStruct),
         ("head", LinearStruct),
         *((name, c_int64) for name in ("layer_count", "hidden", "head_size", "position_offset", "bytes")),
@@ -102,6 +104,7 @@ FUNCTIONS = {
     "halve_cpu_expand": "void(const weight_t *, int64_t, int64_t, int, void *, int64_t)",
     "halve_cpu_check": "const char *(const weight_t *)",
     "halve_cpu_pack": "int(const weight_t *, const void *, int64_t, int, void *)",
+    "halve_cpu_look_up": "int(const weight_t *, const int64_t *, int64_t, float *)",
     "halve_step_scratch": "int64_t(const model_t *, const cache_t *)",
     "halve_step_check": "const char *(const model_t *, const cache_t *)",
     "halve_step": "int(const model_t *, const cache_t *, const int64_t *, const int64_t *, float *, void *)",

@@ -281,6 +281,20 @@ def expand_rows(operand: Operand, first: int, out: Tensor) -> None:
     )  # fmt: skip
 
 
+def look_up(operand: Operand, rows: Tensor, out: Tensor) -> None:
+    """Rows `rows` int64 [M] of a packed weight as numbers into out [M, columns], the weight's own order; they have to be
+    there."""
+    kernels = load_kernels("triton_matmul")
+    assert operand.scale is not None and out.shape == (rows.shape[0], operand.columns) and out.is_contiguous()
+    tensors = [
+        operand.data if t is None else t for t in (operand.scale, operand.zero, operand.piece_map, operand.order)
+    ]
+    kernels.look_up[(rows.shape[0], operand.segments)](
+        rows, operand.data, *tensors, out, operand.rows, operand.columns, operand.segments, operand.groups,
+        ORDERED=operand.order is not None, **_layout_options(operand, True, out.dtype), **launch_options(4),
+    )  # fmt: skip
+
+
 class TritonMatmul:
     """Products on a GPU: up to 16 rows of x by the fused kernels, more by torch's matmul (tensor cores), to which packed
     weights go expanded tile by tile."""

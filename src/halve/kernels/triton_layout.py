@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halve.kernels.prepared import PreparedWeight
-from halve.quantization import QuantizedWeight, QuantSpec, unpack
+from halve.quantization import QuantizedWeight, QuantSpec, dequantize, unpack
 
 STORED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 _DENSE_COLUMNS = 128  # columns of a floating weight that a step of the kernel takes
@@ -176,6 +176,10 @@ class SegmentedWeight(PreparedWeight):
         return cls(weight.spec, weight.shape, weight.group_index, packed_operand(weight))
 
     @property
+    def device(self) -> torch.device:
+        return self.operand.data.device
+
+    @property
     def nbytes(self) -> int:
         return self.operand.nbytes + (0 if self.group_index is None else self.group_index.nbytes)
 
@@ -186,9 +190,19 @@ class SegmentedWeight(PreparedWeight):
     def zero(self) -> Tensor | None:
         return None if self.operand.zero is None else self.operand.zero.t().contiguous().to(torch.int8)
 
+    def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        scale, zero = (None if t is None else t[:, index].t() for t in (self.operand.scale, self.operand.zero))
+        assert scale is not None
+        codes = self._codes(self.operand.data[index // _BLOCK_ROWS, :, index % _BLOCK_ROWS])
+        return dequantize(codes, scale, zero, self.group_index).to(dtype)
+
     def codes(self) -> Tensor:
-        operand, (rows, columns) = self.operand, self.shape
-        stored = operand.data.transpose(1, 2).flatten(0, 1)[:rows, :, None]
+        return self._codes(self.operand.data.transpose(1, 2).flatten(0, 1)[: self.shape[0]])
+
+    def _codes(self, stored: Tensor) -> Tensor:
+        """Signed codes, int8 [N, I], of rows as they are stored, [N, segments, E]."""
+        operand, columns = self.operand, self.shape[1]
+        stored = stored.unsqueeze(2)
         if operand.bits < 8:
             shift = operand.bits * torch.arange(operand.per, dtype=torch.int16, device=stored.device).view(-1, 1)
             stored = ((stored >> shift) & ((1 << operand.bits) - 1)) - (1 << (operand.bits - 1))
@@ -196,6 +210,6 @@ class SegmentedWeight(PreparedWeight):
         if operand.order is None:
             return stored[:, :columns].contiguous()
         filled = operand.order >= 0
-        codes = torch.empty(self.shape, dtype=torch.int8, device=stored.device)
+        codes = torch.empty(stored.shape[0], columns, dtype=torch.int8, device=stored.device)
         codes[:, operand.order[filled].long()] = stored[:, filled]
         return codes

@@ -288,6 +288,24 @@ def write_for_readers(
 
 
 @triton.jit
+def _expanded(
+    data, row, row_ok, segment, e, c: tl.constexpr, scale_ptr, zero_ptr, map_ptr, rows, groups,
+    BITS: tl.constexpr, BASE: tl.constexpr, PER: tl.constexpr, E: tl.constexpr, CHUNKS_A_GROUP: tl.constexpr,
+    RUN: tl.constexpr, PIECES: tl.constexpr, HAS_ZERO: tl.constexpr,
+):  # fmt: skip
+    """Chunk c of elements [N, E] of a packed weight's rows as float32 numbers."""
+    group = e * 0
+    if RUN > 0:
+        group = _group(segment * PER + c + e * 0, e // (E // PIECES), map_ptr, groups, CHUNKS_A_GROUP, PIECES)
+    at = group[None, :] * rows + row[:, None]
+    shift = BASE
+    if HAS_ZERO:
+        shift += tl.load(zero_ptr + at, mask=row_ok, other=0).to(tl.float32)
+    scale = tl.load(scale_ptr + at, mask=row_ok, other=0.0).to(tl.float32)
+    return (_numbers(data, c, tl.float32, BITS, True) - shift) * scale
+
+
+@triton.jit
 def expand(
     data_ptr, scale_ptr, zero_ptr, map_ptr, out_ptr, first_row, last_row, rows, segments, groups, out_stride,
     BITS: tl.constexpr, BASE: tl.constexpr, PER: tl.constexpr, E: tl.constexpr, CHUNKS_A_GROUP: tl.constexpr,
@@ -301,13 +319,38 @@ def expand(
     data = tl.load(data_row[:, None] + segment * (16 * E) + e[None, :], mask=row_ok, other=0)
     to = out_ptr + (row - first_row).to(tl.int64)[:, None] * out_stride + (segment * (PER * E) + e)[None, :]
     for c in tl.static_range(PER):
-        group = e * 0
-        if RUN > 0:
-            group = _group(segment * PER + c + e * 0, e // (E // PIECES), map_ptr, groups, CHUNKS_A_GROUP, PIECES)
-        at = group[None, :] * rows + row[:, None]
-        shift = BASE
-        if HAS_ZERO:
-            shift += tl.load(zero_ptr + at, mask=row_ok, other=0).to(tl.float32)
-        scale = tl.load(scale_ptr + at, mask=row_ok, other=0.0).to(tl.float32)
-        value = (_numbers(data, c, tl.float32, BITS, True) - shift) * scale
+        value = _expanded(
+            data, row, row_ok, segment, e, c, scale_ptr, zero_ptr, map_ptr, rows, groups, BITS, BASE, PER, E,
+            CHUNKS_A_GROUP, RUN, PIECES, HAS_ZERO,
+        )  # fmt: skip
         tl.store(to + c * E, value.to(out_ptr.dtype.element_ty), mask=row_ok)
+
+
+@triton.jit
+def look_up(
+    row_ptr, data_ptr, scale_ptr, zero_ptr, map_ptr, order_ptr, out_ptr, rows, columns, segments, groups,
+    BITS: tl.constexpr, BASE: tl.constexpr, PER: tl.constexpr, E: tl.constexpr, CHUNKS_A_GROUP: tl.constexpr,
+    RUN: tl.constexpr, PIECES: tl.constexpr, HAS_ZERO: tl.constexpr, ORDERED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Rows row_ptr[0], row_ptr[1], ... of a packed weight as numbers, columns in the weight's own order: a segment of one a
+    program."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    m = tl.program_id(0) + tl.arange(0, 1)
+    row = tl.load(row_ptr + m)
+    row_ok = (row >= 0)[:, None]
+    segment, e = tl.program_id(1), tl.arange(0, E)
+    data_row = data_ptr + (row // 16) * (segments * 16 * E) + (row % 16) * E
+    data = tl.load(data_row[:, None] + segment * (16 * E) + e[None, :], mask=row_ok, other=0)
+    for c in tl.static_range(PER):
+        value = _expanded(
+            data, row, row_ok, segment, e, c, scale_ptr, zero_ptr, map_ptr, rows, groups, BITS, BASE, PER, E,
+            CHUNKS_A_GROUP, RUN, PIECES, HAS_ZERO,
+        )  # fmt: skip
+        column = segment * (PER * E) + c * E + e
+        if ORDERED:
+            column = tl.load(order_ptr + column)
+        ok = row_ok & ((column >= 0) & (column < columns))[None, :]
+        to = out_ptr + m.to(tl.int64)[:, None] * columns + column[None, :]
+        tl.store(to, value.to(out_ptr.dtype.element_ty), mask=ok)

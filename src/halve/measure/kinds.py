@@ -61,6 +61,7 @@ class BaseModel(TypedDict):
 class EvaluationRecord(Circumstances):
     """One task asked of one model; docs/evaluation.md explains the figures. What a task does not measure is None."""
 
+    model_sha256: NotRequired[str]
     device: str
     dtype: str
     bos_ids: NotRequired[list[int]]
@@ -147,6 +148,7 @@ class LongPrompt(TypedDict):
 class BenchmarkRecord(Circumstances):
     """Speed and memory of one model; docs/benchmark.md explains the figures."""
 
+    model_sha256: NotRequired[str]
     device: str
     device_name: str
     dtype: str
@@ -194,40 +196,58 @@ class BenchmarkRecord(Circumstances):
     not_measured: dict[str, str]
 
 
-class Trial(TypedDict):
+# the figures of quality that a search keeps within a limit or makes the best of, and their keys in its trials
+QUALITIES = {"accuracy": "accuracy", "kl": "kl_nats_per_token", "same-top": "same_top_share"}
+
+
+class Quality(TypedDict):
+    """How good a model of a search is: by questions, or on a text against the dense model."""
+
+    accuracy: NotRequired[Share]
+    accuracy_ci95: NotRequired[Interval | None]
+    kl_nats_per_token: NotRequired[Amount]
+    kl_nats_per_token_interval: NotRequired[Bounds | None]
+    same_top_share: NotRequired[Share]
+    same_top_share_interval: NotRequired[Interval | None]
+
+
+class HeldOutQuality(TypedDict):
+    """The same on what no trial has seen."""
+
+    held_out_accuracy: NotRequired[Share | None]
+    held_out_accuracy_ci95: NotRequired[Interval | None]
+    held_out_kl_nats_per_token: NotRequired[Amount]
+    held_out_kl_nats_per_token_interval: NotRequired[Bounds | None]
+    held_out_same_top_share: NotRequired[Share]
+    held_out_same_top_share_interval: NotRequired[Interval | None]
+
+
+class Trial(Quality):
     """A model that a search has measured."""
 
     parameters: dict[str, Change]
-    accuracy: Share
-    accuracy_ci95: NotRequired[Interval | None]
     objective: Amount
     bytes: Count
     feasible: bool
     records: NotRequired[list[str]]
 
 
-class Winner(Trial):
-    """The trial that a search has chosen, examined again on questions no trial has seen."""
+class Winner(Trial, HeldOutQuality):
+    """The trial that a search has chosen, examined again on what no trial has seen."""
 
     checkpoint: NotRequired[str]
-    held_out_accuracy: Share
-    held_out_accuracy_ci95: NotRequired[Interval | None]
     held_out_difference_to_dense: NotRequired[Change | None]
     held_out_difference_p_value: NotRequired[Share | None]
     bytes_share: NotRequired[Amount | None]
     confirmed: NotRequired[bool]
 
 
-class DenseModel(TypedDict):
+class DenseModel(Quality, HeldOutQuality):
     """The model that a search began with."""
 
-    accuracy: Share
-    accuracy_ci95: NotRequired[Interval | None]
     objective: Amount
     bytes: Count
     records: NotRequired[list[str]]
-    held_out_accuracy: NotRequired[Share | None]
-    held_out_accuracy_ci95: NotRequired[Interval | None]
 
 
 class VariedOption(TypedDict):
@@ -238,19 +258,22 @@ class VariedOption(TypedDict):
     high: Change
 
 
-class FloorRecord(TypedDict):
-    """What a search had to keep: an accuracy, or the lower end of its interval."""
+class FloorRecord(Quality, HeldOutQuality):
+    """What a search had to keep, a figure of quality, the worse end of its interval, or bytes; an accuracy where no figure
+    is named."""
 
-    accuracy: Share
-    held_out_accuracy: NotRequired[Share]
+    figure: NotRequired[str]
+    bytes: NotRequired[Amount]
     lower_bound: NotRequired[bool]
 
 
-class QuestionsRecord(TypedDict):
-    """The questions of one part of a search."""
+class AskedRecord(TypedDict):
+    """The questions or the text of one part of a search."""
 
     name: str
-    questions: Count
+    questions: NotRequired[Count]
+    documents: NotRequired[Count]
+    windows: NotRequired[Count]
 
 
 class SearchRecord(Circumstances):
@@ -262,8 +285,9 @@ class SearchRecord(Circumstances):
     task: str
     protocol: str
     template: str | None
-    search_data: QuestionsRecord | None
-    held_out_data: QuestionsRecord | None
+    search_data: AskedRecord | None
+    held_out_data: AskedRecord | None
+    kept_tokens: NotRequired[Count | None]
     dense: DenseModel
     trials: list[Trial]
     winner: Winner | None

@@ -25,8 +25,8 @@ from halve.checkpoint.manifest import read_manifest
 from halve.errors import DataError
 from halve.files import check_output_path, write_json
 from halve.files.contents import is_record
-from halve.files.typed import check_type, finite, read_value
-from halve.measure.kinds import KINDS, LATER, Circumstances
+from halve.files.typed import check_has, check_type, finite, read_value
+from halve.measure.kinds import KINDS, LATER, QUALITIES, Circumstances
 from halve.measure.machine import describe_machine
 from halve.texts import files_below
 
@@ -214,4 +214,28 @@ def looks_like_record(value: Any) -> bool:
 def check_record(record: Any, source: str | os.PathLike[str]) -> None:
     """Raise DataError unless `record` is what its kind says, at every level; `source` is named then."""
     kind = str(record.get("kind")) if isinstance(record, dict) else ""
+    if kind == "search":
+        _check_judged(record, os.fspath(source))
     check_type(record, KINDS.get(kind, Circumstances), os.fspath(source), LATER.get(kind, frozenset()))
+
+
+def _check_judged(search: Record, source: str) -> None:
+    """Everything in a search has the figure of quality that it was about, which its floor or its objective names."""
+    floor = search.get("floor")
+    if not isinstance(floor, dict):
+        return
+    limited, objective = floor.get("figure", "accuracy"), search.get("objective")
+    name = objective if limited == "bytes" else limited
+    if not isinstance(name, str) or name not in QUALITIES:
+        raise DataError(
+            f'{source} is malformed, "floor.figure" is no figure of quality: make it again, or move it elsewhere'
+        )
+    key = QUALITIES[name]
+    places = [("floor", floor, "bytes" if limited == "bytes" else key), ("dense", search.get("dense"), key)]
+    winner = search.get("winner")
+    places += [("winner", winner, key), ("winner", winner, f"held_out_{key}")]
+    for rows in ("trials", "pareto"):
+        listed = search.get(rows)
+        places += [(f"{rows}.{i}", row, key) for i, row in enumerate(listed if isinstance(listed, list) else ())]
+    for where, place, wanted in places:
+        check_has(place, wanted, where, source)

@@ -15,6 +15,8 @@ class KVCache:
     """Keys and values of the tokens seen so far, one pair of [B, K, S, h] buffers per layer with attention.
 
     `lengths` is the number of live slots: an int when all rows agree, an int64 tensor [B] when they differ.
+    Of a model whose keys depend on the length of the text (`ModelConfig.length_limit`) the `tokens` are kept as well, int64
+    [B, S], and whether the keys are `long`, those of a text beyond the limit: to make them again when it grows beyond.
     """
 
     def __init__(
@@ -23,6 +25,8 @@ class KVCache:
         self.batch = batch
         self.capacity = capacity
         self.lengths: int | Tensor = 0
+        self.limit, self.long = config.length_limit, False
+        self.tokens = None if self.limit is None else torch.zeros(batch, capacity, dtype=torch.int64, device=device)
         self.layers: list[tuple[Tensor, Tensor] | None] = []
         for layer in config.layers:
             shape = (batch, layer.num_kv_heads, capacity, config.head_dim)
@@ -46,6 +50,27 @@ class KVCache:
                 rows = torch.arange(new.shape[0], device=new.device).unsqueeze(1)
                 buffer[rows, :, positions] = new.transpose(1, 2)
         return pair[0][:, :, :end], pair[1][:, :, :end]
+
+    @property
+    def end(self) -> int:
+        """Live slots of the longest row."""
+        return self.lengths if isinstance(self.lengths, int) else int(self.lengths.max())
+
+    def positions(self, count: int) -> Tensor:
+        """Slots of the next `count` tokens, int64 [T] where all rows agree and [B, T] where they differ."""
+        if isinstance(self.lengths, int):
+            return torch.arange(self.lengths, self.lengths + count)
+        return self.lengths.unsqueeze(1) + torch.arange(count, device=self.lengths.device)
+
+    def outgrown(self, tokens_BT: Tensor) -> bool:
+        """Keep the next tokens; whether with them the keys that are there are those of another length of text."""
+        if self.tokens is None or self.limit is None:
+            return False
+        before, count = self.end, tokens_BT.shape[1]
+        positions = self.positions(count).to(self.tokens.device).expand(tokens_BT.shape)
+        self.tokens.scatter_(1, positions, tokens_BT)
+        was, self.long = self.long, before + count > self.limit
+        return before > 0 and was != self.long
 
     @property
     def nbytes(self) -> int:

@@ -61,3 +61,8 @@ class ModelConfig:
     attention_cap: float | None = None  # scores become cap * tanh(score / cap)
     logit_divisor: float = 1.0
     logit_cap: float | None = None  # as attention_cap, of logits that are divided
+
+    @property
+    def length_limit(self) -> float | None:
+        """Tokens of a text beyond which queries and keys are turned otherwise, those before it too; None: never."""
+        return next((rope.limit for rope in self.ropes if rope.limit is not None), None)

@@ -17,7 +17,7 @@ from halve.model import wiring
 from halve.model.cache import KVCache
 from halve.model.config import LayerConfig, ModelConfig
 from halve.model.linear import Linear
-from halve.model.rotary import Rotary
+from halve.model.rotary import Rotary, query_growth
 from halve.model.wiring import ATTENTION, SUBLAYERS, Sublayer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,6 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
 }
 
 
@@ -42,6 +43,8 @@ class Norm(nn.Module):
             if self.weight is not None and self.weight.dtype != x.dtype:  # one that the dtype of x could not hold
                 return functional.rms_norm(x.float(), self.shape, self.weight, self.eps).type_as(x)
             return functional.rms_norm(x, self.shape, self.weight, self.eps)
+        if self.weight is not None and self.weight.dtype != x.dtype:
+            return functional.layer_norm(x.float(), self.shape, self.weight, self.bias, self.eps).type_as(x)
         return functional.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
@@ -59,18 +62,29 @@ class Span:
         self.tokens, self.cache, self.device = tokens, cache, device
         start = 0 if cache is None else cache.lengths
         self.start = start
-        self.end = (start if isinstance(start, int) else int(start.max())) + tokens
+        self.end = tokens + (0 if cache is None else cache.end)
         steps = torch.arange(tokens, device=device)
         self.positions = steps + start if isinstance(start, int) else steps + start.unsqueeze(1)  # [T] or [B, T]
-        tables = [rotary.tables(self.end, dtype) for rotary in rotaries]
+        tables = [rotary.tables(self.end, dtype, rotary.long(self.end)) for rotary in rotaries]
         self._turns = [tuple(table[self.positions].unsqueeze(-3) for table in pair) for pair in tables]
+        self._neighbours = [rotary.config.neighbours for rotary in rotaries]
+        growths = [query_growth(rotary.config, self.positions) for rotary in rotaries]
+        self._growths = [None if growth is None else growth.to(dtype)[..., None, :, None] for growth in growths]
         self._masks: dict[int | None, Tensor | None] = {}
 
-    def rotate(self, x_BHTh: Tensor, rope: int) -> Tensor:
-        """One of the rotary embeddings, in the half-split form of the Hugging Face checkpoints."""
+    def rotate(self, x_BHTh: Tensor, rope: int, queries: bool) -> Tensor:
+        """One of the rotary embeddings of queries or keys, in the half-split form of the Hugging Face checkpoints."""
         cos, sin = self._turns[rope]
-        low, high = x_BHTh.chunk(2, dim=-1)
-        return x_BHTh * cos + torch.cat((-high, low), dim=-1) * sin
+        x, left = x_BHTh.split((cos.shape[-1], x_BHTh.shape[-1] - cos.shape[-1]), dim=-1)
+        if self._neighbours[rope]:
+            x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        low, high = x.chunk(2, dim=-1)
+        x = x * cos + torch.cat((-high, low), dim=-1) * sin
+        if self._neighbours[rope]:
+            x = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        x = torch.cat((x, left), dim=-1) if left.shape[-1] else x
+        growth = self._growths[rope]
+        return x * growth if queries and growth is not None else x
 
     def plain_causal(self, window: int | None) -> bool:
         """True when the mask is the square causal one."""
@@ -168,7 +182,7 @@ class Block(nn.Module):
         if self.config.qk_norm and not self.config.qk_norm_whole:
             q, k = self.norms["q_norm"](q), self.norms["k_norm"](k)
         if layer.rope is not None:
-            q, k = span.rotate(q, layer.rope), span.rotate(k, layer.rope)
+            q, k = span.rotate(q, layer.rope, queries=True), span.rotate(k, layer.rope, queries=False)
         if span.cache is not None:
             k, v = span.cache.store(self.index, k, v, span.positions, span.end)
         y = attend(q, k, v, span, layer.sliding_window, self.config.attention_scale, self.config.attention_cap)
@@ -237,12 +251,16 @@ def capped(x: Tensor, cap: float) -> Tensor:
 
 
 class Model(nn.Module):
-    """Embedding, blocks, final norm, head. Built by `halve.load_model`; holds no gradient."""
+    """Embedding, blocks, final norm, head. Built by `halve.load_model`; holds no gradient.
+
+    The embedding is the rows of `table`, looked up by token; a tied head is that very linear.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
-        embed: Tensor,
+        dtype: torch.dtype,
+        table: Linear,
         blocks: list[Block],
         final_norm: Norm | None,
         head: Linear,
@@ -251,28 +269,37 @@ class Model(nn.Module):
         project_out: Linear | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.embed, self.positions = config, embed, positions
+        self.config, self.dtype, self.table, self.positions = config, dtype, table, positions
         self.blocks = nn.ModuleList(blocks)
         self.final_norm, self.head = final_norm, head
         self.project_in, self.project_out = project_in, project_out
-        self.rotaries = make_rotaries(config, embed.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed.dtype
+        self.rotaries = make_rotaries(config, self.device)
 
     @property
     def device(self) -> torch.device:
-        return self.embed.device
+        return self.table.device
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` tokens."""
         return KVCache(self.config, batch, capacity, self.dtype, self.device)
 
     def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the head reads, [B, T, embed size]. With a cache, tokens continue it and its lengths grow by T."""
+        """What the head reads, [B, T, embed size]. With a cache, tokens continue it and its lengths grow by T.
+
+        Where they take the longest row beyond the length up to which its keys hold, the cache is made again first.
+        """
+        if cache is None or not cache.outgrown(tokens_BT):
+            return self._hidden(tokens_BT, cache)
+        assert cache.tokens is not None
+        lengths, positions, rows = cache.lengths, cache.positions(tokens_BT.shape[1]), len(tokens_BT)
+        whole, cache.lengths = cache.tokens[:, : cache.end + tokens_BT.shape[1]], 0
+        hidden = self._hidden(whole, cache)
+        cache.lengths = lengths + tokens_BT.shape[1]
+        return hidden[torch.arange(rows, device=hidden.device).unsqueeze(1), positions]
+
+    def _hidden(self, tokens_BT: Tensor, cache: KVCache | None) -> Tensor:
         span = Span(self.rotaries, tokens_BT.shape[1], self.dtype, self.device, cache)
-        x = embed_tokens(self.config, tokens_BT, span, self.embed, self.positions, self.project_in)
+        x = embed_tokens(self.config, tokens_BT, span, self.table, self.positions, self.project_in, self.dtype)
         for block in self.blocks:
             x = block(x, span)
         if cache is not None:
@@ -300,18 +327,18 @@ class Model(nn.Module):
 
     def weight_bytes(self) -> int:
         """Bytes of all tensors; a tied head counts once."""
-        tensors = [self.embed, self.positions]
+        tensors = [self.positions]
         if self.final_norm is not None:
             tensors += [self.final_norm.weight, self.final_norm.bias]
-        total = sum(t.nbytes for t in tensors if t is not None)
+        total = self.table.nbytes + sum(t.nbytes for t in tensors if t is not None)
         total += sum(b.nbytes for b in self.blocks if isinstance(b, Block))
         total += sum(p.nbytes for p in (self.project_in, self.project_out) if p is not None)
-        return total if self.head.shares(self.embed) else total + self.head.nbytes
+        return total if self.head is self.table else total + self.head.nbytes
 
     def step_bytes(self) -> int:
         """Bytes one decode step has to read: all weights, of the embedding and position tables one row each."""
-        tied = self.head.shares(self.embed)
-        total = self.weight_bytes() - (0 if tied else self.embed.nbytes) + self.embed[0].nbytes
+        table = self.table.nbytes
+        total = self.weight_bytes() - (0 if self.head is self.table else table) + table // self.table.out_features
         return total if self.positions is None else total - self.positions.nbytes + self.positions[0].nbytes
 
 
@@ -335,12 +362,13 @@ def embed_tokens(
     config: ModelConfig,
     tokens_BT: Tensor,
     span: Span,
-    embed: Tensor,
+    table: Linear,
     positions: Tensor | None,
     project_in: Linear | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Input of the first block, [B, T, D]."""
-    x = functional.embedding(tokens_BT, embed)
+    """Input of the first block, [B, T, D] in `dtype`."""
+    x = table.look_up(tokens_BT, dtype)
     if config.embed_scale != 1:
         x = x * embed_scale(config, x.dtype)
     if project_in is not None:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from halve.errors import UnsupportedModelError, shown
 from halve.model.config import LayerConfig, ModelConfig
-from halve.model.family import LLAMA_NAMES, Family, opt_like
+from halve.model.family import ATTENTION_BIAS, LLAMA_NAMES, MLP_BIAS, WIDTHS, Family, opt_like
 from halve.model.fields import Fields, Json, is_whole
+from halve.model.inventory import parameters
 from halve.model.layer_rules import (
+    every_fourth,
+    every_fourth_by_pattern,
     every_second,
     every_sixth,
+    growing_rope,
     kinds_or_one_window,
     one_window,
+    part_rope,
     rope_by_list,
     rope_by_window,
+    rope_by_window_alone,
+    rope_of_neighbours,
+    rope_of_windows,
     windows_by_layer,
     windows_without_rope,
 )
 from halve.model.refused import reason
-from halve.model.wiring import ATTENTION, HEAD_NORMS, SUBLAYERS, wires
 from halve.model.wrappers import ALIASES, WRAPPERS
 
 MAX_PARAMETERS = 10**13  # several times the largest model there is
@@ -31,6 +37,7 @@ GEMMA_NAMES = LLAMA_NAMES | {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_output_norm": "post_feedforward_layernorm",
 }
+UNGATED_NAMES = {role: name for role, name in LLAMA_NAMES.items() if role != "gate_proj"}
 OPT_NAMES = {
     "embed": "model.decoder.embed_tokens",
     "positions": "model.decoder.embed_positions",
@@ -74,18 +81,34 @@ _GEMMA2 = Family(
     embed_scaled=True,
     query_scalar=True,
     caps=frozenset({"attn_logit_softcapping", "final_logit_softcapping"}),
-    bias_fields=frozenset({"attention_bias"}),
+    biases=ATTENTION_BIAS,
     windows=every_second,
 )
+_OLMO2 = Family(
+    names=GEMMA_NAMES,
+    nullable=frozenset({"num_key_value_heads"}),
+    biases=ATTENTION_BIAS,
+    defaults={"rms_norm_eps": 1e-5},
+    norm_input=False,
+    norm_output=True,
+    qk_norm=True,
+    qk_norm_whole=True,
+)
+_MINISTRAL3_ROPE = {
+    **{"type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384},
+    **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1},
+}
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         heads_divide_hidden=True,
-        bias_fields=frozenset({"attention_bias", "mlp_bias"}),
+        biases=ATTENTION_BIAS | MLP_BIAS,
         nullable=frozenset({"num_key_value_heads", "head_dim"}),
     ),
     "mistral": Family(
         default_kv_heads=8, default_positions=131072, nullable=frozenset({"head_dim"}), windows=one_window
     ),
+    # as wrappers make it: with rotary embedding of a part of each head, and tensors that transformers has merged
+    "phi3": Family(stock=False, windows=one_window, ropes=part_rope, dropouts=("resid_pdrop", "embd_pdrop")),
     "qwen2": Family(
         default_kv_heads=32,
         default_positions=32768,
@@ -99,10 +122,22 @@ FAMILIES: dict[str, Family] = {
         default_positions=32768,
         nullable=frozenset({"num_key_value_heads"}),
         qk_norm=True,
-        bias_fields=frozenset({"attention_bias"}),
+        biases=ATTENTION_BIAS,
         windows=windows_by_layer,
     ),
+    "gemma": Family(
+        default_kv_heads=16,
+        default_head_dim=256,
+        default_positions=8192,
+        defaults={"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+        activations={"gelu": "gelu_pytorch_tanh"},  # what the first configs called it
+        neutral={"use_bidirectional_attention": (False, None)},
+        norm_offset=1.0,
+        embed_scaled=True,
+        biases=ATTENTION_BIAS,
+    ),
     "gemma2": _GEMMA2,
+    "vaultgemma": replace(_GEMMA2, names=LLAMA_NAMES | {"mlp_norm": "pre_feedforward_layernorm"}, norm_output=False),
     "gemma3_text": replace(
         _GEMMA2,
         qk_norm=True,
@@ -117,14 +152,14 @@ FAMILIES: dict[str, Family] = {
         default_kv_heads=4,
         default_positions=32768,
         nullable=frozenset({"num_key_value_heads"}),
-        bias_fields=frozenset({"attention_bias", "mlp_bias"}),
+        biases=ATTENTION_BIAS | MLP_BIAS,
         defaults={"tie_word_embeddings": True, "rope_theta": 2000000.0, "sliding_window": None},
         windows=windows_without_rope,
         ropes=rope_by_list,
     ),
     "granite": Family(
         nullable=frozenset({"num_key_value_heads"}),
-        bias_fields=frozenset({"attention_bias", "mlp_bias"}),
+        biases=ATTENTION_BIAS | MLP_BIAS,
         numbers={
             "embed_scale": "embedding_multiplier",
             "attention_scale": "attention_multiplier",
@@ -132,45 +167,109 @@ FAMILIES: dict[str, Family] = {
             "logit_divisor": "logits_scaling",
         },
     ),
-    "olmo2": Family(
+    "olmo2": _OLMO2,
+    "olmo3": replace(_OLMO2, windows=every_fourth, ropes=rope_by_window_alone),
+    "exaone4": Family(
         names=GEMMA_NAMES,
-        nullable=frozenset({"num_key_value_heads"}),
-        bias_fields=frozenset({"attention_bias"}),
+        default_kv_heads=32,
         defaults={"rms_norm_eps": 1e-5},
         norm_input=False,
         norm_output=True,
         qk_norm=True,
-        qk_norm_whole=True,
+        windows=every_fourth_by_pattern,
+        ropes=rope_of_windows,
     ),
     "ministral": Family(
         default_kv_heads=8,
         default_positions=131072,
         windows=kinds_or_one_window,
     ),
+    "ministral3": Family(
+        default_kv_heads=8,
+        default_head_dim=128,
+        default_positions=262144,
+        nullable=frozenset({"num_key_value_heads", "head_dim"}),
+        defaults={"rms_norm_eps": 1e-5, "sliding_window": None, "rope_parameters": _MINISTRAL3_ROPE},
+        neutral={"layer_types": (None,)},
+        windows=one_window,
+        ropes=growing_rope,
+    ),
+    "seed_oss": Family(
+        default_kv_heads=8,
+        default_head_dim=128,
+        default_positions=524288,
+        nullable=frozenset({"num_key_value_heads", "head_dim"}),
+        defaults={"attention_bias": True},
+        dropouts=("residual_dropout",),
+        biases={"qkv_bias": "attention_bias", "o_bias": "attention_out_bias"} | MLP_BIAS,
+    ),
+    "ernie4_5": Family(
+        default_kv_heads=2,
+        default_head_dim=128,
+        default_positions=131072,
+        nullable=frozenset({"num_key_value_heads", "head_dim"}),
+        defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 500000.0},
+        biases=dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), "use_bias"),
+        ropes=rope_of_neighbours,
+    ),
+    "arcee": Family(
+        names=UNGATED_NAMES,
+        heads_divide_hidden=True,
+        default_positions=4096,
+        nullable=frozenset({"num_key_value_heads", "head_dim"}),
+        defaults={"hidden_act": "relu2", "rms_norm_eps": 1e-5},
+        biases=ATTENTION_BIAS | MLP_BIAS,
+    ),
+    "jais2": Family(
+        names=UNGATED_NAMES,
+        heads_divide_hidden=True,
+        default_positions=8192,
+        nullable=frozenset({"num_key_value_heads", "head_dim"}),
+        defaults={"hidden_act": "relu2", "layer_norm_eps": 1e-5, "attention_bias": True, "mlp_bias": True},
+        norm="layer",
+        epsilon_field="layer_norm_eps",
+        biases=ATTENTION_BIAS | MLP_BIAS,
+    ),
+    "nemotron": Family(
+        names=UNGATED_NAMES,
+        default_positions=4096,
+        nullable=frozenset({"num_key_value_heads", "head_dim"}),
+        defaults={"hidden_act": "relu2", "norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+        norm="layer",
+        norm_offset=1.0,
+        epsilon_field="norm_eps",
+        biases=ATTENTION_BIAS | MLP_BIAS,
+        ropes=part_rope,
+    ),
+    "starcoder2": Family(
+        names=UNGATED_NAMES | {"up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj"},
+        default_kv_heads=2,
+        default_positions=4096,
+        defaults={
+            **{"hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "sliding_window": None},
+            **{"use_bias": True, "tie_word_embeddings": True},
+        },
+        neutral={"layer_types": (None,)},
+        dropouts=("residual_dropout", "embedding_dropout"),
+        norm="layer",
+        epsilon_field="norm_epsilon",
+        biases=dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), "use_bias"),
+        windows=one_window,
+    ),
+    "stablelm": Family(
+        width_fields={ours: theirs for ours, theirs in WIDTHS.items() if ours != "head_dim"},
+        default_kv_heads=32,
+        default_positions=4096,
+        defaults={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
+        neutral={"use_parallel_residual": (False,), "qk_layernorm": (False,), "head_dim": (None,)},
+        dropouts=("hidden_dropout",),
+        norm="layer",
+        epsilon_field="layer_norm_eps",
+        biases={"qkv_bias": "use_qkv_bias"},
+        ropes=part_rope,
+    ),
     "opt": Family(parse=opt_like, names=OPT_NAMES, width_fields={"intermediate_size": "ffn_dim"}),
 }
-
-
-@dataclass(frozen=True)
-class LinearShape:
-    """One linear of the model: its Hugging Face name, its role in the block and its full widths."""
-
-    name: str
-    role: str
-    layer: int | None
-    out_features: int
-    in_features: int
-    bias: bool
-
-
-@dataclass(frozen=True)
-class NormShape:
-    """One norm of the model: its Hugging Face name, its role, how many numbers it takes, and its kind (rms or layer)."""
-
-    name: str
-    role: str
-    size: int
-    kind: str
 
 
 def parse_config(raw: Json, origin: str) -> tuple[Family, ModelConfig]:
@@ -182,7 +281,7 @@ def parse_config(raw: Json, origin: str) -> tuple[Family, ModelConfig]:
     kind = raw.get("model_type")
     base = raw.get("halve_model_type") if kind == "halve" else kind
     if not isinstance(base, str) or base not in FAMILIES:
-        known = ", ".join((*FAMILIES, *WRAPPERS, *ALIASES))
+        known = ", ".join(dict.fromkeys((*FAMILIES, *WRAPPERS, *ALIASES)))
         why = reason(base) if isinstance(base, str) else None
         raise UnsupportedModelError(
             f"{origin}: model_type={shown(base)} is not supported{f' ({why})' if why else ''}: use a model of type {known}"
@@ -226,92 +325,3 @@ def _halve_layer(f: Fields, index: int, row: Any, full: LayerConfig) -> LayerCon
         f"{f.origin}: halve_layers[{index}]={shown(row)} is malformed, it must give {', '.join(names)} as whole numbers "
         "that fit together: get an intact copy of the model"
     )
-
-
-def parameters(config: ModelConfig) -> int:
-    """Weights of the model's matrices."""
-    tables = config.vocab_size * (config.embed_size or config.hidden_size) * (1 if config.tied else 2)
-    if not config.ropes:
-        tables += (config.max_positions + config.position_offset) * config.hidden_size
-    return tables + sum(
-        wire.outputs(config, layer) * wire.inputs(config, layer) * count
-        for layer, count in Counter(config.layers).items()
-        for wire in wires(config, layer)
-    )
-
-
-def block_linears(family: Family, config: ModelConfig, index: int) -> list[LinearShape]:
-    """The linears of one layer in the order they run."""
-    layer = config.layers[index]
-    return [
-        LinearShape(
-            family.block_name(index, wire.role),
-            wire.role,
-            index,
-            wire.outputs(config, layer),
-            wire.inputs(config, layer),
-            getattr(config, wire.bias),
-        )
-        for wire in wires(config, layer)
-    ]
-
-
-def block_norms(family: Family, config: ModelConfig, index: int) -> list[NormShape]:
-    """The norms of one layer: those around each sublayer, and where a model has them those over heads."""
-    layer, norms = config.layers[index], []
-    for sublayer in SUBLAYERS.values():
-        if not sublayer.units(layer):
-            continue
-        around = {sublayer.norm: config.norm_input or config.norm_sum, sublayer.output_norm: config.norm_output}
-        norms += [
-            NormShape(family.block_name(index, role), role, config.hidden_size, config.norm)
-            for role, there in around.items()
-            if there
-        ]
-        if config.qk_norm and sublayer is ATTENTION:
-            heads = (layer.num_heads, layer.num_kv_heads) if config.qk_norm_whole else (1, 1)
-            sizes = dict(zip(HEAD_NORMS, (config.head_dim * count for count in heads), strict=True))
-            norms += [NormShape(family.block_name(index, role), role, size, "rms") for role, size in sizes.items()]
-    return norms
-
-
-def final_norm(family: Family, config: ModelConfig) -> NormShape | None:
-    """The norm between the last block and the head, None where a model has none."""
-    if not config.final_norm:
-        return None
-    return NormShape(family.names["final_norm"], "final_norm", config.hidden_size, config.norm)
-
-
-def head_linear(family: Family, config: ModelConfig) -> LinearShape:
-    """The output head."""
-    width = config.embed_size or config.hidden_size
-    return LinearShape(family.names["head"], "head", None, config.vocab_size, width, False)
-
-
-def projection_linears(family: Family, config: ModelConfig) -> list[LinearShape]:
-    """OPT-350m's projections between embedding and hidden size; never compressed."""
-    if not config.embed_size:
-        return []
-    hidden, embed = config.hidden_size, config.embed_size
-    return [
-        LinearShape(family.names["project_in"], "project_in", None, hidden, embed, False),
-        LinearShape(family.names["project_out"], "project_out", None, embed, hidden, False),
-    ]
-
-
-def vector_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that is not part of a linear: embeddings, positions, norms."""
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{family.names['embed']}.weight": (config.vocab_size, config.embed_size or config.hidden_size)
-    }
-    if not config.ropes:
-        rows = config.max_positions + config.position_offset
-        shapes[f"{family.names['positions']}.weight"] = (rows, config.hidden_size)
-    final = final_norm(family, config)
-    norms = [] if final is None else [final]
-    for index in range(len(config.layers)):
-        norms += block_norms(family, config, index)
-    for norm in norms if config.norm_affine else ():
-        parts = ("weight", "bias") if norm.kind == "layer" else ("weight",)
-        shapes |= {f"{norm.name}.{part}": (norm.size,) for part in parts}
-    return shapes

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halve.model.config import LayerConfig, ModelConfig
-from halve.model.fields import MAX_LAYERS, Fields, Kinds
+from halve.model.fields import MAX_LAYERS, Fields, Kinds, check_rope_sizes
 from halve.model.layer_rules import Ropes, Windows, no_windows, one_rope
 
 LLAMA_NAMES = {
@@ -48,6 +48,8 @@ def _heads(f: Fields, family: Family) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
+ATTENTION_BIAS = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+MLP_BIAS = {"mlp_bias": "mlp_bias"}
 _LLAMA_CHECKED: Kinds = {
     "initializer_range": (float,),
     "attention_dropout": (int, float, None),
@@ -60,14 +62,16 @@ _OPT_CHECKED: Kinds = {
 
 
 def llama_like(f: Fields, family: Family) -> ModelConfig:
-    f.check_kinds(_LLAMA_CHECKED)
+    f.check_kinds(_LLAMA_CHECKED | dict.fromkeys(family.dropouts, (int, float)))
     heads, kv_heads, head_dim = _heads(f, family)
     layers = f.integer("num_hidden_layers", most=MAX_LAYERS)
     width = f.integer("intermediate_size")
     positions = f.integer("max_position_embeddings", family.default_positions)
-    bias = "attention_bias" in family.bias_fields and f.flag("attention_bias", False)
+    activation = f.activation(family.activation_field, "silu")
+    biased = {part: f.flag(key, False) for part, key in family.biases.items()}
     windows = family.windows(f, layers)
     ropes, rope_of = family.ropes(f, windows, positions)
+    check_rope_sizes(f, ropes, head_dim)
     numbers: dict[str, Any] = {part: f.number(key, 1.0) for part, key in family.numbers.items()}
     if family.query_scalar:
         numbers["attention_scale"] = f.integer("query_pre_attn_scalar", 256) ** -0.5
@@ -81,10 +85,11 @@ def llama_like(f: Fields, family: Family) -> ModelConfig:
         layers=tuple(
             LayerConfig(heads, kv_heads, width, window, rope) for window, rope in zip(windows, rope_of, strict=True)
         ),
-        norm_eps=f.epsilon("rms_norm_eps", 1e-6),
-        activation=f.activation(family.activation_field, "silu"),
+        norm_eps=f.epsilon(family.epsilon_field, 1e-6),
+        activation=family.activations.get(activation, activation),
         tied=f.flag("tie_word_embeddings", False),
         ropes=ropes,
+        norm=family.norm,
         norm_offset=family.norm_offset,
         norm_input=family.norm_input,
         norm_output=family.norm_output,
@@ -93,9 +98,10 @@ def llama_like(f: Fields, family: Family) -> ModelConfig:
         logit_cap=f.cap("final_logit_softcapping") if "final_logit_softcapping" in family.caps else None,
         qk_norm=family.qk_norm,
         qk_norm_whole=family.qk_norm_whole,
-        qkv_bias=family.qkv_bias or bias,
-        o_bias=bias,
-        mlp_bias="mlp_bias" in family.bias_fields and f.flag("mlp_bias", False),
+        gated="gate_proj" in family.names,
+        qkv_bias=family.qkv_bias or biased.get("qkv_bias", False),
+        o_bias=biased.get("o_bias", False),
+        mlp_bias=biased.get("mlp_bias", False),
         **numbers,
     )
 
@@ -134,7 +140,7 @@ def opt_like(f: Fields, family: Family) -> ModelConfig:
     )
 
 
-_WIDTHS = {
+WIDTHS = {
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
     "intermediate_size": "intermediate_size",
@@ -147,9 +153,11 @@ class Family:
     """How one Hugging Face `model_type` maps onto the decoder; the defaults are those of Llama."""
 
     # config fields a pruned model of uniform width rewrites; what is not here needs `model_type: "halve"`
-    width_fields: dict[str, str] = field(default_factory=lambda: _WIDTHS)
+    width_fields: dict[str, str] = field(default_factory=lambda: WIDTHS)
     names: dict[str, str] = field(default_factory=lambda: LLAMA_NAMES)
     parse: Callable[[Fields, Family], ModelConfig] = llama_like
+    # transformers' model of this type holds the tensors that are named here, where nothing else forbids
+    stock: bool = True
     # transformers refuses a config of this type whose number of heads does not divide its hidden size
     heads_divide_hidden: bool = False
     default_kv_heads: int | None = None  # where the config does not say; None: as many as query heads
@@ -159,10 +167,14 @@ class Family:
     defaults: dict[str, Any] = field(default_factory=dict)
     # fields that would change the maths, and the values by which they do not
     neutral: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    dropouts: tuple[str, ...] = ()  # those that its config class has beside that of attention
     nullable: frozenset[str] = frozenset()  # of the two fields of heads, those that may be null: as if derived
     qk_norm: bool = False  # norms over each head of queries and keys
     qk_norm_whole: bool = False  # those are over all heads together
     activation_field: str = "hidden_act"
+    activations: dict[str, str] = field(default_factory=dict)  # names that stand for others, and those
+    norm: str = "rms"  # or "layer"
+    epsilon_field: str = "rms_norm_eps"
     norm_offset: float = 0.0  # added to the weights of norms as they are stored
     norm_input: bool = True  # norms of what sublayers read
     norm_output: bool = False  # norms of what they write
@@ -172,12 +184,16 @@ class Family:
     query_scalar: bool = False  # scores are divided by the square root of a field, not of the head size
     caps: frozenset[str] = frozenset()  # of the two fields of caps, those the architecture reads
     qkv_bias: bool = False  # biases of q, k and v that no field of the config switches
-    # of attention_bias (q, k, v, o) and mlp_bias, those the architecture reads
-    bias_fields: frozenset[str] = frozenset()
+    biases: dict[str, str] = field(default_factory=dict)  # those of a ModelConfig, and the fields that switch them
     # sliding window of each layer (None: full attention)
     windows: Callable[[Fields, int], Windows] = no_windows
     # the rotary embeddings, and which of them each layer has
     ropes: Callable[[Fields, Windows, int], Ropes] = one_rope
+
+    @property
+    def bias_fields(self) -> frozenset[str]:
+        """The fields of a config that switch biases."""
+        return frozenset(self.biases.values())
 
     def block_name(self, layer: int, role: str) -> str:
         return f"{self.names['block'].format(layer)}.{self.names[role]}"

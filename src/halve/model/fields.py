@@ -58,7 +58,10 @@ ROPE_NUMBERS: dict[str, dict[str, tuple[float, bool]]] = {
         **_FACTOR,
         **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), (0.0, False)),
     },
+    "longrope": {"factor": (_LEAST, False), "attention_factor": (0.0, False)},
 }
+_BY_LENGTH = ("llama3", "yarn", "longrope")  # those that compute with the length of text they were trained on
+_SPREADS = ("short_factor", "long_factor")  # what longrope divides each frequency by
 
 
 def is_number(value: Any, least: float = -math.inf) -> bool:
@@ -183,24 +186,52 @@ def _is_a(value: Any, kind: type | None) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def read_rope(f: Fields, max_positions: int) -> RopeConfig:
-    """Rotary parameters. As in transformers `rope_scaling`, where it holds anything, is taken whole and `rope_parameters`
-    not at all; what the one taken does not say of `rope_theta` the config's own field does."""
+def read_rope(f: Fields, max_positions: int, partial: bool = False) -> RopeConfig:
+    """Rotary parameters; `partial`: the architecture can turn a part of a head.
+
+    As in transformers `rope_scaling`, where it holds anything, is taken whole and `rope_parameters` not at all; what the one
+    taken does not say of `rope_theta` the config's own field does.
+    """
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(f.raw.get(key), dict | None):
             raise f.fail(key, "must be an object or null")
-    where = "rope_scaling" if f.raw.get("rope_scaling") else "rope_parameters"
+    where = _rope_field(f)
     # transformers lets a field of the config itself win over that among the parameters
     key = "original_max_position_embeddings"
     own = {key: f.raw[key]} if key in f.raw else {}
-    return _read_rope(f, where, {**(f.raw.get(where) or {}), **own}, ("rope_theta", 10000.0), max_positions)
+    given = {**_given(f, where), **own}
+    return _read_rope(f, where, given, ("rope_theta", 10000.0), max_positions, partial)
 
 
-def read_ropes_of_kinds(f: Fields, max_positions: int) -> tuple[RopeConfig, RopeConfig]:
+def _given(f: Fields, where: str) -> Json:
+    """The parameters in a field, those that the family has where it is null or missing."""
+    given = f.raw.get(where)
+    return (f.defaults.get(where) or {}) if given is None else given
+
+
+def read_growth(f: Fields, max_positions: int) -> tuple[float, float]:
+    """How the queries of Ministral 3 grow with their position: `llama_4_scaling_beta`, and the length of a step."""
+    where = _rope_field(f)
+    given, name = _given(f, where), "original_max_position_embeddings"
+    kind = given.get("rope_type", given.get("type", "default"))
+    length = given.get(name, max_positions if kind in _BY_LENGTH else None)
+    if kind in _BY_LENGTH and name in f.raw:
+        length = f.raw[name]
+    beta = given.get("llama_4_scaling_beta")
+    for value, key, least in ((beta, "llama_4_scaling_beta", 0.0), (length, name, _LEAST)):
+        if not is_number(value, least):
+            raise f.fail(where, f"must give {key} as a number of at least {least}")
+    assert beta is not None and length is not None
+    return float(beta), float(length)
+
+
+def read_ropes_of_kinds(
+    f: Fields, max_positions: int, bases: tuple[tuple[str, float], tuple[str, float]]
+) -> tuple[RopeConfig, RopeConfig]:
     """Rotary parameters of layers with full attention and of those with a window.
 
     As in transformers `rope_parameters` holds an object for each kind, and the older `rope_scaling` is put over that of
-    full attention; what they do not say of `rope_theta` are `rope_theta` and `rope_local_base_freq`.
+    full attention; `bases`: fields that say `rope_theta` where those do not, and their defaults.
     """
     kinds = ("full_attention", "sliding_attention")
     given, scaling = f.raw.get("rope_parameters"), f.raw.get("rope_scaling")
@@ -218,16 +249,16 @@ def read_ropes_of_kinds(f: Fields, max_positions: int) -> tuple[RopeConfig, Rope
         raise f.fail("rope_parameters", "says nothing of full_attention, which rope_scaling changes")
     full, sliding = (given.get(kind) or {} for kind in kinds)
     where = "rope_parameters"
+    if "longrope" in (part.get("rope_type", part.get("type")) for part in (full, sliding, scaling or {})):
+        raise f.fail("rope_scaling" if scaling else where, "has longrope for some layers", "use another model")
     return (
-        _read_rope(
-            f, "rope_scaling" if scaling else where, {**full, **(scaling or {})}, ("rope_theta", 1e6), max_positions
-        ),
-        _read_rope(f, where, sliding, ("rope_local_base_freq", 10000.0), max_positions),
+        _read_rope(f, "rope_scaling" if scaling else where, {**full, **(scaling or {})}, bases[0], max_positions),
+        _read_rope(f, where, sliding, bases[1], max_positions),
     )
 
 
 def _read_rope(
-    f: Fields, where: str, given: Mapping[str, Any], base: tuple[str, float], max_positions: int
+    f: Fields, where: str, given: Mapping[str, Any], base: tuple[str, float], max_positions: int, partial: bool = False
 ) -> RopeConfig:
     """The parameters `given` in the field `where`; `base`: the field that says theta where they do not, its default."""
     kind = given.get("rope_type", given.get("type", "default"))
@@ -241,11 +272,39 @@ def _read_rope(
     for value, key in ((theta, where if "rope_theta" in given else base[0]), (theta if own is None else own, base[0])):
         if not is_number(value) or value <= 1:
             raise f.fail(key, "must give rope_theta as a number greater than 1, at most 1e30")
-    for key, part in (("partial_rotary_factor", f.raw), (where, given)):
+    shares = []
+    for key, part in ((where, given), ("partial_rotary_factor", f.raw)):
         share = part.get("partial_rotary_factor")
-        if share is not None and (share != 1 or isinstance(share, bool)):
-            raise f.fail(key, "rotates part of a head, which is not handled", "use another model")
-    return RopeConfig(float(theta), kind, _rope_options(f, where, kind, given, max_positions))
+        if share is None:
+            continue
+        if not is_number(share, _LEAST) or share > 1:
+            raise f.fail(key, "must give partial_rotary_factor as a number above 0, at most 1")
+        if share != 1 and not partial:
+            raise f.fail(key, "rotates part of a head, which is not handled for this type", "use another model")
+        shares.append(float(share))
+    options = _rope_options(f, where, kind, given, max_positions)
+    shares.append(f.defaults.get("partial_rotary_factor", 1.0))
+    return RopeConfig(float(theta), kind, options, shares[0])
+
+
+def check_rope_sizes(f: Fields, ropes: tuple[RopeConfig, ...], head_dim: int) -> None:
+    """Refuse rotary embeddings that do not fit the size of a head."""
+    for rope in ropes:
+        turned = rope.turned(head_dim)
+        if turned < 2 or turned % 2:
+            raise f.fail(
+                "partial_rotary_factor" if "partial_rotary_factor" in f.raw else _rope_field(f),
+                f"turns {turned} of {head_dim} channels, which is no number of pairs",
+            )
+        for name in _SPREADS if rope.kind == "longrope" else ():
+            if len(rope.options[name]) != turned // 2:
+                raise f.fail(
+                    _rope_field(f), f"must give {turned // 2} numbers in {name}, one for two channels of a head"
+                )
+
+
+def _rope_field(f: Fields) -> str:
+    return "rope_scaling" if f.raw.get("rope_scaling") else "rope_parameters"
 
 
 def _rope_options(f: Fields, where: str, kind: str, given: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
@@ -260,13 +319,21 @@ def _rope_options(f: Fields, where: str, kind: str, given: Mapping[str, Any], ma
         if not is_number(value, least):
             raise f.fail(where, f"has {name}={shown(value)}, which must be a number of at least {least}, at most 1e30")
         options[name] = float(value)
-    if kind not in ("llama3", "yarn"):
+    if kind not in _BY_LENGTH:
         return options
     name = "original_max_position_embeddings"
     original = given.get(name, max_positions)
-    if not is_number(original, _LEAST):
-        raise f.fail(name if name in f.raw else where, f"must give {name} as a number above 0")
+    if not is_number(original, _LEAST) or (kind == "longrope" and original <= 1):
+        least = "1, whose logarithm is divided by" if kind == "longrope" else "0"
+        raise f.fail(name if name in f.raw else where, f"must give {name} as a number above {least}")
     options[name] = float(original)
+    for name in _SPREADS if kind == "longrope" else ():
+        spread = given.get(name)
+        if not isinstance(spread, list) or not all(is_number(value, _LEAST) for value in spread):
+            raise f.fail(
+                where, f"must list in {name} what the frequencies are divided by, numbers of at least {_LEAST}"
+            )
+        options[name] = tuple(map(float, spread))
     if kind == "llama3" and options["high_freq_factor"] <= options["low_freq_factor"]:
         raise f.fail(where, "must have a high_freq_factor greater than low_freq_factor")
     if kind == "yarn" and "truncate" in given:

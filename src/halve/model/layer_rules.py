@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from halve.model.fields import Fields, is_whole, read_rope, read_ropes_of_kinds
+from dataclasses import replace
+
+from halve.model.fields import Fields, is_whole, read_growth, read_rope, read_ropes_of_kinds
 from halve.model.rotary import RopeConfig
 
 Windows = list[int | None]
@@ -60,7 +62,25 @@ def windows_without_rope(f: Fields, layers: int) -> Windows:
     return _windows_of_kinds(f, kinds, window)
 
 
-PATTERNS = (every_second, every_sixth)  # rules that go by a layer's place where a config does not name the kinds
+def every_fourth(f: Fields, layers: int) -> Windows:
+    """OLMo 3: the same, or else all but every fourth."""
+    return _all_but_every(f, layers, 4)
+
+
+def every_fourth_by_pattern(f: Fields, layers: int) -> Windows:
+    """EXAONE 4: the same, or else all but every `sliding_window_pattern`-th; without a window `layer_types` has to say so."""
+    kinds = f.layer_kinds(layers)
+    if kinds is None and f.window() is None:
+        raise f.fail("layer_types", "is needed where sliding_window is null", "write full_attention for each layer")
+    return _all_but_every(f, layers, 0 if kinds else f.integer("sliding_window_pattern", 4))
+
+
+PATTERNS = (
+    every_second,
+    every_fourth,
+    every_fourth_by_pattern,
+    every_sixth,
+)  # rules that go by a layer's place where a config does not name the kinds
 
 
 def _all_but_every(f: Fields, layers: int, period: int) -> Windows:
@@ -83,6 +103,27 @@ Ropes = tuple[tuple[RopeConfig, ...], list[int | None]]
 def one_rope(f: Fields, windows: Windows, max_positions: int) -> Ropes:
     """One rotary embedding for all layers."""
     return (read_rope(f, max_positions),), [0] * len(windows)
+
+
+def part_rope(f: Fields, windows: Windows, max_positions: int) -> Ropes:
+    """The same, of a part of each head where `partial_rotary_factor` says so."""
+    return (read_rope(f, max_positions, partial=True),), [0] * len(windows)
+
+
+def rope_of_neighbours(f: Fields, windows: Windows, max_positions: int) -> Ropes:
+    """ERNIE 4.5: one, that turns neighbouring channels."""
+    return (replace(read_rope(f, max_positions), neighbours=True),), [0] * len(windows)
+
+
+def growing_rope(f: Fields, windows: Windows, max_positions: int) -> Ropes:
+    """Ministral 3: one, with queries that grow with their position."""
+    return (replace(read_rope(f, max_positions), growth=read_growth(f, max_positions)),), [0] * len(windows)
+
+
+def rope_of_windows(f: Fields, windows: Windows, max_positions: int) -> Ropes:
+    """EXAONE 4: one, for the layers that have a window where the config names one at all."""
+    turned = [0 if window is not None or f.window() is None else None for window in windows]
+    return (read_rope(f, max_positions),), turned
 
 
 def no_rope(f: Fields, windows: Windows, max_positions: int) -> Ropes:
@@ -108,4 +149,11 @@ def rope_layers(f: Fields, layers: int) -> list[int]:
 
 def rope_by_window(f: Fields, windows: Windows, max_positions: int) -> Ropes:
     """Gemma 3: one for layers with full attention, another for those with a window."""
-    return read_ropes_of_kinds(f, max_positions), [0 if window is None else 1 for window in windows]
+    bases = (("rope_theta", 1e6), ("rope_local_base_freq", 10000.0))
+    return read_ropes_of_kinds(f, max_positions, bases), [0 if window is None else 1 for window in windows]
+
+
+def rope_by_window_alone(f: Fields, windows: Windows, max_positions: int) -> Ropes:
+    """OLMo 3: the same, but that of layers with a window has its base from nowhere else than `rope_parameters`."""
+    bases = (("rope_theta", 500000.0), ("", 500000.0))
+    return read_ropes_of_kinds(f, max_positions, bases), [0 if window is None else 1 for window in windows]

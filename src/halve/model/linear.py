@@ -9,6 +9,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from halve import kernels
 from halve.quantization import QuantizedWeight
@@ -66,9 +67,9 @@ class Linear(nn.Module):
         """The weight as a checkpoint has it; where a kernel keeps a packed one in its own form, rebuilt at every call."""
         return self._weight.stored() if isinstance(self._weight, kernels.PreparedWeight) else self._weight
 
-    def shares(self, tensor: Tensor | None) -> bool:
-        """Whether this very tensor is the weight, as in a tied head."""
-        return self._weight is tensor
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
 
     @property
     def quantized(self) -> bool:
@@ -107,6 +108,14 @@ class Linear(nn.Module):
         """The weight [K, S] as numbers."""
         weight = self._weight
         return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
+
+    def look_up(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows [..., I] of the weight by their numbers int64 [...]: what an embedding is. A dense weight's as they are, those
+        of a packed one expanded in `dtype`."""
+        weight = self._weight
+        if isinstance(weight, Tensor):
+            return functional.embedding(rows, weight)
+        return weight.look_up(rows.flatten(), dtype).view(*rows.shape, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_index is not None:

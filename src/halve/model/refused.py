@@ -17,10 +17,12 @@ REFUSED: dict[str, tuple[str, ...]] = {
     ),
     "positions that are biases of scores": ("bloom", "mpt"),
     "a vision or audio tower, which the text part is not taken out of": (
-        "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "mllama", "idefics3", "smolvlm", "paligemma",
-        "phi4_multimodal", "mistral3", "pixtral",
+        "mllama", "paligemma", "phi4_multimodal", "pixtral", "aya_vision", "glm4v", "qwen2_5_omni", "video_llava",
     ),
-    "queries scaled by their position": ("ministral3",),
+    "channels of a part of each head turned as neighbours, beside merged gate and up weights": ("glm", "glm4"),
+    "norms of heads behind the rotary embedding, not before it": ("hunyuan_v1_dense", "nanochat"),
+    "an activation with weights of its own": ("apertus",),
+    "queries, keys and values that are clipped": ("olmo",),
     "an encoder: tokens see those behind them": ("bert", "roberta", "modernbert", "t5", "t5gemma", "bart"),
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from halve.compression import step_run
 from halve.compression.methods.depth import format_layers, parse_layers
 from halve.compression.recipe import parse_step
 from halve.errors import RecipeError
-from tests.common import TOKENS, logits, relative
+from tests.common import NEWER, TOKENS, logits, relative
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "head_dim": 16}
 FAMILIES = [
@@ -29,6 +29,7 @@ FAMILIES = [
     ("gemma3_text", {"sliding_window": 6, "sliding_window_pattern": 2, "head_dim": 16}),
     ("smollm3", {"pad_token_id": 0, "no_rope_layer_interval": 2}),
     ("olmo2", {}),
+    *NEWER,
     ("opt", {}),
 ]
 

@@ -171,8 +171,15 @@ def run(text: Path, model: Path, **options: Any) -> dict[str, Any]:
     return dict(halve.evaluate(model, task="perplexity", data=text, protocol="documents", **options))
 
 
-def test_a_dense_model_against_itself(dense: Path, text: Path) -> None:
+def test_a_dense_model_against_itself(dense: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halve.measure.quality import evaluate
+
+    loaded, real = [], evaluate.load_model
+    monkeypatch.setattr(
+        evaluate, "load_model", lambda *given, **options: loaded.append(given) or real(*given, **options)
+    )
     record = run(text, dense, base=dense)
+    assert len(loaded) == 1  # no second copy in memory
     assert (record["kl_nats_per_token"], record["same_top_share"], record["expected_acceptance"]) == (0, 1, 1)
     assert record["perplexity_ratio_interval"] == [1, 1] and record["perplexity_difference"] == 0
 

@@ -15,22 +15,26 @@ from halve.measure.quality import scoring
 from halve.measure.quality.scoring import Node, fork, question_nodes, score, sequence_node
 from halve.model.decoder import Model
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.2, 1.5, 1.9]}
+LONGROPE |= {"long_factor": [1.0, 2.5, 4.0, 9.0]}
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 9},
     "gemma3_text": {"sliding_window": 9, "sliding_window_pattern": 2, "head_dim": 16},
+    # longer than some rows, and than some prefixes
+    "llama-longrope": {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 30}},
     "opt": {},  # learned positions: nothing may stand beyond the last one, padding included
 }
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest, make_hf: Callable[..., Path]) -> Model:
-    return load_model(make_hf(request.param, **FAMILIES[request.param]), dtype=torch.float32)
+    return load_model(make_hf(request.param.removesuffix("-longrope"), **FAMILIES[request.param]), dtype=torch.float32)
 
 
 def one_by_one(model: Model, tokens: list[int], start: int) -> float:
     with torch.inference_mode():
-        log_probs = model(torch.tensor([tokens])).double().log_softmax(-1)[0]
+        log_probs = model(torch.tensor([tokens[:-1]])).double().log_softmax(-1)[0]
     return sum(log_probs[t - 1, tokens[t]].item() for t in range(start, len(tokens)))
 
 
@@ -77,7 +81,7 @@ def test_shared_prefixes_change_no_score(model: Model, cut: bool, batch_tokens: 
         article = [(s, b, slot + slots) for s, b, slot in random_article(rng, count, cut)]
         slots += sum(len(sequences) for sequences, _, _ in article)
         questions += article
-        roots += question_nodes(article)
+        roots += question_nodes(article, model.config.length_limit)
     check(model, questions, roots, batch_tokens)
 
 

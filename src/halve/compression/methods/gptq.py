@@ -20,7 +20,7 @@ from torch import Tensor
 
 from halve.checkpoint.tensors import all_finite
 from halve.compression.methods.group_scales import SCALES, group_scales
-from halve.compression.methods.problem import Calibrated, Problem, improvements
+from halve.compression.methods.problem import Answer, Calibrated, Problem, improvements, ridge_error
 from halve.compression.methods.rtn import check_fallback, plan_quantization
 from halve.compression.plan import ModelState, StepPlan
 from halve.compression.second_moment import upper_triangle
@@ -51,7 +51,8 @@ class Gptq:
     the group size does not divide a layer's inputs), target layer|dense (what each linear should give: what it gave, or
     what brings the stream back to the dense model's), refit (of the scales, codes fixed), polish (sweeps over the codes).
     Sequential inside the block: q/k/v, o, gate/up, down, each calibrated on the inputs it gets from what was quantized
-    before it."""
+    before it. `embed_tokens` among targets is the embedding, or of a tied model the one table of embedding and head,
+    unless untie gives the head a tensor of its own."""
 
     name: ClassVar[str] = "gptq"
     calibrates: ClassVar[bool] = True
@@ -65,6 +66,7 @@ class Gptq:
     targets: tuple[str, ...] = ("Linear",)
     ignore: tuple[str, ...] = ()
     fallback: str = "error"
+    untie: bool = False
     target: str = "layer"
     refit: bool = False
     polish: int = 0
@@ -87,7 +89,7 @@ class Gptq:
         return QuantSpec(self.bits, self.group_size, self.symmetric)
 
     def plan(self, state: ModelState) -> StepPlan:
-        return plan_quantization(self.name, state, self.spec(), self.targets, self.ignore, self.fallback)
+        return plan_quantization(self.name, state, self.spec(), self.targets, self.ignore, self.fallback, self.untie)
 
     def edit(self, view: BlockView, plan: StepPlan) -> list[dict[str, Any]]:
         touched = set(view.touched(plan))
@@ -142,7 +144,8 @@ class Gptq:
             index = torch.arange(part.start, part.stop, device=problem.weight.device)
             view.replace_weight(role, answers[which].quantized.rows(index))
             row["output_error"] = _relative((answers[which].loss, info.energy), part)
-            row["held_out_output_error"] = errors[which]
+            if problem.judged:
+                row["held_out_output_error"] = errors[which]
             row |= {"damping": info.damping, "dead_inputs": info.dead_columns}
             if len(answers) > 1:
                 row |= {"accepted": which, "held_out_output_errors": errors}
@@ -160,20 +163,6 @@ class Gptq:
                 loss = (loss - ridge_error(problem, better, ridge)).clamp(min=0)
                 answers[which] = Answer(better, loss, problem.error(better))
         return answers
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A quantized weight, its loss E H E^T per row, and on held-out tokens its squared error and energy."""
-
-    quantized: QuantizedWeight
-    loss: Tensor
-    held_out: tuple[Tensor, Tensor]
-
-
-def ridge_error(problem: Problem, quantized: QuantizedWeight, ridge: Tensor) -> Tensor:
-    """E diag(ridge) E^T of every row, float64 [O]."""
-    return ((problem.target - quantized.dequantize()).square_() @ ridge).double()
 
 
 def check_options(damping: float, scale: str) -> None:
@@ -259,11 +248,13 @@ def gptq(
 def quadratic(weight: Tensor, hessian: Tensor) -> Tensor:
     """w H w^T of every row w of weight [O, I], float64 [O]; half the work of a full product, since H is symmetric."""
     total = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
-    for rows, columns in upper_triangle(0, hessian.shape[0]):
-        part = weight[:, rows].float() @ hessian[rows, columns]
-        part *= weight[:, columns]
-        # the tiles on both sides of the diagonal are equal
-        total += part.sum(1) if rows == columns else 2 * part.sum(1)
+    for first in range(0, weight.shape[0], _ROWS):
+        some = weight[first : first + _ROWS].float()
+        for rows, columns in upper_triangle(0, hessian.shape[0]):
+            part = some[:, rows] @ hessian[rows, columns]
+            part *= some[:, columns]
+            # the tiles on both sides of the diagonal are equal
+            total[first : first + _ROWS] += part.sum(1) if rows == columns else 2 * part.sum(1)
     return total
 
 

@@ -388,6 +388,52 @@ int halve_cpu_pack(const weight_t *w, const void *packed, int64_t packed_words, 
     return 0;
 }
 
+/* ---- rows looked up, as an embedding's are ---- */
+
+static float scale_at(const weight_t *w, int64_t at) {
+    return w->scale_kind == FLOAT16 ? from_f16(((const uint16_t *)w->scale)[at]) : number_at(w->scale, w->scale_kind, at);
+}
+
+void halve_cpu_row(const weight_t *w, int64_t row, float *out) {
+    for (int64_t c = 0; !w->scale && c < w->columns; ++c) out[c] = number_at(w->codes, w->dense_kind, row * w->columns + c);
+    if (!w->scale) return;
+    const int64_t block = row / ROWS, lane = row % ROWS;
+    const uint32_t *words = (const uint32_t *)w->codes + block * w->words * ROWS + lane;
+    const int per_word = 32 / w->bits;
+    int64_t word = 0;
+    for (int64_t s = 0; s < w->segments; ++s) {
+        const int64_t at = (block * w->groups + w->segment_group[s]) * ROWS + lane;
+        const float scale = scale_at(w, at);
+        const int zero = w->zero ? w->zero[at] : w->offset;
+        for (; word < w->segment_end[s]; ++word)
+            for (int c = 0; c < per_word; ++c) {
+                const int64_t column = word * per_word + c, to = w->order ? w->order[column] : column;
+                const uint32_t code = words[word * ROWS] >> (c % 4 * 8 + c / 4 * w->bits) & ((1u << w->bits) - 1);
+                if (to >= 0) out[to] = (float)((int)code - zero) * scale;
+            }
+    }
+}
+
+typedef struct {
+    const weight_t *weight;
+    const int64_t *rows;
+    float *out;
+} look_up_t;
+
+static void look_up_rows(void *data, int64_t first, int64_t last) {
+    const look_up_t *l = data;
+    for (int64_t m = first; m < last; ++m) halve_cpu_row(l->weight, l->rows[m], l->out + m * l->weight->in_features);
+}
+
+/* out [count][in_features] = the numbers of some rows. 0, or -1 where one of them is not there. */
+int halve_cpu_look_up(const weight_t *w, const int64_t *rows, int64_t count, float *out) {
+    for (int64_t m = 0; m < count; ++m)
+        if (rows[m] < 0 || rows[m] >= w->rows) return -1;
+    look_up_t look_up = {w, rows, out};
+    for_all(count, count * w->in_features * 4, look_up_rows, &look_up);
+    return 0;
+}
+
 const declaration_t *halve_cpu_declarations(void) {
     static const declaration_t table[] = {
         CONSTANT(ROWS),
@@ -422,6 +468,7 @@ const declaration_t *halve_cpu_declarations(void) {
         FUNCTION(halve_cpu_expand, void, const weight_t *, int64_t, int64_t, int, void *, int64_t),
         FUNCTION(halve_cpu_check, const char *, const weight_t *),
         FUNCTION(halve_cpu_pack, int, const weight_t *, const void *, int64_t, int, void *),
+        FUNCTION(halve_cpu_look_up, int, const weight_t *, const int64_t *, int64_t, float *),
         {0},
     };
     return table;

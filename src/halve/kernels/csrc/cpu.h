@@ -32,7 +32,7 @@
 enum { ROWS = 16, MAX_SEGMENT = 128, MAX_COUNT = 64 }; /* MAX_COUNT rows of x at a time: as many as the cache holds */
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum { LARGEST_CODE = 127 * 256 + 127 }; /* of x: both bytes of it are at most 127 */
-enum { SILU = 0, RELU = 1, GELU_TANH = 2, GELU = 3 };
+enum { SILU = 0, RELU = 1, GELU_TANH = 2, GELU = 3, RELU_SQUARED = 4 };
 
 struct kernels;
 
@@ -97,6 +97,9 @@ typedef struct kernels {
    index that points outside. */
 const char *halve_cpu_check(const weight_t *w);
 
+/* The numbers of one row, out [in_features]; the row has to be there. */
+void halve_cpu_row(const weight_t *w, int64_t row, float *out);
+
 /* ---- scratch memory, handed out from an address on; from 0 on, what is reached in the end is the size ---- */
 
 static inline void *take(uintptr_t *at, int64_t bytes) {
@@ -160,6 +163,12 @@ INLINE float from_bf16(uint16_t bits) { return bits_float((int32_t)((uint32_t)bi
 
 INLINE float number_at(const void *numbers, int kind, int64_t at) { /* FLOAT32 or BFLOAT16 */
     return kind == BFLOAT16 ? from_bf16(((const uint16_t *)numbers)[at]) : ((const float *)numbers)[at];
+}
+
+INLINE float from_f16(uint16_t bits) {
+    const uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
+    if (exponent == 0) return (sign ? -1 : 1) * (float)fraction * 0x1p-24f;
+    return bits_float((int32_t)(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13));
 }
 
 INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even; a NaN stays one */

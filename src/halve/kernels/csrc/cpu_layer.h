@@ -62,6 +62,8 @@ static TARGET void FN(activate)(const float *gate, const float *up, int64_t n, i
         for (int64_t c = 0; c < n; ++c) out[c] = gate[c] / (1.0f + FN(exponential)(-gate[c]));
     else if (activation == RELU)
         for (int64_t c = 0; c < n; ++c) out[c] = gate[c] < 0 ? 0 : gate[c];
+    else if (activation == RELU_SQUARED)
+        for (int64_t c = 0; c < n; ++c) out[c] = gate[c] < 0 ? 0 : gate[c] * gate[c];
     else if (activation == GELU_TANH) /* (1 + tanh z) / 2 = 1 / (1 + e^(-2 z)), z = sqrt(2 / pi) (x + 0.044715 x^3) */
         for (int64_t c = 0; c < n; ++c) {
             const float x = gate[c], z2 = 1.59576912f * (x + 0.044715f * x * x * x);

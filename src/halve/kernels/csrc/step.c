@@ -27,24 +27,27 @@ typedef struct {
 typedef struct {
     norm_t attention_norm, mlp_norm, query_norm, key_norm;
     norm_t attention_output_norm, mlp_output_norm; /* of what is added to the stream */
-    const float *cosine, *sine;                    /* [capacity][head_size], or NULL */
+    const float *cosine, *sine;                    /* [capacity][turned], or NULL */
     linear_t qkv[3], o, up[2], down; /* qkv, up: merged siblings are the first alone; up: gate, then up */
     int64_t heads, kv_heads;         /* 0: no attention */
     int64_t width;                   /* 0: no MLP */
     int64_t window;                  /* a query sees this many slots at most, 0: all */
+    const float *growth;             /* [capacity], what queries are multiplied by, or NULL */
+    int64_t turned;                  /* channels of a head that rotary embedding turns, the first */
 } layer_t;
 
 typedef struct {
     const kernels_t *kernels;
     const layer_t *layers;
-    const void *embed, *positions; /* positions: learned ones [..][hidden], or NULL */
+    const weight_t *table; /* of the embedding */
+    const void *positions; /* learned ones [..][hidden], or NULL */
     norm_t final_norm;
     linear_t head;
     int64_t layer_count, hidden, head_size, position_offset;
     int64_t bytes; /* read by a step */
     float eps, embed_scale, attention_scale, residual_scale, logit_divisor;
     float attention_cap, logit_cap; /* 0: none */
-    int32_t kind;  /* FLOAT32 or BFLOAT16: embedding, norms, biases, cache */
+    int32_t kind;  /* FLOAT32 or BFLOAT16: positions, norms, biases, cache */
     int32_t rms, has_final_norm, norm_input, norm_output, qk_norm, qk_norm_whole, gated, activation;
     int32_t inner, outer, columns, segments; /* largest over all linears: inputs, outputs side by side, and stored */
 } model_t;
@@ -200,11 +203,13 @@ static void attend_heads(void *data, int64_t first, int64_t last) {
             const norm_t *norm = h < shared ? &layer->query_norm : &layer->key_norm;
             if (model->qk_norm && !model->qk_norm_whole)
                 k->norm(vector, size, norm->weight, norm->bias, (int)norm->kind, 1, model->eps, vector);
-            if (layer->cosine) k->rotate(vector, layer->cosine + slot * size, layer->sine + slot * size, size);
+            if (layer->cosine)
+                k->rotate(vector, layer->cosine + slot * layer->turned, layer->sine + slot * layer->turned, layer->turned);
         }
         store(key, size, model->kind, (void *)cached(s->cache->keys[s->index], s, m, head, slot));
         store(value, size, model->kind, (void *)cached(s->cache->values[s->index], s, m, head, slot));
-        for (int64_t c = 0; c < shared * size; ++c) queries[c] *= model->attention_scale;
+        const float scale = model->attention_scale * (layer->growth ? layer->growth[slot] : 1.0f);
+        for (int64_t c = 0; c < shared * size; ++c) queries[c] *= scale;
         const int64_t oldest = layer->window && slot + 1 > layer->window ? slot + 1 - layer->window : 0;
         k->attend(queries, (int)shared, cached(s->cache->keys[s->index], s, m, head, 0),
                   cached(s->cache->values[s->index], s, m, head, 0), model->kind, oldest, slot + 1, size,
@@ -229,11 +234,12 @@ static void embed_rows(void *data, int64_t first, int64_t last) {
     const step_t *s = data;
     const model_t *model = s->model;
     for (int64_t m = first; m < last; ++m) {
-        const int64_t token = s->tokens[m] * model->hidden, place = (s->slots[m] + model->position_offset) * model->hidden;
+        const int64_t place = (s->slots[m] + model->position_offset) * model->hidden;
+        float *x = s->x + m * model->hidden;
+        halve_cpu_row(model->table, s->tokens[m], x);
         for (int64_t c = 0; c < model->hidden; ++c) {
-            float value = number_at(model->embed, model->kind, token + c) * model->embed_scale;
-            if (model->positions) value += number_at(model->positions, model->kind, place + c);
-            s->x[m * model->hidden + c] = value;
+            x[c] *= model->embed_scale;
+            if (model->positions) x[c] += number_at(model->positions, model->kind, place + c);
         }
     }
 }
@@ -365,7 +371,8 @@ const char *halve_step_check(const model_t *model, const cache_t *cache) {
     for (int64_t index = 0; index < model->layer_count; ++index) {
         const layer_t *layer = model->layers + index;
         if (layer->heads) {
-            if (size < 1 || (layer->cosine && size % 2)) return "the head size";
+            if (size < 1) return "the head size";
+            if (layer->cosine && (layer->turned % 2 || layer->turned < 0 || layer->turned > size)) return "the turned channels";
             if (layer->kv_heads < 1 || layer->heads % layer->kv_heads) return "heads that do not share keys evenly";
             if (!cache->keys[index] || !cache->values[index]) return "a layer without a cache";
             const int64_t outputs = (layer->heads + 2 * layer->kv_heads) * size;
@@ -382,7 +389,9 @@ const char *halve_step_check(const model_t *model, const cache_t *cache) {
                 return "a linear of an MLP";
         }
     }
-    return fits(model, &model->head, 1, model->hidden, model->head.outputs) ? NULL : "the head";
+    if (!fits(model, &model->head, 1, model->hidden, model->head.outputs)) return "the head";
+    const weight_t *table = model->table;
+    return table && !halve_cpu_check(table) && table->in_features == model->hidden ? NULL : "the embedding";
 }
 
 /* Bytes of scratch that a step needs, 64-byte aligned. */
@@ -395,7 +404,7 @@ int64_t halve_step_scratch(const model_t *model, const cache_t *cache) {
 int halve_step(const model_t *model, const cache_t *cache, const int64_t *tokens, const int64_t *slots, float *logits,
                void *scratch) {
     for (int64_t m = 0; m < cache->batch; ++m)
-        if (tokens[m] < 0 || tokens[m] >= model->head.outputs || slots[m] < 0 || slots[m] >= cache->capacity) return -1;
+        if (tokens[m] < 0 || tokens[m] >= model->table->rows || slots[m] < 0 || slots[m] >= cache->capacity) return -1;
     step_t s = {.model = model, .cache = cache, .tokens = tokens, .slots = slots};
     lay_out(&s, (uintptr_t)scratch);
     call_t call = {&s, logits};
@@ -432,10 +441,12 @@ const declaration_t *halve_step_declarations(void) {
         FIELD(layer_t, kv_heads),
         FIELD(layer_t, width),
         FIELD(layer_t, window),
+        FIELD(layer_t, growth),
+        FIELD(layer_t, turned),
         STRUCTURE(model_t),
         FIELD(model_t, kernels),
         FIELD(model_t, layers),
-        FIELD(model_t, embed),
+        FIELD(model_t, table),
         FIELD(model_t, positions),
         FIELD(model_t, final_norm),
         FIELD(model_t, head),

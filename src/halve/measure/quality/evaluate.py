@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from halve.checkpoint.identity import model_identity, versions
+from halve.checkpoint.identity import model_identity, model_sha256, versions
 from halve.checkpoint.reader import check_device, find_model, load_model, open_checkpoint
 from halve.checkpoint.tokenizer import load_tokenizer
 from halve.decode.text_stream import TokenizerLike
@@ -93,6 +93,7 @@ class LoadedModel:
 
     name: str
     folder: Path
+    sha256: str  # of what decides what it computes
     recipe: list[Any]
     device: str
     model: Model
@@ -113,7 +114,8 @@ class LoadedModel:
         tokenizer = tokenizer or load_tokenizer(model)
         folder = find_model(model)
         loaded = load_model(model, dtype=dtype, device=device)
-        return cls(name or model, folder, checkpoint_recipe(folder), device, loaded, tokenizer)
+        sha256, recipe = model_sha256(folder), checkpoint_recipe(folder)
+        return cls(name or model, folder, sha256, recipe, device, loaded, tokenizer)
 
     def as_base(self) -> ModelBase:
         """As what others are compared with."""
@@ -150,7 +152,8 @@ class BaseRequest:
             return
         base: Base | None = self._file
         if base is None and self._base is not None:
-            base = LoadedModel.load(self._base, device=device, dtype=dtype).as_base()
+            same = find_model(os.fspath(self._base)) == loaded.folder  # compared with itself a model is loaded once
+            base = (loaded if same else LoadedModel.load(self._base, device=device, dtype=dtype)).as_base()
         with ExitStack() as stack:
             if self.save is None:
                 yield BaseComparison(base)
@@ -186,6 +189,7 @@ def evaluate_loaded(
         loaded.name,
         command=command,
         recipe=loaded.recipe,
+        model_sha256=loaded.sha256,
         device=loaded.device,
         dtype=dtype_name(loaded.model.dtype),
         bos_ids=list(loaded.tokenizer.bos_ids),

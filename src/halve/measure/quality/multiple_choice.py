@@ -162,7 +162,7 @@ def _score_batch(
             places[index] = slice(slots, slots + len(prompt.sequences))
             asked.append((prompt.sequences, prompt.starts, slots))
             slots += len(prompt.sequences)
-        roots += question_nodes(asked)
+        roots += question_nodes(asked, model.config.length_limit)
     prior = options.protocol.prior
     if prior:
         start = _start_tokens(tokenizer)

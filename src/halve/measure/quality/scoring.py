@@ -39,12 +39,25 @@ def sequence_node(tokens: Sequence[int], slot: int, first: int = 1) -> Node:
     return Node(tokens[:-1], [(t - 1, tokens[t], slot) for t in range(first, len(tokens))])
 
 
-def question_nodes(questions: Sequence[tuple[Sequence[Sequence[int]], Sequence[int], int]]) -> list[Node]:
+Question = tuple[Sequence[Sequence[int]], Sequence[int], int]
+
+
+def question_nodes(questions: Sequence[Question], limit: float | None = None) -> list[Node]:
     """The prefix tree of one article: article, then its questions, then each question's options.
 
     A question is (token sequences of its options, where each option starts, slot of its first option). Where a cut to
-    the context left options or questions with different beginnings, the tree branches there.
+    the context left options or questions with different beginnings, the tree branches there. Beyond `limit` tokens
+    (`ModelConfig.length_limit`) a beginning is another in every text: options of such a question share nothing.
     """
+    alone = [q for q in questions if limit is not None and max(map(len, q[0])) - 1 > limit]
+    if alone:
+        nodes = [
+            sequence_node(tokens, slot + index, start)
+            for sequences, starts, slot in alone
+            for index, (tokens, start) in enumerate(zip(sequences, starts, strict=True))
+        ]
+        rest = [question for question in questions if question not in alone]
+        return nodes + (question_nodes(rest) if rest else [])
     first_option = [sequences[0] for sequences, _, _ in questions]
     # nothing is predicted from the article's own node, so it ends before the token that predicts any option
     shared = min(min(starts) - 1 for _, starts, _ in questions)
@@ -127,8 +140,9 @@ def _chunks(
 ) -> Iterator[list[tuple[int, Node]]]:
     """Nodes of similar length together, at most `batch_tokens` slots a chunk (a single node may need more)."""
     live = [cache.lengths] if isinstance(cache.lengths, int) else cache.lengths.tolist()
-    # learned positions have no row for the padding of a long prefix, so lengths must fit together there
-    limit = None if model.positions is None else model.config.max_positions
+    # learned positions have no row for the padding of a long prefix, so lengths must fit together there; and a row beyond the
+    # length that changes the frequencies of all rows beside it runs alone
+    limit = model.config.length_limit if model.positions is None else model.config.max_positions
     chunk: list[tuple[int, Node]] = []
     width = prefix = 0
     for row, node in sorted(nodes, key=lambda entry: -len(entry[1].tokens)):
@@ -148,8 +162,10 @@ def fork(cache: KVCache, rows: list[int], extra: int) -> KVCache:
     index = torch.tensor(rows, device=cache.lengths.device if isinstance(cache.lengths, Tensor) else None)
     grown = copy.copy(cache)
     grown.lengths = cache.lengths if isinstance(cache.lengths, int) else cache.lengths[index]
-    live = grown.lengths if isinstance(grown.lengths, int) else int(grown.lengths.max())
+    live = grown.end
     grown.capacity, grown.layers = live + extra, []
+    if cache.tokens is not None:
+        grown.tokens = functional.pad(cache.tokens[:, :live].index_select(0, index.to(cache.tokens.device)), (0, extra))
     for pair in cache.layers:
         if pair is None:
             grown.layers.append(None)

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 
+from halve.checkpoint.identity import model_sha256
 from halve.checkpoint.reader import DTYPES, check_device
 from halve.errors import HalveError
 from halve.kernels.cpu import load_library
@@ -132,6 +133,7 @@ def make_record(
         timed.name,
         command=command,
         recipe=[] if placement.random_weights else checkpoint.manifest.get("recipe", []),
+        **({} if placement.random_weights else {"model_sha256": model_sha256(checkpoint.folder)}),
         device=placement.device,
         device_name=describe_device(placement.device),
         dtype=dtype_name(model.dtype),

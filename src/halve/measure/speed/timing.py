@@ -92,7 +92,7 @@ def kv_bytes_per_step(model: Model, live_tokens: int) -> int:
     total = 0
     for layer in model.config.layers:
         seen = live_tokens if layer.sliding_window is None else min(live_tokens, layer.sliding_window)
-        total += 2 * layer.num_kv_heads * model.config.head_dim * seen * model.embed.element_size()
+        total += 2 * layer.num_kv_heads * model.config.head_dim * seen * model.dtype.itemsize
     return total
 
 

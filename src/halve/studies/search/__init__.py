@@ -1,1 +1,1 @@
-"""The smallest (or fastest) model whose accuracy stays above a floor. START HERE: `search.py`."""
+"""The smallest (or fastest) model whose accuracy or KL divergence keeps a limit. START HERE: `search.py`."""

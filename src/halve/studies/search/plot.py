@@ -1,4 +1,4 @@
-"""The picture of a search: every trial with its interval, the Pareto front, the floor, the winner and the dense model."""
+"""The picture of a search: every trial with its interval, the Pareto front, the limit, the winner and the dense model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halve.measure.pictures import COLOURS, GREY, Painter, new_figure, with_interval, write_png
-from halve.measure.units import byte_unit
-from halve.studies.search.options import OBJECTIVES
+from halve.measure.pictures import COLOURS, GREY, Painter, log_scale, new_figure, write_png
+from halve.studies.search.figures import Judged
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,31 +17,33 @@ _Place = Callable[[dict[str, Any]], float]  # where a trial stands on the x axis
 
 
 def by_objective(record: dict[str, Any]) -> Painter:
-    """Accuracy against what a search minimises, from its record."""
-    objective = record["objective"]
-    scale, unit = 1.0, ""
-    if objective != "ms":
-        scale, unit = byte_unit(max(row["objective"] for row in [*record["trials"], record["dense"]]))
+    """Quality against what a model costs, one of which the search limited and made the best of the other; from its record."""
+    judged = Judged.of(record)
+    scale, title = judged.cost.axis([judged.cost_of(row) for row in [*record["trials"], record["dense"]]])
 
     def place(trial: dict[str, Any]) -> float:
-        return trial["objective"] / scale
+        return judged.cost_of(trial) / scale
 
     def paint(axes: Axes) -> None:
-        dense, front = record["dense"], record["pareto"]
-        accuracy, _ = with_interval(front)
+        dense, front, quality = record["dense"], record["pareto"], judged.quality
+        unit, _ = quality.axis([])
+        heights = [row[quality.key] / unit for row in front]
         axes.step(
-            [place(row) for row in front], accuracy, where="post", color=COLOURS[1], label="Pareto front", zorder=3
+            [place(row) for row in front], heights, where="post", color=COLOURS[1], label="Pareto front", zorder=3
         )
-        axes.plot([place(dense)], [100 * dense["accuracy"]], "^", color=GREY, label="dense")
+        if not _by_factors(record, judged):  # the dense model is 0 from itself, which has no place on such an axis
+            axes.plot([place(dense)], [dense[quality.key] / unit], "^", color=GREY, label="dense")
+        if not judged.limited.of_quality:
+            limit = record["floor"][judged.limited.key] / scale
+            axes.axvline(limit, color=COLOURS[4], linestyle=":", label="limit")
         _paint_trials(axes, record, place)
-        title = OBJECTIVES.get(objective, objective)
-        axes.set(xlabel=f"{title} ({unit})" if unit else title)
+        axes.set(xlabel=title)
 
     return paint
 
 
 def by_option(record: dict[str, Any], name: str) -> Painter:
-    """Accuracy against one of the options that a search varied."""
+    """Quality against one of the options that a search varied."""
 
     def paint(axes: Axes) -> None:
         _paint_trials(axes, record, lambda trial: trial["parameters"].get(name, math.nan))
@@ -51,27 +52,47 @@ def by_option(record: dict[str, Any], name: str) -> Painter:
     return paint
 
 
+def _by_factors(record: dict[str, Any], judged: Judged) -> bool:
+    """Whether the axis of quality has no zero: KL from one trial to the other differs by factors."""
+    key = judged.quality.key
+    return judged.quality.by_factors and all(row[key] > 0 for row in record["trials"])
+
+
 def _paint_trials(axes: Axes, record: dict[str, Any], place: _Place) -> None:
+    judged = Judged.of(record)
+    quality = judged.quality
     for feasible, colour, label in ((True, COLOURS[0], "clears the floor"), (False, GREY, "does not")):
         some = [trial for trial in record["trials"] if bool(trial["feasible"]) is feasible]
         if some:
-            _paint_points(axes, some, place, fmt="o", color=colour, label=label, markersize=4, elinewidth=0.6)
-    axes.axhline(100 * record["floor"]["accuracy"], color=COLOURS[4], linestyle=":", label="floor")
+            _paint_points(axes, judged, some, place, fmt="o", color=colour, label=label, markersize=4, elinewidth=0.6)
+    unit, title = quality.axis([])
+    if judged.limited.of_quality:
+        axes.axhline(record["floor"][quality.key] / unit, color=COLOURS[4], linestyle=":", label="floor")
     winner = record["winner"]
     if winner is not None:
         style: dict[str, Any] = {"color": COLOURS[2], "zorder": 4}
-        axes.plot([place(winner)], [100 * winner["accuracy"]], "*", markersize=11, label="winner", **style)
-        _paint_points(axes, [winner], place, "held_out_accuracy", fmt="D", capsize=3, elinewidth=1.6,
+        axes.plot([place(winner)], [winner[quality.key] / unit], "*", markersize=11, label="winner", **style)
+        _paint_points(axes, judged, [winner], place, "held_out_", fmt="D", capsize=3, elinewidth=1.6,
                       label="winner, held out", **style)  # fmt: skip
-    axes.set(ylabel="accuracy (%)")
+    axes.set(ylabel=title)
+    if _by_factors(record, judged):
+        log_scale(axes)
     axes.legend(loc="best")
 
 
 def _paint_points(
-    axes: Axes, rows: Sequence[dict[str, Any]], place: _Place, key: str = "accuracy", **style: Any
+    axes: Axes, judged: Judged, rows: Sequence[dict[str, Any]], place: _Place, prefix: str = "", **style: Any
 ) -> None:
-    accuracy, interval = with_interval(rows, key)
-    axes.errorbar([place(row) for row in rows], accuracy, yerr=interval, **style)
+    """Values with how far their intervals reach below and above, 0 where they have none."""
+    quality = judged.quality
+    unit, _ = quality.axis([])
+    values = [row[prefix + quality.key] / unit for row in rows]
+    below, above = [], []
+    for row, value in zip(rows, values, strict=True):
+        low, high = quality.ends(row, prefix)
+        below.append(0.0 if low is None else max(0.0, value - low / unit))
+        above.append(0.0 if high is None else max(0.0, high / unit - value))
+    axes.errorbar([place(row) for row in rows], values, yerr=[below, above], **style)
 
 
 def write_plot(record: dict[str, Any], path: Path) -> None:

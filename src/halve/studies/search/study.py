@@ -54,12 +54,14 @@ class Claim:
 
 
 class Trials:
-    """The study behind `url`; `name` tells searches in one database apart."""
+    """The study behind `url`; `name` tells searches in one database apart. more_is_better: of each value of a trial."""
 
-    def __init__(self, url: str, name: str, varied: Sequence[Varied], seed: int) -> None:
+    def __init__(
+        self, url: str, name: str, varied: Sequence[Varied], seed: int, more_is_better: Sequence[bool]
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        self.varied, self.seed, self._study = varied, seed, _open(url, name)
+        self.varied, self.seed, self._study = varied, seed, _open(url, name, more_is_better)
         self._distributions = {one.name: _distribution(one) for one in varied}
 
     def board(self) -> Board:
@@ -129,13 +131,13 @@ class Trials:
             stop.set()
             thread.join()
 
-    def finish(self, claim: Claim, outcome: dict[str, Any], shortfall: float) -> None:
-        """Enter what was measured; `shortfall` is how far the accuracy stays below the floor (negative: above)."""
+    def finish(self, claim: Claim, outcome: dict[str, Any], values: list[float], shortfall: float) -> None:
+        """Enter what was measured; `shortfall` is how far a trial stays from clearing the floor (negative: it does)."""
         # a worker that was taken for dead has lost the point to another; the records on disk are the same
         with suppress(optuna.exceptions.UpdateFinishedTrialError):
             claim.trial.set_user_attr("outcome", outcome)
             claim.trial.set_constraint("floor", shortfall)
-            self._study.tell(claim.trial, [outcome["objective"], outcome["accuracy"]], skip_if_finished=True)
+            self._study.tell(claim.trial, values, skip_if_finished=True)
 
     def refuse(self, claim: Claim, reason: str) -> None:
         """The recipe cannot be applied at this point."""
@@ -178,13 +180,13 @@ class Trials:
         return tuple(min(one.values, key=lambda v, one=one: abs(v - trial.params[one.name])) for one in self.varied)
 
 
-def _open(url: str, name: str) -> optuna.Study:
+def _open(url: str, name: str, more_is_better: Sequence[bool]) -> optuna.Study:
+    directions: list[Any] = ["maximize" if more else "minimize" for more in more_is_better]
+
     def create() -> optuna.Study:
         options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
         storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
-        return optuna.create_study(
-            storage=storage, study_name=name, directions=["minimize", "maximize"], load_if_exists=True
-        )
+        return optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
 
     return _patiently(create, url)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from halve.compression.compress import Request, compress, plan_recipe
 from halve.compression.methods import Method
 from halve.compression.windows import CalibrationOptions
 from halve.measure.kinds import EvaluationRecord
-from halve.measure.quality.evaluate import LoadedModel, evaluate_loaded
-from halve.measure.quality.multiple_choice import ChoiceOptions, choice_evaluation
-from halve.measure.quality.race import QuestionSet
+from halve.measure.quality.base_file import BASE_TOKENS
+from halve.measure.quality.evaluate import BaseRequest, LoadedModel, evaluate_loaded
 from halve.measure.records import AnyRecord, read_record, write_record
 from halve.measure.speed.benchmark import benchmark
+from halve.studies.search.asked import AskedParts, Part, keys_of
+from halve.studies.search.figures import FIGURES
 from halve.studies.search.options import SearchOptions
 from halve.studies.search.vary import Point, Varied, apply, label
 
@@ -39,9 +40,10 @@ class TrialRunner:
     out: Path
     steps: list[Method]
     varied: list[Varied]
-    exam: ChoiceOptions  # what models are asked
+    exam: AskedParts
     calibration: CalibrationOptions
     options: SearchOptions
+    objective: str  # of FIGURES
     device: str
     dtype: torch.dtype | None
     timing: tuple[int, int]  # prompt and new tokens of a benchmark
@@ -64,41 +66,62 @@ class TrialRunner:
         request = Request(self.model, self.out / "plan", self.recipe(point), self.calibration, dtype=self.dtype)
         return plan_recipe(request).bytes_after
 
-    def measure(self, point: Point, questions: QuestionSet) -> dict[str, Any]:
+    def measure(self, point: Point) -> dict[str, Any]:
         """Figures of one point, from its records where they are there already."""
         name = label(self.varied, point)
         folder = self.out / TRIALS / name
         with self.alone(folder):
             made = self._made(folder, point)
-            records = self._examine(made, folder, f"{self.name} {name}", questions)
+            records = self._examine(made, folder, f"{self.name} {name}")
             if not self.options.keep_checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
         return self.figures(records)
 
-    def dense(self, questions: QuestionSet) -> dict[str, Any]:
+    def dense(self) -> dict[str, Any]:
         """Figures of the model as it is."""
         place = self.out / TRIALS / "dense"
         with self.alone(place):
-            return self.figures(self._examine(lambda: Path(self.model), place, self.name, questions))
+            return self.figures(self._examine(lambda: Path(self.model), place, self.name))
 
-    def confirm(self, model: Path | str, path: Path, name: str, questions: QuestionSet) -> AnyRecord:
-        """The evaluation record at `path` of all the final questions, made if it is not there or of another model."""
+    def confirm(self, model: Path | str, path: Path, name: str) -> AnyRecord:
+        """The evaluation record at `path` of the final part, made if it is not there or of another model."""
         if path.exists():
             record = read_record(path)
             if record["model"] == name:
                 return record
-        return self._evaluate(model, path, name, questions, replace(self.exam, limit=None))
+        return self._evaluate(model, path, name, self.exam.final)
 
-    def _evaluate(
-        self, model: Path | str, path: Path, name: str, questions: QuestionSet, exam: ChoiceOptions
-    ) -> EvaluationRecord:
+    def dense_record(self, part: Part) -> Path:
+        """Where the record of the dense model on a part is."""
+        return self.out / (f"{TRIALS}/dense.json" if part is self.exam.search else "dense-held-out.json")
+
+    def dense_base(self, part: Part) -> Path:
+        """Where the dense model's predictions for a part are kept, so that no trial loads it beside its own."""
+        return self.out / TRIALS / f"{self.dense_record(part).stem}.base"
+
+    def _base(self, part: Part, dense: bool) -> BaseRequest:
+        """What a model is compared with: the dense one with itself, while its predictions are kept, others with those."""
+        if not part.against_dense:
+            return BaseRequest(None, None, BASE_TOKENS)
+        path = self.dense_base(part)
+        if dense:
+            return BaseRequest(self.model, path, BASE_TOKENS)
+        with self.alone(path):
+            if not path.exists():  # removed by the end of the search
+                self._evaluate(self.model, self.dense_record(part), self.name, part)
+        return BaseRequest(path, None, BASE_TOKENS)
+
+    def _evaluate(self, model: Path | str, path: Path, name: str, part: Part) -> EvaluationRecord:
+        request = self._base(part, dense=name == self.name)
         loaded = LoadedModel.load(model, device=self.device, dtype=self.dtype, name=name, tokenizer=self.tokenizer)
-        record = evaluate_loaded(
-            loaded,
-            choice_evaluation(questions, exam),
-            command=self.options.command,
-            progress_file=path.with_suffix(".progress.jsonl"),
-        )
+        with request.opened(loaded, self.device, self.dtype) as comparison:
+            record = evaluate_loaded(
+                loaded,
+                part.evaluation,
+                command=self.options.command,
+                progress_file=None if request.save else path.with_suffix(".progress.jsonl"),
+                comparison=comparison,
+            )
         record["weight_bytes"] = loaded.model.weight_bytes()
         record["disk_bytes"] = SafetensorsFolder(loaded.folder).nbytes
         write_record(path, record)
@@ -110,13 +133,11 @@ class TrialRunner:
         measured = {"bytes": evaluation["disk_bytes"], "memory": evaluation["weight_bytes"]}
         if speed:
             measured["ms"] = speed[0]["decode_ms_median"]
-        return {
-            "accuracy": evaluation["accuracy"] or 0.0,
-            "accuracy_ci95": evaluation["accuracy_ci95"] or [0.0, 1.0],
-            "objective": measured[self.options.minimise],
-            **measured,
-            "records": list(records),
-        }
+        quality = {key: evaluation[key] for key in keys_of(self.exam.figures)}
+        if "accuracy" in quality and quality["accuracy"] is None:  # no question was answered
+            quality |= {"accuracy": 0.0, "accuracy_ci95": [0.0, 1.0]}
+        objective = (quality | measured)[FIGURES[self.objective].key]
+        return {**quality, "objective": objective, **measured, "records": list(records)}
 
     def alone(self, place: Path) -> AbstractContextManager[Any]:
         """Keeps two workers off one place; the lock goes with its process."""
@@ -142,16 +163,14 @@ class TrialRunner:
     def _made(self, folder: Path, point: Point) -> Callable[[], Path]:
         return lambda: self.build(point, folder)
 
-    def _examine(
-        self, made: Callable[[], Path], place: Path, name: str, questions: QuestionSet
-    ) -> dict[str, AnyRecord]:
+    def _examine(self, made: Callable[[], Path], place: Path, name: str) -> dict[str, AnyRecord]:
         """The records of one model, those on disk read back; the model is made only when one is missing."""
         evaluation, speed = place.with_name(f"{place.name}.json"), place.with_name(f"{place.name}-speed.json")
-        timed = self.options.minimise == "ms"
+        timed = self.objective == "ms"
         complete = evaluation.exists() and (speed.exists() or not timed)
         model = place if complete else made()
         if not evaluation.exists():
-            self._evaluate(model, evaluation, name, questions, self.exam)
+            self._evaluate(model, evaluation, name, self.exam.search)
         records = {evaluation: read_record(evaluation)}
         if timed and not speed.exists():
             measured = benchmark(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from halve.errors import RecipeError
-from halve.measure.quality.race import QuestionSet
 from halve.progress import progress
 from halve.studies.search import outcome
 from halve.studies.search.bisection import next_index
@@ -26,10 +25,9 @@ class Worker:
 
     runner: TrialRunner
     study: Trials
-    questions: QuestionSet
     floor: Floor
     dense: dict[str, Any]
-    ladder: list[Value] | None  # of the one varied option
+    ladder: list[Value] | None  # of the one varied option, the likeliest to clear the floor first
     corner: Point | None  # of several
 
     @property
@@ -86,9 +84,10 @@ class Worker:
             except RecipeError as error:  # this combination does not fit the model
                 self.study.refuse(claim, str(error))
                 return None
-            figures = self.runner.measure(claim.point, self.questions)
-            self.study.finish(claim, figures, self._shortfall(figures))
+            figures = self.runner.measure(claim.point)
+            values = [figures["objective"], figures[self.floor.limited.key]]
+            self.study.finish(claim, figures, values, self._shortfall(figures))
         return outcome.trial_row(self.runner, claim.point, figures, self.floor, self.dense)
 
     def _shortfall(self, figures: dict[str, Any]) -> float:
-        return self.floor.shortfall(figures, self.dense["accuracy"])
+        return self.floor.shortfall(figures, self.dense)
