@@ -1,14 +1,13 @@
 """A real language model: what halve's recipes and other programs make of it, all judged by one evaluation.
 
-    python benchmarks/real.py MODEL ASSETS WORK [--only NAME ...] [--llama-quantize PROGRAM] [--llm-compressor PYTHON]
+    python benchmarks/real.py MODEL ASSETS WORK [--only ROW ...] [--examine] [--llama-quantize FILE] [--llm-compressor PYTHON]
 
 One row (see ROWS) is one compressed model: made, reloaded from disk, compared with MODEL on WikiText-2 and C4 (KL
-divergence; both in float32) and, the rows of EXAMINED, on RACE-H (bfloat16). Its record is
-benchmarks/results/real/NAME.json; docs/results.md shows them. Rows that are there already are left alone; an interrupted
-one goes on from what WORK holds. Rows of a program that is not named are left out. What llama.cpp made is converted back
-with `halve convert`, so that the weights are judged and not its kernels. ASSETS holds data/wikitext2_test.raw,
-data/c4_sample_1000.jsonl and data/race/race_high_test.jsonl; calibration text is the first half of the C4 documents,
-judged is the second.
+divergence; both in float32) and, with --examine, on RACE-H (bfloat16). Its record is benchmarks/results/real/ROW.json;
+docs/results.md shows them. WORK keeps models and evaluations: what is there is not made again. Rows of a program that is
+not named are left out. What llama.cpp made is converted back with `halve convert`, so that the weights are judged and not
+its kernels. ASSETS holds data/wikitext2_test.raw, data/c4_sample_1000.jsonl and data/race/race_high_test.jsonl;
+calibration text is the first half of the C4 documents, judged is the second.
 """
 
 from __future__ import annotations
@@ -49,41 +48,32 @@ class Row:
     llm_compressor: int | None = None
 
 
+ALL = "target=dense,refit=true,polish=2"
+TABLE8 = "rtn:bits=8,group_size=128,targets=embed_tokens"
+
+
 def _rows() -> dict[str, Row]:
     """Every model by its name, the most telling first."""
-    gptq = "gptq:bits=4,group_size=128"
-    rows = {"dense": Row(), "rtn8": Row(("rtn:bits=8",)), "gptq4-g128": Row((gptq,))}
-    table = {8: 128, 4: 32}
-    for bits, group in table.items():
-        step = f"{'rtn' if bits == 8 else 'gptq'}:bits={bits},group_size={group},targets=embed_tokens"
-        rows[f"gptq4-g128-table{bits}"] = Row((gptq, step))
-    rows |= {name: Row(gguf=name.partition("-")[2]) for name in ("llama.cpp-Q8_0", "llama.cpp-Q4_K_M")}
+    gptq = {
+        f"gptq{bits}-g{size}": f"gptq:bits={bits},group_size={size}" for bits in (4, 3, 8) for size in (128, 64, 32)
+    }
+    plain = gptq["gptq4-g128"]
+    rows = {"dense": Row(), "rtn8-table8": Row(("rtn:bits=8,group_size=128", TABLE8))}
+    rows |= {f"llama.cpp-{kind}": Row(gguf=kind) for kind in ("Q8_0", "Q4_K_M", "Q4_0", "Q3_K_M")}
+    rows |= {"gptq4-g128": Row((plain,)), "gptq4-g128-all": Row((f"{plain},{ALL}",))}
     rows |= {"llm-compressor4-g128": Row(llm_compressor=4), "rtn4-g128": Row(("rtn:bits=4,group_size=128",))}
-    rows |= {f"gptq{bits}-g64": Row((f"gptq:bits={bits},group_size=64",)) for bits in (4, 3)}
-    rows |= {"gptq3-g128": Row(("gptq:bits=3,group_size=128",)), "gptq8-g128": Row(("gptq:bits=8,group_size=128",))}
-    rows |= {name: Row(gguf=name.partition("-")[2]) for name in ("llama.cpp-Q4_0", "llama.cpp-Q3_K_M")}
+    rows |= {f"{name}-all-table8": Row((f"{step},{ALL}", TABLE8)) for name, step in gptq.items() if "8-" not in name}
+    rows |= {"rtn8": Row(("rtn:bits=8",)), "gptq8-g128": Row((gptq["gptq8-g128"],))}
     for fraction in (10, 20, 30):
         prune = f"prune-mlp:fraction=0.{fraction // 10},multiple_of=128"
-        rows |= {f"mlp{fraction}": Row((prune,)), f"mlp{fraction}-gptq4-g128": Row((prune, gptq))}
+        rows |= {f"mlp{fraction}": Row((prune,)), f"mlp{fraction}-gptq4-g128": Row((prune, plain))}
     for count in (1, 2, 3):
         drop = f"drop-layers:count={count}"
-        rows |= {f"drop{count}": Row((drop,)), f"drop{count}-gptq4-g128": Row((drop, gptq))}
-    for fraction in (10, 20):
-        rows[f"l1-inputs{fraction}"] = Row((f"l1-inputs:fraction=0.{fraction // 10}",))
-    return rows
+        rows |= {f"drop{count}": Row((drop,)), f"drop{count}-gptq4-g128": Row((drop, plain))}
+    return rows | {f"l1-inputs{share}": Row((f"l1-inputs:fraction=0.{share // 10}",)) for share in (10, 20)}
 
 
 ROWS = _rows()
-EXAMINED = (
-    "dense",
-    "rtn8",
-    "gptq4-g128",
-    "llama.cpp-Q8_0",
-    "llama.cpp-Q4_K_M",
-    "llm-compressor4-g128",
-    "mlp10",
-    "drop1",
-)
 # of the record of an evaluation what a table may show
 FIGURES = (
     *("data", "data_sha256", "limit", "window", "windows", "documents", "tokens", "positions", "protocol", "template"),
@@ -144,7 +134,7 @@ class Bench:
         """Make the row's model as the folder `name`; what making it took."""
         if row.gguf:
             if not (self.work / "dense.gguf").exists():
-                self.halve("export", "dense", "dense.gguf", "--to", "gguf")
+                self.halve("export", "dense", "dense.gguf", "--to", "gguf", "--dtype", "bf16")
             return self.run([self.args.llama_quantize, "dense.gguf", f"{name}.gguf", row.gguf]) | {
                 "convert": self.halve("convert", f"{name}.gguf", name)
             }
@@ -178,7 +168,7 @@ class Bench:
         """The figures of every judgement, compared with the dense model's kept predictions."""
         found = {}
         for key, asked in self.judgements().items():
-            if key == "race" and name not in EXAMINED:
+            if key == "race" and not self.args.examine:
                 continue
             record, base = self.work / f"{name}-{key}.json", f"{key}.base"
             if not (self.work / base).exists():
@@ -191,7 +181,7 @@ class Bench:
         return found
 
     def row(self, name: str, row: Row) -> None:
-        """Make, judge and record one model; its folder goes when the record is there."""
+        """Make, judge and record one model."""
         costs = self.work / f"{name}-made.json"
         if not costs.exists():
             if row != Row():
@@ -213,9 +203,6 @@ class Bench:
             **self.judge(name),
         )
         write_record(RESULTS / f"{name}.json", record)
-        if row != Row():
-            shutil.rmtree(folder)
-            file.unlink(missing_ok=True)
 
 
 def _bytes(folder: Path, pattern: str) -> int:
@@ -226,7 +213,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the dense folder, on no quantization grid")
     parser.add_argument("assets")
-    parser.add_argument("work", type=Path, help="a folder for models and records under way; 3 GB")
+    parser.add_argument("work", type=Path, help="a folder for models and evaluations; 15 GB for all rows")
+    parser.add_argument("--examine", action="store_true", help="on RACE-H too: minutes a row")
     parser.add_argument("--only", nargs="+", choices=ROWS, help="these rows (default: all)")
     parser.add_argument("--llama-quantize", help="llama.cpp's program of this name")
     parser.add_argument("--llm-compressor", help="the Python of an environment with llmcompressor")
@@ -239,7 +227,7 @@ def main() -> None:
     for name in args.only or ROWS:
         row = ROWS[name]
         absent = (row.gguf and not args.llama_quantize) or (row.llm_compressor and not args.llm_compressor)
-        if not absent and not (RESULTS / f"{name}.json").exists():
+        if not absent:
             bench.row(name, row)
 
 

@@ -18,7 +18,6 @@ from halve.compression.distances import (
     influence,
     measure_every_run,
     measure_layers,
-    only_sublayer,
 )
 from halve.compression.walk import Walk
 from halve.compression.windows import Calibration
@@ -125,8 +124,7 @@ def test_sublayers_in_order_are_the_block(make_hf) -> None:
     walk = walk_of(make_hf("llama"))
     block = walk.block(1).block
     assert block is not None
-    attention, mlp = only_sublayer(block, "attention"), only_sublayer(block, "mlp")
-    assert attention is not None and mlp is not None
+    attention, mlp = block.only(("attention",)), block.only(("mlp",))
     x = walk.states[0][0]
     with torch.inference_mode():
         assert torch.equal(mlp(attention(x, walk.span(20)), walk.span(20)), block(x, walk.span(20)))
@@ -136,8 +134,7 @@ def test_sublayer_turns_are_measured_between_them(make_hf) -> None:
     walk = walk_of(make_hf("llama"))
     block = walk.block(0).block
     assert block is not None
-    attention = only_sublayer(block, "attention")
-    assert attention is not None
+    attention = block.only(("attention",))
     x = walk.states[0][0]
     with torch.inference_mode():
         between = attention(x, walk.span(20)).double()

@@ -15,14 +15,17 @@ from halve.compression.windows import CalibrationOptions
 def test_memory_by_hand(make_hf) -> None:
     """Hidden 32, MLP 48, 4 query and 2 key/value heads of 8: a block has 32*32*2 + 32*16*2 + 3*32*48 = 7,680 weights."""
     state = state_of(open_checkpoint(make_hf("llama")), torch.float32)
-    plain = estimate([(state, False)], 1000, 4, "cpu")
+    plain = estimate([(state, 0)], 1000, 4, "cpu")
     assert plain.memory_bytes == 7680 * 4  # above the embedding's 97 * 32
-    calibrated = estimate([(state, True)], 1000, 4, "cpu")
+    calibrated = estimate([(state, 1)], 1000, 4, "cpu")
     states, held, hessians, solved = 1000 * 32 * 4, 1000 * 48 * 4, 3 * 4 * 48 * 48, 7680 * 4
     assert calibrated.memory_bytes == 7680 * 4 + states + held + hessians + solved
     assert calibrated.seconds > plain.seconds > 0
+    aiming = estimate([(state, 2)], 1000, 4, "cpu")  # states and block again, and 2/N Y^T (goal) of down_proj
+    assert aiming.memory_bytes - calibrated.memory_bytes == states + 7680 * 4 + 4 * 48 * 32
+    assert aiming.seconds > calibrated.seconds
     # of an embedding that is quantized, codes and words beside it, a byte a weight each, and four copies in float32
-    assert estimate([(state, False)], 1000, 4, "cpu", 97 * 32).memory_bytes == plain.memory_bytes + 18 * 97 * 32
+    assert estimate([(state, 0)], 1000, 4, "cpu", 97 * 32).memory_bytes == plain.memory_bytes + 18 * 97 * 32
 
 
 def test_the_plan_carries_it(make_hf, tmp_path) -> None:

@@ -250,6 +250,51 @@ def test_gptq_of_a_table_is_at_least_as_good_as_rounding_for_what_it_minimizes(
 
 
 @pytest.mark.usefixtures("drawn_windows")
+@pytest.mark.parametrize(("family", "options"), [TIED[0], TIED[2], TIED[5], *UNTIED])
+def test_options_beyond_plain_gptq_leave_the_table_to_it(
+    make_hf: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, options: dict[str, Any]
+) -> None:
+    """By itself the table has the same bytes with and without them; beside it the linears have those of a step of their own,
+    and only they report a choice."""
+    monkeypatch.setattr(
+        "halve.compression.methods.problem.TOKENS_PER_CHANNEL", 0
+    )  # the drawn tokens do for all linears
+    further = "target=dense,refit=true,polish=2"
+    source, common = make_hf(family, **options), "gptq:bits=3,group_size=8"
+    steps = {
+        "plain": f"{common},targets=Embedding",
+        "table": f"{common},targets=Embedding,{further}",
+        "linears": f"{common},{further}",
+        "all": f"{common},targets=Linear|Embedding,{further}",
+    }
+    outs = {name: compress(source, tmp_path / name, [step]).out for name, step in steps.items()}
+    plain, table, linears, both = (stored(outs[name]) for name in steps)
+    assert plain.keys() == table.keys() and all(torch.equal(plain[name], t) for name, t in table.items())
+    name = embed_name(source)
+    changed = [each for each in linears if not each.startswith(name)]
+    assert changed and all(torch.equal(linears[each], both[each]) for each in changed)
+    assert f"{name}.weight_packed" in both
+    rows = {row["name"]: row for row in json.loads((outs["all"] / "halve.json").read_text())["steps"][0]["linears"]}
+    chose = {each for each, row in rows.items() if "accepted" in row}
+    assert name not in chose and rows[name]["alpha"] == 0.0
+    assert chose == {each for each, row in rows.items() if row["action"] != "skipped"} - {name}
+    assert plan_recipe(Request(str(source), tmp_path / "no", as_steps([steps["all"]]))).bytes_after == size_of(
+        outs["all"]
+    )
+    assert relative(logits(outs["all"]), expanded(outs["all"])(TOKENS)) < FLOAT32_ERROR
+
+
+@pytest.mark.usefixtures("drawn_windows")
+def test_a_head_untied_beside_its_table_aims_at_the_dense_stream(make_hf: Make, tmp_path: Path) -> None:
+    source = make_hf("llama", tie_word_embeddings=True)
+    step = "gptq:bits=3,group_size=8,targets=Linear|lm_head,untie=true,target=dense,refit=true,polish=2"
+    out = compress(source, tmp_path / "out", [step]).out
+    rows = {row["name"]: row for row in json.loads((out / "halve.json").read_text())["steps"][0]["linears"]}
+    assert rows["lm_head"]["accepted"] in ("gptq", "refit", "polish") and "alpha" in rows["lm_head"]
+    assert torch.isfinite(logits(out)).all()
+
+
+@pytest.mark.usefixtures("drawn_windows")
 def test_an_interrupted_run_goes_on(make_hf: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from halve.checkpoint.writer import CheckpointWriter
 

@@ -25,7 +25,7 @@ from halve.checkpoint.schemes import write_schemes
 from halve.checkpoint.tokenizer import load_tokenizer
 from halve.checkpoint.writer import CheckpointWriter
 from halve.compression.estimate import Estimate, estimate
-from halve.compression.methods import Method, Resolvable
+from halve.compression.methods import Method, Resolvable, streams
 from halve.compression.plan import TABLE, StepPlan, state_of
 from halve.compression.recipe import as_steps, make_step, step_json
 from halve.compression.step_run import Request, check_fits, run_step, working_dtype
@@ -79,7 +79,7 @@ def plan_recipe(request: Request) -> RecipePlan:
         plans.append(method.plan(states))
         states = plans[-1].after
     window = min(request.calibration.window, checkpoint.config.max_positions)
-    passes = [(plan.before, method.calibrates) for plan, method in zip(plans, request.steps, strict=True)]
+    passes = [(plan.before, streams(method)) for plan, method in zip(plans, request.steps, strict=True)]
     samples = request.calibration.samples
     tokens = (samples + max(1, samples // HELD_OUT_SHARE)) * window
     itemsize = working_dtype(request, checkpoint).itemsize

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halve.compression.walk import Walk
-from halve.model.decoder import Block, Norm, Span, finish_logits
-from halve.model.linear import Linear
+from halve.model.decoder import Block, Span, finish_logits
 from halve.model.wiring import SUBLAYERS
 from halve.progress import track
 
@@ -41,22 +40,6 @@ def angular_distance(a: Tensor, b: Tensor) -> Tensor:
 def influence(distance: Tensor) -> Tensor:
     """1 - cosine for angular distances: the block influence of Men et al. 2024 (arXiv 2403.03853), equation 1."""
     return 2 * (distance * (math.pi / 2)).sin().square()
-
-
-def only_sublayer(block: Block, name: str) -> Block | None:
-    """The block with only its attention or only its MLP, sharing the weights; None where it has none.
-
-    The two in this order are the block.
-    """
-    layer = block.layer
-    if not SUBLAYERS[name].units(layer):
-        return None
-    for other in SUBLAYERS.values():
-        if other.name != name:
-            layer = other.resized(layer, 0)
-    linears = {role: linear for role, linear in block.linears.items() if isinstance(linear, Linear)}
-    norms = {role: norm for role, norm in block.norms.items() if isinstance(norm, Norm)}
-    return Block(block.config, layer, block.index, linears, norms)
 
 
 @dataclass(frozen=True)
@@ -111,8 +94,8 @@ class _BlockMeter:
     def run(self, block: Block, state: Tensor, span: Span) -> Tensor:
         x = state
         for kind, mean in self.parts.items():
-            part = only_sublayer(block, kind)
-            if part is not None:
+            if SUBLAYERS[kind].units(block.layer):
+                part = block.only((kind,))
                 y = part(x, span)
                 mean.add(x, y)
                 x = y
@@ -197,6 +180,11 @@ def drop_by_perplexity(walk: Walk, candidates: list[Unit], count: int) -> list[U
     return sorted(dropped, key=candidates.index)
 
 
+def _sublayers(block: Block) -> dict[str, Block]:
+    """Each of a block's sublayers as a block."""
+    return {kind: block.only((kind,)) for kind, part in SUBLAYERS.items() if part.units(block.layer)}
+
+
 class _Scorer:
     """The negative log-likelihood of the calibration windows by the model without some of its units."""
 
@@ -206,7 +194,7 @@ class _Scorer:
         self.walk = walk
         self.tokens = walk.calibration.windows.split([state.shape[0] for state in walk.states[0]])
         blocks = [walk.block(index).block for index in range(len(checkpoint.config.layers))]
-        self.parts = [{kind: only_sublayer(block, kind) for kind in SUBLAYERS} for block in blocks if block is not None]
+        self.parts = [_sublayers(block) for block in blocks if block is not None]
         self.norm = checkpoint.final_norm(walk.dtype, walk.device)
         self.project_out = checkpoint.projections(walk.dtype, walk.device).get("project_out")
         self.head = checkpoint.head(walk.dtype, walk.device)
@@ -228,7 +216,7 @@ class _Scorer:
         if (index, None) in dropped:
             return x
         for kind, part in self.parts[index].items():
-            if part is not None and (index, kind) not in dropped:
+            if (index, kind) not in dropped:
                 x = part(x, span)
         return x
 

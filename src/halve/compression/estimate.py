@@ -27,21 +27,22 @@ class Estimate:
 
 
 def estimate(
-    states: Sequence[tuple[ModelState, bool]],
+    states: Sequence[tuple[ModelState, int]],
     tokens: int,
     itemsize: int,
     device: torch.device | str,
     table_weights: int = 0,
 ) -> Estimate:
-    """What the steps take that start from `states`, each with whether it is calibrated on `tokens` tokens.
+    """What the steps take that start from `states`, each with how many streams of `tokens` tokens it carries: none, the
+    compressed model's, or the dense one's beside it.
 
     `itemsize`: bytes of the type computed in; `table_weights`: of the largest embedding that one of the steps quantizes:
     its codes lie in memory beside it, as bytes and packed, and some float32 copies of the rows being worked on. Measures the
     machine's matrix products for a tenth of a second.
     """
-    memory = max(_memory(state, tokens if calibrated else 0, itemsize) for state, calibrated in states)
+    memory = max(_memory(state, streams, tokens, itemsize) for state, streams in states)
     memory += 2 * table_weights + 4 * 4 * min(table_weights, _RUN)
-    flops = sum(2.0 * state.parameters * tokens * _PASSES for state, calibrated in states if calibrated)
+    flops = sum(2.0 * state.parameters * tokens * _PASSES * streams for state, streams in states)
     moved = sum(state.linear_bytes for state, _ in states)
     seconds = (flops / _flops_per_s(device) if flops else 0.0) + moved / _READ_BYTES_PER_S
     return Estimate(memory, seconds)
@@ -52,18 +53,21 @@ def forward_seconds(parameters: int, tokens: int, device: torch.device | str) ->
     return 2.0 * parameters * tokens / _flops_per_s(device)
 
 
-def _memory(state: ModelState, tokens: int, itemsize: int) -> int:
-    """One block or the embedding in the type computed in, the states of all tokens, what waits inside a block, H."""
+def _memory(state: ModelState, streams: int, tokens: int, itemsize: int) -> int:
+    """One block or the embedding in the type computed in, the states of all tokens, what waits inside a block, H; of a
+    second stream its states, its block, and 2/N Y^T of what it asks for."""
     config: ModelConfig = state.config
     blocks: dict[int | None, int] = {}
     for (layer, _), linear in state.linears.items():
         blocks[layer] = blocks.get(layer, 0) + linear.parameters
     widest = max(linear.shape.in_features for linear in state.linears.values() if linear.shape.layer is not None)
     total = max(*blocks.values(), config.vocab_size * config.hidden_size) * itemsize
-    if tokens:
+    if streams:
         waiting = min(WAITING_BYTES, tokens * widest * itemsize)
         total += tokens * config.hidden_size * itemsize + waiting + 3 * 4 * widest**2
         total += max(blocks.values()) * 4  # the weights being solved, in float32
+    if streams > 1:
+        total += (tokens * config.hidden_size + max(blocks.values())) * itemsize + 4 * widest * config.hidden_size
     return total
 
 

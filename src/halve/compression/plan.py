@@ -16,6 +16,7 @@ from halve.model import inventory
 from halve.model.config import ModelConfig
 from halve.model.families import Family
 from halve.model.inventory import LinearShape
+from halve.model.wiring import SUBLAYERS
 from halve.quantization import QuantSpec
 
 Key = tuple[int | None, str]  # (layer, role); HEAD and TABLE belong to no layer
@@ -155,6 +156,14 @@ class StepPlan:
                 return None
             layer = self.sources.index(layer)
         return self.after.linears.get((layer, role))
+
+    def kept_sublayers(self) -> list[tuple[int, str]]:
+        """The sublayers that stay, in the order they run, as (layer of the model before, name)."""
+        return [(source, name) for layer, source in enumerate(self.sources) for name in self.sublayers(layer)]
+
+    def sublayers(self, layer: int) -> list[str]:
+        """Names of the sublayers that a layer of the model after has."""
+        return [name for name, part in SUBLAYERS.items() if part.units(self.after.config.layers[layer])]
 
 
 def matches(pattern: str, name: str) -> bool:

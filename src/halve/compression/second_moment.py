@@ -17,19 +17,31 @@ def second_moment(inputs: Iterable[Tensor], in_features: int, device: torch.devi
 
     Half the work of full products, since H is symmetric. Raises DataError when no token comes.
     """
+    return moments(((x, None) for x in inputs), in_features, device)[0]
+
+
+def moments(
+    pairs: Iterable[tuple[Tensor, Tensor | None]], in_features: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor | None, int]:
+    """H = 2/N X^T X and 2/N X^T Z, float32 [I, I] and [I, O], over pairs of inputs X [..., I] and others Z [..., O], and N;
+    the second is None where Z is."""
     moment = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+    cross: Tensor | None = None
     tokens = 0
-    for x in inputs:
+    for x, z in pairs:
         x = x.reshape(-1, x.shape[-1]).to(moment)
         tokens += x.shape[0]
         for rows, columns in upper_triangle(0, in_features):
             moment[rows, columns].addmm_(x[:, rows].t(), x[:, columns])
+        if z is not None:
+            z = z.reshape(-1, z.shape[-1]).to(moment)
+            cross = x.t() @ z if cross is None else cross.addmm_(x.t(), z)
     if tokens == 0:
         raise DataError("no calibration token reached this layer: give at least one window of text")
     for rows, columns in upper_triangle(0, in_features):
         if rows != columns:
             moment[columns, rows] = moment[rows, columns].t()
-    return moment.mul_(2 / tokens)
+    return moment.mul_(2 / tokens), None if cross is None else cross.mul_(2 / tokens), tokens
 
 
 def upper_triangle(low: int, high: int) -> Iterator[tuple[slice, slice]]:

@@ -13,7 +13,7 @@ from halve.checkpoint.reader import Checkpoint, compute_dtype
 from halve.checkpoint.stored import BIAS, SCALE, WEIGHT, StoredLinear, to_tensors
 from halve.checkpoint.tensors import FLOATING, SafetensorsFolder, cast
 from halve.checkpoint.writer import CheckpointWriter
-from halve.compression.methods import Method
+from halve.compression.methods import Method, streams
 from halve.compression.plan import HEAD, TABLE, Key, StepPlan, state_of
 from halve.compression.walk import BlockView, Walk
 from halve.compression.windows import Calibration, CalibrationOptions
@@ -66,6 +66,8 @@ def run_step(
     """One pass over the blocks that stay; every finished block is a shard in `folder`."""
     dtype = working_dtype(request, source)
     walk = Walk(source, windows, dtype, request.device)
+    if streams(method) > 1:
+        walk.aim_at(source, range(len(source.config.layers)), plan.kept_sublayers())
     layers = len(plan.sources)
     writer = CheckpointWriter(folder, layers + 1)
     rows: list[dict[str, Any]] = []
@@ -75,7 +77,7 @@ def run_step(
             if walk.calibrated:
                 walk.advance(_finished(folder, request, source, plan, writer, index).block(index, dtype, walk.device))
             continue
-        view = walk.block(plan.sources[index])
+        view = walk.block(plan.sources[index], plan.sublayers(index))
         with torch.inference_mode():
             edited = method.edit(view, plan)
         tensors = _block_tensors(request, source, view, plan, index)

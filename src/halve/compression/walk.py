@@ -5,7 +5,7 @@ Shape legend: N windows, T tokens a window, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint.reader import Checkpoint
+from halve.compression.dense_stream import Aim, DenseStream, Place, reader_aim, writer_aim
 from halve.compression.plan import HEAD, TABLE, Key, StepPlan
 from halve.compression.windows import Calibration
-from halve.model.decoder import Block, Norm, Span, embed_tokens, make_rotaries, run_to_end
+from halve.model.decoder import Block, Halt, Norm, Span, make_rotaries, place_embeddings, run_to_end
 from halve.model.linear import Linear
+from halve.model.wiring import STREAM, SUBLAYERS, WIRES
 from halve.quantization import QuantizedWeight, QuantSpec
 
 BATCH_TOKENS = 4096  # tokens sent through a block at once
@@ -27,12 +29,14 @@ WAITING_BYTES = 1 << 30  # activations kept between two stages of a block; windo
 class Stage:
     """Linears of a block that read one input; `inputs(held_out)` yields it in batches [rows, in], as often as asked.
 
-    looked_up: rows of the weight are read by token too; multiplied: what is read is multiplied by the weight (all but an
-    embedding that is not tied, which has no inputs).
+    `aims(held_out)` yields them with what the dense stream asks for, where the walk carries that. looked_up: rows of the
+    weight are read by token too; multiplied: what is read is multiplied by the weight (all but an embedding that is not
+    tied, which has no inputs).
     """
 
     roles: tuple[str, ...]
     inputs: Callable[[bool], Iterator[Tensor]]
+    aims: Callable[[bool], Iterator[Aim]]
     looked_up: bool = False
     multiplied: bool = True
 
@@ -49,15 +53,15 @@ class _HaltedBatch:
     def restart(self) -> None:
         """Go back to the beginning of the block and free the activations."""
         self._stage = -1
-        self._x = torch.empty(0)
+        self._halt = Halt(torch.empty(0), torch.empty(0))
         self._stages = self._block.stages(self._state, self._span)
 
-    def input(self, stage: int) -> Tensor:
-        """The input of a stage, that of the batch's own or a later one."""
+    def at(self, stage: int) -> Halt:
+        """Where the batch halts before a stage, its own or a later one."""
         while self._stage < stage:
-            self._x = next(self._stages)
+            self._halt = next(self._stages)
             self._stage += 1
-        return self._x
+        return self._halt
 
     def finish(self) -> Tensor:
         """The output of the block."""
@@ -110,7 +114,7 @@ class BlockView:
         config = plan.after.config
         block = self.block
         assert block is not None
-        if layer == self.index and config.layers[layer] == block.layer:
+        if config.layers[layer] == block.layer:
             return block  # the very one: states that wait inside it go on from there
         roles = [role for role in self.linears if (layer, role) in plan.after.linears]
         norms = {role: norm for role, norm in block.norms.items() if isinstance(norm, Norm)}
@@ -121,29 +125,56 @@ class BlockView:
 
         Activations wait between stages (up to WAITING_BYTES), also for `Walk.advance`, so all of it is one pass.
         """
-        if self.block is None:
+        block = self.block
+        if block is None:
             (role,) = self.linears
             looked_up = role == TABLE[1]
             multiplied = not looked_up or self._walk.checkpoint.config.tied
-
-            def states(held_out: bool) -> Iterator[Tensor]:
-                return (s.flatten(0, -2) for s in self._walk.states[held_out])
-
-            yield Stage((role,), states, looked_up, multiplied)
+            yield Stage((role,), self._head_inputs, self._head_aims, looked_up, multiplied)
             return
-        batches = self._walk.enter(self.block)
+        batches = self._walk.enter(block)
 
-        def inputs(number: int, held_out: bool) -> Iterator[Tensor]:
+        def halts(number: int, held_out: bool) -> Iterator[Halt]:
             waiting_bytes = 0
             for batch in batches[held_out]:
-                x = batch.input(number)
-                waiting_bytes += x.nbytes
-                yield x.flatten(0, -2)
+                halt = batch.at(number)
+                waiting_bytes += halt.input.nbytes
+                yield halt
                 if waiting_bytes > WAITING_BYTES:
                     batch.restart()
 
-        for number, roles in enumerate(self.block.stage_roles()):
-            yield Stage(roles, partial(inputs, number))
+        for number, roles in enumerate(block.stage_roles()):
+            here = partial(halts, number)
+            yield Stage(roles, partial(_inputs, here), partial(self._aims, block, roles, here))
+
+    def _aims(
+        self, block: Block, roles: tuple[str, ...], halts: Callable[[bool], Iterator[Halt]], held_out: bool
+    ) -> Iterator[Aim]:
+        dense, wire = self._walk.dense, WIRES[roles[0]]
+        assert dense is not None and self.index is not None
+        place = self._walk.place(self.index, wire.sublayer.name)
+        if wire.reads == STREAM:
+            dense.reach(place)
+            for halt, state in zip(halts(held_out), dense.states[held_out], strict=True):
+                yield reader_aim(block, wire.sublayer, halt, state)
+        else:
+            dense.leave(place)
+            for halt, state in zip(halts(held_out), dense.states[held_out], strict=True):
+                yield writer_aim(block, wire.sublayer, self.linears[roles[0]], halt, state)
+
+    def _head_inputs(self, held_out: bool) -> Iterator[Tensor]:
+        return (state.flatten(0, -2) for state in self._walk.states[held_out])
+
+    def _head_aims(self, held_out: bool) -> Iterator[Aim]:
+        dense = self._walk.dense
+        assert dense is not None
+        dense.finish()
+        for inputs, state in zip(self._head_inputs(held_out), dense.states[held_out], strict=True):
+            yield Aim(inputs.float(), drift=self._walk.finished(state).flatten(0, -2).float() - inputs.float())
+
+
+def _inputs(halts: Callable[[bool], Iterator[Halt]], held_out: bool) -> Iterator[Tensor]:
+    return (halt.input.flatten(0, -2) for halt in halts(held_out))
 
 
 class Walk:
@@ -168,8 +199,24 @@ class Walk:
         self.states: list[list[Tensor]] = [[], []]
         self._entered: Block | None = None  # the block that the states are inside of
         self._halted: list[list[_HaltedBatch]] = []
+        self.dense: DenseStream | None = None
+        self._layers: list[int] = []
         if calibration is not None:
             self._embed(calibration)
+
+    def aim_at(self, checkpoint: Checkpoint, layers: Sequence[int], kept: Sequence[tuple[int, str]]) -> None:
+        """Carry the stream of a dense model beside this one's, from the embeddings that both share.
+
+        `layers`: the layer there that each layer here was; `kept`: the sublayers here (layer, name) that stay, in order.
+        """
+        self._layers = list(layers)
+        read = partial(self._block_of, checkpoint)
+        places = [self.place(*each) for each in kept]
+        self.dense = DenseStream(checkpoint.config, read, self.states, self.span, places)
+
+    def place(self, layer: int, sublayer: str) -> Place:
+        """Where the dense model has a sublayer of this one."""
+        return self._layers[layer], sublayer
 
     @property
     def calibrated(self) -> bool:
@@ -188,16 +235,24 @@ class Walk:
             rows = max(1, BATCH_TOKENS // windows.shape[1])
             for batch in windows.split(rows):
                 span = self.span(batch.shape[1])
-                tokens = batch.to(self.device)
-                states.append(embed_tokens(checkpoint.config, tokens, span, table, positions, project_in, self.dtype))
+                x = table.look_up(batch.to(self.device), self.dtype)
+                states.append(place_embeddings(checkpoint.config, x, span, positions, project_in))
 
-    def block(self, index: int) -> BlockView:
-        """Layer `index` of the model being compressed."""
+    def block(self, index: int, sublayers: Collection[str] = tuple(SUBLAYERS)) -> BlockView:
+        """Layer `index` of the model being compressed, with those of its sublayers that are named."""
         block = self.checkpoint.block(index, self.dtype, self.device)
         linears = {role: linear for role, linear in block.linears.items() if isinstance(linear, Linear)}
         for role, linear in linears.items():
             block.linears[role] = self.expanded(linear)
-        return BlockView(self, block, linears, index)
+        return BlockView(self, block.only(sublayers), linears, index)
+
+    def _block_of(self, checkpoint: Checkpoint, index: int) -> Block:
+        """A block of another model, to run."""
+        block = checkpoint.block(index, self.dtype, self.device)
+        for role, linear in block.linears.items():
+            assert isinstance(linear, Linear)
+            block.linears[role] = self.expanded(linear)
+        return block
 
     def expanded(self, linear: Linear) -> Linear:
         """The linear for running many windows: a packed weight is expanded once, not at every batch."""
@@ -234,9 +289,13 @@ class Walk:
         """Send all states through the final norm and projection, to the input of the head."""
         if not self.calibrated:
             return
-        norm: Norm | None = self.checkpoint.final_norm(self.dtype, self.device)
-        project_out = self.checkpoint.projections(self.dtype, self.device).get("project_out")
         for states in self.states:
             for i, state in enumerate(states):
-                state = state if norm is None else norm(state)
-                states[i] = state if project_out is None else project_out(state)
+                states[i] = self.finished(state)
+
+    def finished(self, state: Tensor) -> Tensor:
+        """What the head reads of the stream behind the last block."""
+        norm: Norm | None = self.checkpoint.final_norm(self.dtype, self.device)
+        project_out = self.checkpoint.projections(self.dtype, self.device).get("project_out")
+        state = state if norm is None else norm(state)
+        return state if project_out is None else project_out(state)

@@ -6,7 +6,8 @@ h head size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from halve.model.config import LayerConfig, ModelConfig
 from halve.model.linear import Linear
 from halve.model.rotary import Rotary, query_growth
 from halve.model.vocabulary_share import VocabularyShare
-from halve.model.wiring import ATTENTION, SUBLAYERS
+from halve.model.wiring import ATTENTION, SUBLAYERS, Sublayer
 from halve.ranks.collective import ALONE, Ranks
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -106,6 +107,13 @@ class Span:
         return self._masks[window]
 
 
+class Halt(NamedTuple):
+    """Where a block halts: the input of its next linears, and the stream that their sublayer will be added to."""
+
+    input: Tensor
+    stream: Tensor
+
+
 class Block(nn.Module):
     """One layer. Absent sublayers are None; q/k/v and gate/up may be merged into one matmul (`merge_siblings`).
 
@@ -134,20 +142,39 @@ class Block(nn.Module):
         """The linears that read one input, in the order they run (siblings not merged)."""
         return wiring.stages(self.config, self.layer)
 
-    def stages(self, x_BTD: Tensor, span: Span) -> Generator[Tensor, None, Tensor]:
-        """`forward`, halting before each of `stage_roles` to yield their input; a linear replaced then is what runs."""
+    def stages(self, x_BTD: Tensor, span: Span) -> Generator[Halt, None, Tensor]:
+        """`forward`, halting before each of `stage_roles`; a linear replaced then is what runs."""
         for sublayer in SUBLAYERS.values():
             if not sublayer.units(self.layer):
                 continue
-            x = self.norms[sublayer.norm](x_BTD) if self.config.norm_input else x_BTD
-            yield x
+            x = self.read(sublayer, x_BTD)
+            yield Halt(x, x_BTD)
             x = self._heads(x, span) if sublayer is ATTENTION else self._hidden(x)
-            yield x
-            x = self.ranks.add(self.linears[sublayer.writer](x))
-            x = self.norms[sublayer.output_norm](x) if self.config.norm_output else x
-            x = x_BTD + (x if self.config.residual_scale == 1 else x * self.config.residual_scale)
-            x_BTD = self.norms[sublayer.norm](x) if self.config.norm_sum else x
+            yield Halt(x, x_BTD)
+            x_BTD = self.written(sublayer, x_BTD, self.ranks.add(self.linears[sublayer.writer](x)))
         return x_BTD
+
+    def read(self, sublayer: Sublayer, stream: Tensor) -> Tensor:
+        """What a sublayer reads of the stream before it."""
+        return self.norms[sublayer.norm](stream) if self.config.norm_input else stream
+
+    def written(self, sublayer: Sublayer, stream: Tensor, output: Tensor) -> Tensor:
+        """The stream after a sublayer, of that before it and the output of its last linear."""
+        x = self.norms[sublayer.output_norm](output) if self.config.norm_output else output
+        x = stream + (x if self.config.residual_scale == 1 else x * self.config.residual_scale)
+        return self.norms[sublayer.norm](x) if self.config.norm_sum else x
+
+    def only(self, sublayers: Collection[str]) -> Block:
+        """The block with those of its sublayers that are named, sharing the weights. One after the other they are the block."""
+        layer = self.layer
+        for name, sublayer in SUBLAYERS.items():
+            if name not in sublayers:
+                layer = sublayer.resized(layer, 0)
+        linears = {role: linear for role, linear in self.linears.items() if isinstance(linear, Linear)}
+        norms = {role: norm for role, norm in self.norms.items() if isinstance(norm, Norm)}
+        block = Block(self.config, layer, self.index, linears, norms)
+        block.ranks = self.ranks
+        return block
 
     def _heads(self, x: Tensor, span: Span) -> Tensor:
         layer, size = self.layer, self.config.head_dim
@@ -193,7 +220,7 @@ def whole_norm(norm: nn.Module, x: Tensor, ranks: Ranks) -> Tensor:
     return (x * torch.rsqrt(squares / (x.shape[-1] * ranks.size) + norm.eps) * norm.weight).type_as(x)
 
 
-def run_to_end(stages: Generator[Tensor, None, Tensor]) -> Tensor:
+def run_to_end(stages: Generator[Halt, None, Tensor]) -> Tensor:
     """What `Block.stages` returns, from wherever it halted."""
     while True:
         try:
@@ -354,19 +381,6 @@ def finish_logits(config: ModelConfig, head_output: Tensor) -> Tensor:
     """The logits, of what the output head computed."""
     logits = head_output if config.logit_divisor == 1 else head_output / config.logit_divisor
     return logits if config.logit_cap is None else capped(logits, config.logit_cap)
-
-
-def embed_tokens(
-    config: ModelConfig,
-    tokens_BT: Tensor,
-    span: Span,
-    table: Linear,
-    positions: Tensor | None,
-    project_in: Linear | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Input of the first block, [B, T, D] in `dtype`."""
-    return place_embeddings(config, table.look_up(tokens_BT, dtype), span, positions, project_in)
 
 
 def place_embeddings(

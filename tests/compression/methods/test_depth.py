@@ -236,3 +236,82 @@ def test_what_cannot_go_is_refused_before_any_work(make_hf, tmp_path: Path, step
 def test_layers_are_read_and_written_as_ranges() -> None:
     assert parse_layers("drop-layers", ("7", "21..23", "0")) == [0, 7, 21, 22, 23]
     assert format_layers([0, 7, 21, 22, 23]) == ("0", "7", "21..23")
+
+
+# patched
+
+
+def report(result: halve.compression.compress.Result) -> dict[str, dict]:  # type: ignore[name-defined]
+    return {line["name"]: line for line in result.manifest["steps"][0]["linears"]}
+
+
+@pytest.fixture(scope="module")
+def held_out(assets: Path) -> torch.Tensor:
+    """Stories that no calibration window of `real` holds, [6, 200]."""
+    source = assets / "models" / "stories260K"
+    stories = (assets / "data" / "tinystories_317.txt").read_text().split("<|endoftext|>")[-12:]
+    tokens = halve.load_tokenizer(source).encode(" ".join(stories), bos=True)
+    return torch.tensor(tokens[: 6 * 200]).view(6, 200)
+
+
+@torch.inference_mode()
+def divergence(folder: Path, dense: Path, tokens: torch.Tensor) -> float:
+    p, q = (load_model(each)(tokens).log_softmax(-1) for each in (dense, folder))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("step", ["drop-layers:layers=2", "drop-attention:layers=1", "drop-mlp:layers=1"])
+def test_a_patched_gap_costs_less(assets: Path, tmp_path: Path, held_out: torch.Tensor, step: str) -> None:
+    source = assets / "models" / "stories260K"
+    options = {"calibration": str(assets / "data" / "tinystories_317.txt"), "samples": 24, "window": 256}
+    compress(source, tmp_path / "plain", [step])
+    result = compress(source, tmp_path / "patched", [f"{step},patch=true"], **options)
+    plain, patched = (divergence(tmp_path / each, source, held_out) for each in ("plain", "patched"))
+    assert patched < 0.85 * plain
+    for line in report(result).values():
+        if line["action"] == "refitted":
+            assert line["held_out_error_after"] <= line["held_out_error_before"] * (1 + 1e-5)
+            assert line["bytes_after"] == line["bytes_before"] and line["alpha"] in (0.0, 0.25, 0.5)
+
+
+def test_only_what_stands_around_the_gap_is_refitted(make_hf, tmp_path: Path, drawn_windows: None) -> None:
+    source = make_hf("llama", num_hidden_layers=4)
+    result = compress(source, tmp_path / "out", ["drop-layers:layers=2,patch=true"], calibration="drawn")
+    refitted = {name for name, line in report(result).items() if line["action"] == "refitted"}
+    assert refitted == {"model.layers.1.mlp.down_proj"} | {n for n in report(result) if n.startswith("model.layers.3.")}
+    before, after = open_checkpoint(source), open_checkpoint(tmp_path / "out")
+    for name in after.tensors.shapes:
+        there = name.replace("layers.2.", "layers.3.")
+        same = torch.equal(before.tensor(there), after.tensor(name))
+        touched = there.removesuffix(".weight") in refitted
+        alpha = report(result).get(there.removesuffix(".weight"), {}).get("alpha")
+        assert same == (not touched or alpha == 0.0), name
+
+
+@pytest.mark.parametrize(("kind", "options"), FAMILIES, ids=[f[0] for f in FAMILIES])
+@pytest.mark.parametrize("step", ["drop-layers:layers=0", "drop-attention:layers=2", "drop-mlp:layers=1"])
+def test_every_family_is_patched(
+    make_hf, tmp_path: Path, drawn_windows: None, kind: str, options: dict, step: str
+) -> None:
+    """A first or last sublayer may go, too, and what is left still is a model of finite logits."""
+    source = make_hf(kind, **options)
+    result = compress(source, tmp_path / "out", [f"{step},patch=true"], calibration="drawn")
+    assert torch.isfinite(logits(tmp_path / "out")).all()
+    assert [line for line in report(result).values() if line["action"] == "refitted"]
+
+
+def test_quantized_linears_are_not_patched(make_hf, tmp_path: Path, drawn_windows: None) -> None:
+    source = make_hf("llama")
+    with pytest.raises(RecipeError, match=r"patch=true changes weights, and model\.layers\.0\.self_attn\.q_proj is q"):
+        compress(source, tmp_path / "out", ["rtn:bits=8", "drop-layers:layers=1,patch=true"], calibration="drawn")
+    result = compress(source, tmp_path / "out", ["rtn:bits=8", "drop-layers:count=1"], calibration="drawn")
+    assert not [line for line in report(result).values() if line["action"] == "refitted"]
+
+
+def test_a_choice_by_hand_needs_no_text_unless_it_is_patched() -> None:
+    assert not parse_step("drop-layers:layers=1").calibrates and parse_step("drop-layers:count=1").calibrates
+    assert not parse_step("drop-layers:count=1,select=deepest").calibrates
+    assert parse_step("drop-layers:layers=1,patch=true").calibrates
+    assert not parse_step("drop-layers:count=1,patch=false").aims  # type: ignore[attr-defined]
+    with pytest.raises(RecipeError, match=r"damping=2\.0 is not in \(0, 1\]"):
+        parse_step("drop-layers:count=1,damping=2")

@@ -34,6 +34,16 @@ def test_refit_is_the_least_squares_solution() -> None:
     assert torch.allclose(fitted, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_refit_towards_outputs_that_lack_something() -> None:
+    """With C = X^T T the fit is that of X W^T + T."""
+    x, weight = problem()
+    missing = torch.randn(200, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    kept = [0, 2, 3, 6]
+    fitted = obs.refit(weight, x.t() @ x, torch.tensor(kept), x.t() @ missing)
+    expected = torch.linalg.lstsq(x[:, kept], x @ weight.t() + missing).solution.t()
+    assert torch.allclose(fitted, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_refit_of_all_columns_changes_nothing() -> None:
     x, weight = problem()
     assert torch.allclose(obs.refit(weight, x.t() @ x, torch.arange(8)), weight, rtol=1e-9, atol=1e-9)

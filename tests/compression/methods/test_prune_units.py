@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from halve import compress, load_model
+from halve import compress, load_model, load_tokenizer
 from halve.checkpoint.reader import open_checkpoint
 from halve.compression import step_run
 from halve.compression.recipe import parse_step
@@ -268,3 +268,36 @@ def test_one_key_value_head_has_nothing_to_distribute(stories: Path, real: dict,
         step = f"prune-heads:fraction=0,allocation=global,score={score},refit=false"
         compress(stories, tmp_path / score, [step], **real)
         assert torch.equal(logits(tmp_path / score), logits(stories))
+
+
+@pytest.mark.parametrize(("kind", "options"), FAMILIES, ids=[f[0] for f in FAMILIES])
+def test_every_family_can_be_refitted_towards_the_dense_stream(
+    make_hf, tmp_path: Path, drawn_windows: None, kind: str, options: dict, monkeypatch
+) -> None:
+    monkeypatch.setattr("halve.compression.methods.problem.TOKENS_PER_CHANNEL", 1)
+    result = compress(
+        make_hf(kind, **options),
+        tmp_path / "out",
+        ["prune-mlp:fraction=0.33,multiple_of=16,target=dense"],
+        calibration="drawn",
+    )
+    assert torch.isfinite(logits(tmp_path / "out")).all()
+    role = "fc2" if kind == "opt" else "down_proj"
+    assert all(row["alpha"] in (0.0, 0.25, 0.5) for row in rows(result, role))
+
+
+@torch.inference_mode()
+def test_heads_refitted_towards_the_dense_stream_cost_less(stories: Path, assets: Path, tmp_path: Path) -> None:
+    texts = (assets / "data" / "tinystories_317.txt").read_text().split("<|endoftext|>")
+    train = tmp_path / "train.txt"
+    train.write_text("<|endoftext|>".join(texts[:200]))
+    tokens = torch.tensor(load_tokenizer(stories).encode(" ".join(texts[-20:]), bos=True)[: 6 * 200]).view(6, 200)
+    dense, cost = load_model(stories)(tokens).log_softmax(-1), {}
+    for target in ("layer", "dense"):
+        step = f"prune-heads:fraction=0.25,target={target}"
+        result = compress(stories, tmp_path / target, [step], calibration=train, samples=24, window=256)
+        assert ("alpha" in rows(result, "o_proj")[1]) == (target == "dense")
+        cost[target] = float(
+            (dense.exp() * (dense - load_model(tmp_path / target)(tokens).log_softmax(-1))).sum(-1).mean()
+        )
+    assert cost["dense"] < cost["layer"]

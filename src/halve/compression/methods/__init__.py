@@ -55,5 +55,20 @@ class Resolvable(Protocol):
         ...
 
 
+@runtime_checkable
+class Aiming(Protocol):
+    """A method that may need the dense model's stream beside the compressed one."""
+
+    @property
+    def aims(self) -> bool:
+        """Whether `edit` does."""
+        ...
+
+
+def streams(method: Method) -> int:
+    """How many streams of hidden states a step carries: none, the compressed model's, the dense one's beside it."""
+    return int(method.calibrates) + (isinstance(method, Aiming) and method.aims)
+
+
 _ALL = (Rtn, Gptq, L1Inputs, L1Outputs, PruneMlp, PruneHeads, DropLayers, DropAttention, DropMlp)
 METHODS: dict[str, type[Any]] = {method.name: method for method in _ALL}

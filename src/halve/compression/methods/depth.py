@@ -1,4 +1,5 @@
-"""Depth pruning: whole layers, or only their attention or their MLP, are left out. Weights stay as they are.
+"""Depth pruning: whole layers, or only their attention or their MLP, are left out. The last linear before the first gap and
+all behind it can be refitted towards the dense stream (patch.py); the other weights stay as they are.
 
 drop-layers with select=angular is the run of layers of least angular distance (Gromov et al. 2024, arXiv 2403.17887,
 equation 8), select=deepest the simple variant of its section 5, which keeps the last layer. What is measured and how:
@@ -12,11 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from halve.compression.distances import Unit, best_start, drop_by_perplexity, measure_layers
-from halve.compression.plan import ModelState, StepPlan, finish
+from halve.compression.methods import obs
+from halve.compression.methods.patch import refit_to_stream, same_inputs
+from halve.compression.plan import Key, ModelState, StepPlan, finish, state_of
 from halve.compression.walk import BlockView, Walk
 from halve.errors import RecipeError
 from halve.model.config import LayerConfig, ModelConfig
-from halve.model.wiring import ATTENTION, MLP, SUBLAYERS, Sublayer
+from halve.model.wiring import ATTENTION, MLP, SUBLAYERS, Sublayer, wires
 
 SELECTORS = ("angular", "influence", "perplexity", "deepest")
 
@@ -27,7 +30,9 @@ class Drop:
 
     count: how many go, chosen by select: angular (distance of the last token: one run of layers, or the sublayers of
     least distance), influence (1 - cosine of all tokens, each on its own), perplexity (greedy) or deepest (the last
-    layer stays). layers: by hand instead, counted from 0, `21..28` with both ends, several separated by |.
+    layer stays). layers: by hand instead, counted from 0, `21..28` with both ends, several separated by |. patch: refit
+    what stands around the gaps towards the dense stream; by default where the choice reads text anyway and no layer is
+    quantized. damping: added to the Hessian of that, of its mean diagonal.
     """
 
     name: ClassVar[str]
@@ -36,6 +41,8 @@ class Drop:
     count: int | None = None
     select: str = "angular"
     layers: tuple[str, ...] = ()
+    patch: bool | None = None
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         if (self.count is None) == (not self.layers):
@@ -44,6 +51,8 @@ class Drop:
             raise RecipeError(f"step {self.name}: count={self.count} must be at least 1")
         if self.select not in SELECTORS:
             raise RecipeError(f"step {self.name}: select={self.select!r} is not known: use {', '.join(SELECTORS)}")
+        if not 0 < self.damping <= obs.MAX_DAMPING:
+            raise RecipeError(f"step {self.name}: damping={self.damping} is not in (0, {obs.MAX_DAMPING:g}]")
         parse_layers(self.name, self.layers)
 
     @property
@@ -51,8 +60,13 @@ class Drop:
         return bool(self.layers) or self.select == "deepest"
 
     @property
+    def aims(self) -> bool:
+        """Whether what stands before a gap is refitted."""
+        return not self.resolved if self.patch is None else self.patch
+
+    @property
     def calibrates(self) -> bool:
-        return not self.resolved
+        return self.aims or not self.resolved
 
     def plan(self, state: ModelState) -> StepPlan:
         config = state.config
@@ -66,12 +80,34 @@ class Drop:
         sources = tuple(i for i, layer in enumerate(layers) if layer.has_attention or layer.has_mlp)
         left = replace(config, layers=tuple(layers[i] for i in sources))
         action = "removed" if self.resolved else f"removed (some {len(dropped)} {what}, by select={self.select})"
-        skipped = dict.fromkeys(state.linears, "not dropped")
-        return finish(self.name, state, {}, skipped, left, sources, action)
+        changed = {key: (state.linears[key], "refitted") for key in self._patched(state, layers)}
+        skipped = {key: "not dropped" for key in state.linears if key not in changed}
+        return finish(self.name, state, changed, skipped, left, sources, action)
+
+    def _patched(self, state: ModelState, layers: list[LayerConfig]) -> list[Key]:
+        """The linears that are refitted: the last before the first gap and all behind it."""
+        quantized = _quantized(state)
+        if quantized is not None and self.patch:
+            raise RecipeError(
+                f"step {self.name}: patch=true changes weights, and {quantized} is quantized: drop before quantizing, or "
+                "use patch=false"
+            )
+        if quantized is not None or not self.aims:
+            return []
+        order = [(i, wire) for i, layer in enumerate(state.config.layers) for wire in wires(state.config, layer)]
+        stays = [bool(wire.sublayer.units(layers[i])) for i, wire in order]
+        first = max(stays.index(False) - 1, 0)
+        return [(i, wire.role) for (i, wire), left in zip(order[first:], stays[first:], strict=True) if left]
 
     def edit(self, view: BlockView, plan: StepPlan) -> list[dict[str, Any]]:
-        """Nothing to change in what stays: the plan leaves the rest out."""
-        return []
+        """Refit what stands around a gap; the plan leaves the rest out."""
+        touched, rows = set(view.touched(plan)), []
+        if touched:
+            for stage in view.stages():
+                roles = [role for role in stage.roles if role in touched]
+                for together in same_inputs(view, roles):
+                    rows += refit_to_stream(view, plan, stage, together, self.damping)
+        return rows
 
     def resolve(self, walk: Walk) -> Self:
         """The same step with the chosen layers named."""
@@ -91,7 +127,8 @@ class Drop:
                 each = dict(enumerate(turns.layers)) if self.kind is None else turns.sublayers[self.kind]
                 score = {i: t.last_token if self.select == "angular" else t.influence for i, t in each.items()}
                 chosen = sorted(sorted(candidates, key=lambda i: score[i])[:count])
-        return replace(self, count=None, layers=format_layers(chosen))
+        patch = self.aims and _quantized(state_of(walk.checkpoint, None)) is None
+        return replace(self, count=None, layers=format_layers(chosen), patch=patch)
 
     def _candidates(self, config: ModelConfig) -> list[int]:
         return [index for index, layer in enumerate(config.layers) if any(part.units(layer) for part in self._parts())]
@@ -121,10 +158,15 @@ class Drop:
         return layer
 
 
+def _quantized(state: ModelState) -> str | None:
+    """The name of a linear of a layer that is quantized."""
+    return next((s.name for key, s in state.linears.items() if key[0] is not None and s.spec is not None), None)
+
+
 @dataclass(frozen=True)
 class DropLayers(Drop):
     """Drop whole layers; the result is a plain, shallower model. Options: count with select
-    angular|influence|perplexity|deepest, or layers=21..28."""
+    angular|influence|perplexity|deepest, or layers=21..28; patch, damping: refit what stands around the gaps."""
 
     name: ClassVar[str] = "drop-layers"
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,12 +19,13 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint.tensors import all_finite
+from halve.compression.methods.group_scales import SCALES, group_scales
+from halve.compression.methods.problem import Answer, Calibrated, Problem, improvements, ridge_error
 from halve.compression.methods.rtn import check_fallback, plan_quantization
 from halve.compression.plan import ModelState, StepPlan
-from halve.compression.second_moment import second_moment, upper_triangle
-from halve.compression.walk import BlockView, Stage
+from halve.compression.second_moment import upper_triangle
+from halve.compression.walk import BlockView
 from halve.errors import DataError, RecipeError
-from halve.model.linear import Linear
 from halve.quantization import (
     QuantizedWeight,
     QuantSpec,
@@ -33,29 +33,26 @@ from halve.quantization import (
     encode,
     fitting_group_sizes,
     from_codes,
-    nearest,
-    scale_and_zero,
 )
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_ROWS = 256  # inputs that the held-out error of a linear is measured on
-LOOK_UP_SHARE = 1.0  # of the mean diagonal of H: what an error of a row that is looked up counts in a tied table
+TARGETS = ("layer", "dense")
+MAX_SWEEPS = 20
 MAX_DAMPING = 1.0  # of the mean diagonal; beyond it H is noise and the request is refused
 _LEAF = 16  # columns quantized one by one between two matrix products
-SCALES = ("minmax", "mse")
 _ROWS = 16384  # output rows solved at a time: bounds the float32 copies
-SHRINKS = tuple(1 - 0.05 * step for step in range(1, 9))  # shares of the full range that scale="mse" tries
-_SEARCH_ELEMENTS = 1 << 18  # weights whose range is searched at a time: the copies stay in the cache
 
 
 @dataclass(frozen=True)
 class Gptq:
     """GPTQ. Options: bits 8|4|3|2, group_size (columns, -1 = per channel), symmetric, act_order, damping (share of the
     mean diagonal of H), scale minmax|mse (see `group_scales`), targets, ignore, fallback error|channel (what to do where
-    the group size does not divide a layer's inputs). Sequential inside the block: q/k/v, o, gate/up, down, each
-    calibrated on the inputs it gets from what was quantized before it. `embed_tokens` among targets is the embedding, or of
-    a tied model the one table of embedding and head, unless untie gives the head a tensor of its own."""
+    the group size does not divide a layer's inputs), target layer|dense (what each linear should give: what it gave, or
+    what brings the stream back to the dense model's), refit (of the scales, codes fixed), polish (sweeps over the codes).
+    Sequential inside the block: q/k/v, o, gate/up, down, each calibrated on the inputs it gets from what was quantized
+    before it. `embed_tokens` among targets is the embedding, or of a tied model the one table of embedding and head,
+    unless untie gives the head a tensor of its own."""
 
     name: ClassVar[str] = "gptq"
     calibrates: ClassVar[bool] = True
@@ -70,11 +67,23 @@ class Gptq:
     ignore: tuple[str, ...] = ()
     fallback: str = "error"
     untie: bool = False
+    target: str = "layer"
+    refit: bool = False
+    polish: int = 0
 
     def __post_init__(self) -> None:
         check_fallback(self.fallback)
         check_options(self.damping, self.scale)
+        if self.target not in TARGETS:
+            raise RecipeError(f"target={self.target!r} is unknown: use {' or '.join(TARGETS)}")
+        if not 0 <= self.polish <= MAX_SWEEPS:
+            raise RecipeError(f"polish={self.polish} must lie between 0 and {MAX_SWEEPS} sweeps")
         self.spec()
+
+    @property
+    def aims(self) -> bool:
+        """Whether `edit` needs the dense stream."""
+        return self.target == "dense"
 
     def spec(self) -> QuantSpec:
         return QuantSpec(self.bits, self.group_size, self.symmetric)
@@ -92,45 +101,68 @@ class Gptq:
             started = time.monotonic()
             linear = view.linears[roles[0]]
             assert isinstance(linear.weight, Tensor)
-            hessian = _hessian(stage, linear)
+            calibrated = Calibrated.of(stage, linear, self.aims, self.refit or self.polish > 0)
             done = []
             for together in _same_scheme(view, plan, roles):
-                done += self._quantize(view, plan, together, hessian, stage)
+                done += self._quantize(view, plan, together, calibrated)
             for row in done:  # what they took together, their inputs and Hessian included, in equal parts
                 row["seconds"] = (time.monotonic() - started) / len(done)
             rows += done
         return rows
 
     def _quantize(
-        self, view: BlockView, plan: StepPlan, roles: list[str], hessian: Tensor, stage: Stage
+        self, view: BlockView, plan: StepPlan, roles: list[str], calibrated: Calibrated
     ) -> list[dict[str, Any]]:
         """Quantize linears of one scheme, dtype and input together; one report row each."""
         linears = [view.linears[role] for role in roles]
-        weight = linears[0].weight if len(linears) == 1 else torch.cat([linear.dense_weight() for linear in linears])
-        assert isinstance(weight, Tensor)
-        index = linears[0].input_index
+        spec = view.spec(plan, roles[0])
+        name = " + ".join(view.name(role) for role in roles)
+        problem = Problem(calibrated, linears)
+        _check(problem.weight, problem.hessian, spec, name)
+        factor = factorize(problem.hessian, self.damping, self.act_order, name)
+        rows: list[dict[str, Any]] = [
+            {"name": view.name(role)} | ({"alpha": 0.0} if self.aims else {}) for role in roles
+        ]
+        if problem.cross is not None:
+            for row, alpha in zip(rows, problem.aim(factor.solve(problem.cross).t()), strict=True):
+                row["alpha"] = alpha
         quantized, info = gptq(
-            weight,
-            hessian if index is None else hessian[index][:, index],
-            view.spec(plan, roles[0]),
+            problem.target,
+            problem.hessian,
+            spec,
             damping=self.damping,
             act_order=self.act_order,
             scale=self.scale,
             scale_dtype=view.dtype(plan, roles[0]),
-            name=" + ".join(view.name(role) for role in roles),
+            name=name,
+            factor=factor,
         )
-        held_out = _held_out_error(weight, quantized, index, stage.inputs(True)) if stage.multiplied else None
-        rows = []
-        first = 0
-        for role, linear in zip(roles, linears, strict=True):
-            part = slice(first, first + linear.weight.shape[0])
-            first = part.stop
-            view.replace_weight(role, quantized.rows(torch.arange(part.start, part.stop, device=weight.device)))
-            errors = {"output_error": info.relative_error(part)}
-            if held_out is not None:
-                errors["held_out_output_error"] = _relative(held_out, part)
-            rows.append({"name": view.name(role), **errors, "damping": info.damping, "dead_inputs": info.dead_columns})
+        answers = self._answers(problem, factor, quantized, info)
+        for role, row, part in zip(roles, rows, problem.parts, strict=True):
+            errors = {which: _relative(answer.held_out, part) for which, answer in answers.items()}
+            which = min(errors, key=lambda each: errors[each])
+            index = torch.arange(part.start, part.stop, device=problem.weight.device)
+            view.replace_weight(role, answers[which].quantized.rows(index))
+            row["output_error"] = _relative((answers[which].loss, info.energy), part)
+            if problem.judged:
+                row["held_out_output_error"] = errors[which]
+            row |= {"damping": info.damping, "dead_inputs": info.dead_columns}
+            if len(answers) > 1:
+                row |= {"accepted": which, "held_out_output_errors": errors}
         return rows
+
+    def _answers(
+        self, problem: Problem, factor: Factor, quantized: QuantizedWeight, info: GPTQInfo
+    ) -> dict[str, Answer]:
+        """By name, what GPTQ gave and what the steps after it made of that."""
+        answers = {"gptq": Answer(quantized, info.loss, problem.error(quantized))}
+        if (self.refit or self.polish) and not problem.starved:
+            ridge = factor.ridge[factor.place]
+            damped = info.loss + ridge_error(problem, quantized, ridge)
+            for which, better, loss in improvements(problem, quantized, ridge, damped, self.refit, self.polish):
+                loss = (loss - ridge_error(problem, better, ridge)).clamp(min=0)
+                answers[which] = Answer(better, loss, problem.error(better))
+        return answers
 
 
 def check_options(damping: float, scale: str) -> None:
@@ -143,22 +175,6 @@ def check_options(damping: float, scale: str) -> None:
         raise RecipeError(f"scale={scale!r} is unknown: use {' or '.join(SCALES)}")
 
 
-def _hessian(stage: Stage, linear: Linear) -> Tensor:
-    """The quadratic form that the error of each row of a weight is measured in.
-
-    H, the second moment of what the weight multiplies. Rows that are looked up (an embedding) enter the model as they are: I.
-    Of a tied table both count, H + LOOK_UP_SHARE * mean(diag H) * I: docs/gptq.md derives it.
-    """
-    size, device = linear.in_features, linear.weight.device
-    if not stage.multiplied:
-        return torch.eye(size, device=device)
-    hessian = second_moment(stage.inputs(False), size, device)
-    if stage.looked_up:
-        diagonal = hessian.diagonal()
-        diagonal += LOOK_UP_SHARE * diagonal.mean()
-    return hessian
-
-
 def _same_scheme(view: BlockView, plan: StepPlan, roles: list[str]) -> list[list[str]]:
     """`roles` (they read one input) in groups that share a scheme, dtype and kept inputs, so that one factor serves each."""
     groups: dict[tuple[QuantSpec, torch.dtype, tuple[int, ...] | None], list[str]] = {}
@@ -167,22 +183,6 @@ def _same_scheme(view: BlockView, plan: StepPlan, roles: list[str]) -> list[list
         kept = None if index is None else tuple(index.tolist())
         groups.setdefault((view.spec(plan, role), view.dtype(plan, role), kept), []).append(role)
     return list(groups.values())
-
-
-def _held_out_error(
-    weight: Tensor, quantized: QuantizedWeight, index: Tensor | None, inputs: Iterator[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Squared error of each output and its square, summed over the first batch of inputs thinned to HELD_OUT_ROWS."""
-    x = next(inputs)
-    x = x[:: max(1, x.shape[0] // HELD_OUT_ROWS)].float()
-    x = x if index is None else x.index_select(-1, index)
-    sums: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for first in range(0, weight.shape[0], _ROWS):
-        rows = torch.arange(first, min(first + _ROWS, weight.shape[0]), device=weight.device)
-        exact = weight[first : first + _ROWS].float()
-        for total, w in zip(sums, (exact - quantized.look_up(rows, torch.float32), exact), strict=True):
-            total.append((x @ w.t()).square_().sum(0).double())
-    return torch.cat(sums[0]), torch.cat(sums[1])
 
 
 @dataclass(frozen=True)
@@ -215,34 +215,33 @@ def gptq(
     scale: str = "mse",
     scale_dtype: torch.dtype | None = None,
     name: str = "weight",
+    factor: Factor | None = None,
 ) -> tuple[QuantizedWeight, GPTQInfo]:
     """Quantize weight [O, I] so that its outputs on inputs of Hessian [I, I] change least.
 
     Rows are independent: layers that read the same input go in one call with their rows stacked. `act_order` takes
     columns by falling diagonal of H; groups and scales are those of the original order ("static groups"), so nothing is
     paid at run time. `scale`: see `group_scales`. Scales are kept in `scale_dtype` (default: the weight's dtype).
-    Damping grows tenfold until H factors. Raises RecipeError (shapes, a group size that does not divide) and DataError
-    (H or the weight is not finite, or H does not factor at the greatest damping); both name the layer `name`.
+    Damping grows tenfold until H factors; `factor`: that of H, where it is there already. Raises RecipeError (shapes, a
+    group size that does not divide) and DataError (H or the weight is not finite, or H does not factor at the greatest
+    damping); both name the layer `name`.
     """
     check_options(damping, scale)
     _check(weight, hessian, spec, name)
-    diagonal = hessian.diagonal()
-    order = torch.argsort(diagonal) if act_order else torch.arange(weight.shape[1], device=weight.device).flip(0)
-    place = torch.argsort(order)  # of each column in that order
-    scale_OG, zero_OG = group_scales(weight, spec, scale_dtype or weight.dtype, diagonal, scale)
-    factor, ridge, used = _factor(hessian, order, damping, name)
-    pivots = factor.diagonal().clone()
-    factor /= pivots  # unit lower triangular: column j holds L_ij / L_jj
+    factor = factor or factorize(hessian, damping, act_order, name)
+    scale_OG, zero_OG = group_scales(weight, spec, scale_dtype or weight.dtype, hessian.diagonal(), scale)
+    place = factor.place
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     losses = []
     for first in range(0, weight.shape[0], _ROWS):
         rows = slice(first, first + _ROWS)
         zero = None if zero_OG is None else zero_OG[rows]
-        solver = _Solver(weight[rows], order, factor, pivots, scale_OG[rows], zero, spec)
+        solver = _Solver(weight[rows], factor, scale_OG[rows], zero, spec)
         solver.solve(0, weight.shape[1])
         codes[rows] = solver.codes_IO.index_select(0, place).t()
-        losses.append(solver.loss(ridge))
-    info = GPTQInfo(used, int((diagonal <= 0).sum()), torch.cat(losses), quadratic(weight, hessian))
+        losses.append(solver.loss(factor.ridge))
+    dead = int((hessian.diagonal() <= 0).sum())
+    info = GPTQInfo(factor.damping, dead, torch.cat(losses), quadratic(weight, hessian))
     return from_codes(codes, scale_OG, zero_OG, spec), info
 
 
@@ -259,69 +258,21 @@ def quadratic(weight: Tensor, hessian: Tensor) -> Tensor:
     return total
 
 
-def group_scales(
-    weight: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, importance: Tensor, method: str
-) -> tuple[Tensor, Tensor | None]:
-    """Scale [O, G] and zero [O, G] of weight [O, I] before any code is chosen.
-
-    minmax: the group's full range. mse: of the ranges in SHRINKS times it, per group the one whose nearest codes have
-    the least squared error, each column weighted by `importance` [I] (the diagonal of H).
-    """
-    columns = spec.columns_per_group(weight.shape[1])
-    groups = weight.shape[1] // columns
-    parts = []
-    for rows in weight.split(max(1, _SEARCH_ELEMENTS // weight.shape[1])):
-        # columns of a group outermost: what is broadcast below is then contiguous, which is several times faster
-        grouped_COG = rows.float().view(-1, groups, columns).permute(2, 0, 1).contiguous()
-        ends = torch.stack(torch.aminmax(grouped_COG, dim=0), -1)
-        scale, zero = scale_and_zero(ends, spec, scale_dtype)
-        if method == "mse":
-            importance_CG = importance.float().view(groups, columns).t()
-            importance_COG = importance_CG.unsqueeze(1).expand(grouped_COG.shape).contiguous()
-            scale, zero = _search(grouped_COG, ends, importance_COG, scale, zero, spec)
-        parts.append((scale, zero))
-    zeros = [zero for _, zero in parts if zero is not None]
-    return torch.cat([scale for scale, _ in parts]), torch.cat(zeros) if zeros else None
-
-
-def _search(
-    grouped_COG: Tensor, ends: Tensor, importance_COG: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec
-) -> tuple[Tensor, Tensor | None]:
-    """The best of the candidate ranges for groups whose full ranges are `ends` [O, G, 2]."""
-
-    def error(scale: Tensor, zero: Tensor | None) -> Tensor:
-        miss = nearest(grouped_COG, scale, zero, spec).sub_(grouped_COG)
-        return miss.square_().mul_(importance_COG).sum(0)
-
-    least = error(scale, zero)
-    for shrink in SHRINKS:
-        tried, tried_zero = scale_and_zero(ends * shrink, spec, scale.dtype)
-        tried_error = error(tried, tried_zero)
-        better = tried_error < least
-        least = torch.where(better, tried_error, least)
-        scale = torch.where(better, tried, scale)
-        if zero is not None and tried_zero is not None:
-            zero = torch.where(better, tried_zero, zero)
-    return scale, zero
-
-
 class _Solver:
     """Some rows, their columns in the order of the factor: least important first, solved from the last to the first."""
 
     def __init__(
         self,
         weight: Tensor,
-        order: Tensor,
-        unit_factor: Tensor,
-        pivots: Tensor,
+        factor: Factor,
         scale_OG: Tensor,
         zero_OG: Tensor | None,
         spec: QuantSpec,
     ) -> None:
-        self.weight_IO = weight.t().contiguous().index_select(0, order).float()  # a column is one contiguous row
-        self.factor, self.spec = unit_factor, spec
-        self.groups = (order // spec.columns_per_group(weight.shape[1])).tolist()
-        self.squared_pivots = pivots.double().square().tolist()
+        self.weight_IO = weight.t().contiguous().index_select(0, factor.order).float()  # a column is one contiguous row
+        self.factor, self.spec = factor.unit, spec
+        self.groups = (factor.order // spec.columns_per_group(weight.shape[1])).tolist()
+        self.squared_pivots = factor.pivots.double().square().tolist()
         self.scale_GO = scale_OG.float().t().contiguous()
         self.zero_GO = None if zero_OG is None else zero_OG.t().contiguous()
         # before a column is solved: what the solved ones add to it; after: its own error w - q
@@ -373,7 +324,43 @@ def _check(weight: Tensor, hessian: Tensor, spec: QuantSpec, name: str) -> None:
             raise DataError(f"{name}: its {what} holds inf or nan: calibrate in fp32 or check the checkpoint")
 
 
-def _factor(hessian: Tensor, order: Tensor, damping: float, name: str) -> tuple[Tensor, Tensor, float]:
+@dataclass(frozen=True)
+class Factor:
+    """The damped Hessian as U diag(pivots^2) U^T, U [I, I] unit lower triangular (float32), its rows and columns in
+    `order`; `ridge` [I] is what was added to the diagonal, in that order, and `damping` its share of the mean."""
+
+    order: Tensor
+    unit: Tensor
+    pivots: Tensor
+    ridge: Tensor
+    damping: float
+
+    @property
+    def place(self) -> Tensor:
+        """Of each column, where it stands in the order."""
+        return torch.argsort(self.order)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """X [I, O] with (H + damping) X = right."""
+        x = torch.linalg.solve_triangular(self.unit, right[self.order], upper=False, unitriangular=True)
+        x /= self.pivots.square().unsqueeze(1)
+        return torch.linalg.solve_triangular(self.unit.mT, x, upper=True, unitriangular=True)[self.place]
+
+
+def factorize(hessian: Tensor, damping: float, act_order: bool, name: str) -> Factor:
+    """Factor a Hessian [I, I], columns by rising diagonal (`act_order`) or from the last to the first.
+
+    Damping grows tenfold until it factors. Raises DataError when it does not at the greatest.
+    """
+    diagonal = hessian.diagonal()
+    order = torch.argsort(diagonal) if act_order else torch.arange(hessian.shape[0], device=hessian.device).flip(0)
+    factor, ridge, used = _cholesky(hessian, order, damping, name)
+    pivots = factor.diagonal().clone()
+    factor /= pivots  # unit lower triangular: column j holds L_ij / L_jj
+    return Factor(order, factor, pivots, ridge, used)
+
+
+def _cholesky(hessian: Tensor, order: Tensor, damping: float, name: str) -> tuple[Tensor, Tensor, float]:
     """Cholesky factor L [I, I] (float32, lower) of the damped Hessian in `order`, what was added to its diagonal [I],
     and the damping that took."""
     diagonal = hessian.diagonal()[order]

@@ -113,14 +113,17 @@ def remove_fixed(weight: Tensor, hessian: Tensor, unit: int, count: int) -> Remo
     return Removal(torch.cat(order), torch.tensor(loss, dtype=torch.float64))
 
 
-def refit(weight: Tensor, hessian: Tensor, kept: Tensor) -> Tensor:
+def refit(weight: Tensor, hessian: Tensor, kept: Tensor, lacking: Tensor | None = None) -> Tensor:
     """W' = (W H)[:, S] (H_SS)^-1 for weight [O, I], damped H [I, I] and columns `kept` S: float64 [O, S].
+
+    `lacking` [I, O]: 2/N Y^T T of what the outputs lack besides (targets.py); W H + its transpose then stands for W H.
 
     The same damped H in both factors makes W' the minimum of a sum of which zeroing is one point and whose damping
     term grows with every change of W_S, so tr(E H E^T) under the undamped H cannot grow either.
     """
     inner = torch.linalg.cholesky(hessian[kept][:, kept])
-    return torch.cholesky_solve((weight.double() @ hessian[:, kept]).t(), inner).t()
+    wanted = (weight.double() @ hessian[:, kept]).t()
+    return torch.cholesky_solve(wanted if lacking is None else wanted + lacking[kept].double(), inner).t()
 
 
 def relative_error(change: Tensor, weight: Tensor, hessian: Tensor) -> float:

@@ -18,6 +18,8 @@ from halve.checkpoint.stored import StoredLinear
 from halve.compression.edits import check_fraction, column_norms, narrow_inputs, narrow_outputs, row_norms
 from halve.compression.methods import obs
 from halve.compression.methods.allocation import SMALLEST_SHARE, allocate, parse_widths, rounded_width
+from halve.compression.methods.problem import Calibrated, Problem
+from halve.compression.methods.targets import best_alpha
 from halve.compression.plan import Key, ModelState, StepPlan, finish
 from halve.compression.second_moment import second_moment
 from halve.compression.walk import BlockView, Walk
@@ -29,6 +31,7 @@ from halve.model.wiring import ATTENTION, MLP, WIRES, Sublayer
 
 SCORES = ("l1", "activation", "obs")
 ALLOCATIONS = ("uniform", "global")
+TARGETS = ("layer", "dense")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class PruneUnits:
     growth of the layer's squared output error, units taken greedily, with what the refit gives back when it is on).
     refit: least squares on the calibration inputs. allocation: the same share in every layer, or the same total
     distributed by score. widths: one number per layer, by hand. damping: added to the Hessian, of its mean diagonal.
+    target: what the refit aims at, the layer's own output or the dense model's stream, as far as that helps on held-out
+    tokens.
     """
 
     name: ClassVar[str]
@@ -53,10 +58,11 @@ class PruneUnits:
     multiple_of: int = 1
     widths: tuple[str, ...] = ()
     damping: float = 0.01
+    target: str = "layer"
 
     def __post_init__(self) -> None:
         check_fraction(self.name, self.fraction)
-        for option, known in (("score", SCORES), ("allocation", ALLOCATIONS)):
+        for option, known in (("score", SCORES), ("allocation", ALLOCATIONS), ("target", TARGETS)):
             value = getattr(self, option)
             if value not in known:
                 raise RecipeError(f"step {self.name}: {option}={value!r} is not known: use one of {', '.join(known)}")
@@ -74,6 +80,11 @@ class PruneUnits:
     @property
     def calibrates(self) -> bool:
         return self.refit or self.score != "l1"
+
+    @property
+    def aims(self) -> bool:
+        """Whether the refit needs the dense stream."""
+        return self.refit and self.target == "dense"
 
     @property
     def resolved(self) -> bool:
@@ -225,6 +236,7 @@ class PruneUnits:
         if count == units:
             return []
         moments = second_moments(view, self.reader) if self.calibrates else []
+        aimed = calibrated_aims(view, self.reader) if self.aims else None
         producers = self.producers(config, layer)
         moment = moments[0] if moments else None
         kept = self._rank(view, reader, moment, per_unit, producers, units - count).kept(units)
@@ -233,6 +245,9 @@ class PruneUnits:
         row: dict[str, Any] = {"name": view.name(self.reader)}
         if moments:
             narrow, measured = self._fit(view, plan, narrow, moments, columns)
+            row |= measured
+        if aimed is not None:
+            narrow, measured = self._aim(view, plan, narrow, aimed, columns)
             row |= measured
         view.replace(self.reader, narrow)
         for role, rows in producers.items():
@@ -262,11 +277,30 @@ class PruneUnits:
         weight = fitted.to(narrow.weight.dtype).contiguous()
         return narrow.replaced(weight=weight), before | after | {"damping": used}
 
+    def _aim(
+        self, view: BlockView, plan: StepPlan, narrow: Linear, aimed: Calibrated, columns: Tensor
+    ) -> tuple[Linear, dict[str, float]]:
+        """The narrower reader moved towards the dense stream, and how far: as helps on held-out tokens."""
+        problem = Problem(aimed, [view.linears[self.reader]])
+        assert isinstance(narrow.weight, Tensor)
+        if problem.cross is None or problem.lacking is None:
+            return narrow, {"alpha": 0.0}
+        raised, _, _ = obs.damped(aimed.hessian, self.damping, view.name(self.reader))
+        plain = obs.refit(problem.weight, raised, columns)
+        change = obs.refit(problem.weight, raised, columns, problem.cross) - plain
+        inputs = problem.inputs[:, columns]
+        goal = problem.lacking + problem.inputs @ problem.weight.t()
+        alpha = best_alpha(goal - inputs @ plain.float().t(), inputs @ change.float().t())
+        if not alpha:
+            return narrow, {"alpha": alpha}
+        fitted = (plain + alpha * change).to(view.dtype(plan, self.reader)).to(narrow.weight.dtype)
+        return narrow.replaced(weight=fitted.contiguous()), {"alpha": alpha}
+
 
 @dataclass(frozen=True)
 class PruneMlp(PruneUnits):
     """Drop intermediate channels of every MLP. Options: fraction, score l1|activation|obs, refit, allocation
-    uniform|global, multiple_of (128 times the ranks that will serve it), widths, damping."""
+    uniform|global, multiple_of (128 times the ranks that will serve it), widths, damping, target layer|dense (of the refit)."""
 
     name: ClassVar[str] = "prune-mlp"
     sublayer: ClassVar[Sublayer] = MLP
@@ -279,7 +313,8 @@ class PruneMlp(PruneUnits):
 @dataclass(frozen=True)
 class PruneHeads(PruneUnits):
     """Drop key/value heads, each with the query heads that read it. Options: fraction, score l1|activation|obs, refit,
-    allocation uniform|global, multiple_of (the ranks that will serve it), widths (key/value heads), damping."""
+    allocation uniform|global, multiple_of (the ranks that will serve it), widths (key/value heads), damping, target
+    layer|dense (of the refit)."""
 
     name: ClassVar[str] = "prune-heads"
     sublayer: ClassVar[Sublayer] = ATTENTION
@@ -295,6 +330,12 @@ def second_moments(view: BlockView, role: str, held_out: bool = True) -> list[Te
     stage = next(stage for stage in view.stages() if role in stage.roles)
     splits = (False, True) if held_out else (False,)
     return [second_moment(stage.inputs(split), linear.in_features, linear.weight.device) for split in splits]
+
+
+def calibrated_aims(view: BlockView, role: str) -> Calibrated:
+    """What the dense stream asks of one linear."""
+    stage = next(stage for stage in view.stages() if role in stage.roles)
+    return Calibrated.of(stage, view.linears[role], aims=True)
 
 
 def _typical_energy(states: list[Tensor]) -> float:

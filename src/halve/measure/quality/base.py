@@ -22,7 +22,7 @@ from halve.errors import HalveError
 from halve.measure.quality.base_file import BaseFile, BaseWriter, KeptItem
 from halve.measure.quality.divergence import Distribution, diverge, log_softmax
 from halve.measure.quality.resume import fingerprint
-from halve.measure.quality.scoring import Node, passes, positions_at_a_time
+from halve.measure.quality.scoring import Node, passes, positions_at_a_time, reduced_at_a_time, stretches
 from halve.model.decoder import Model
 from halve.model.vocabulary import check_finite
 
@@ -133,11 +133,27 @@ def _nodes(roots: Sequence[Node], before: list[int]) -> Iterator[tuple[Node, lis
             yield from _nodes(node.children, [*before, *node.tokens])
 
 
+class Distributions(Protocol):
+    """Those of a stretch of positions, of which some at a time are asked for."""
+
+    def __getitem__(self, part: slice) -> Distribution: ...
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What a model gives for a stretch of positions, [N, V]."""
+
+    values: Tensor
+
+    def __getitem__(self, part: slice) -> Distribution:
+        return Distribution(log_softmax(self.values[part].float()))
+
+
 @dataclass(frozen=True)
 class Predictions:
     """of: the distributions of a stretch of positions. log_probs: float64 of all targets, where they are known apart."""
 
-    of: Callable[[slice], Distribution]
+    of: Callable[[slice], Distributions]
     log_probs: Tensor | None = None
 
 
@@ -188,7 +204,7 @@ class ModelBase:
 
     def predict(self, layout: Layout, roots: Sequence[Node], batch_tokens: int) -> Predictions:
         hidden = layout.hidden(self._model, roots, batch_tokens)
-        return Predictions(lambda part: Distribution(log_softmax(self._model.logits(hidden[part]).float())))
+        return Predictions(lambda part: Logits(self._model.logits(hidden[part])))
 
 
 class FileBase:
@@ -258,16 +274,21 @@ class BaseComparison:
         not finite, and what a damaged base raises."""
         layout = Layout.of(roots, item_of_slot)
         targets = torch.tensor(layout.targets)
-        step = positions_at_a_time(model)
         with torch.inference_mode():
             hidden = layout.hidden(model, roots, batch_tokens)
             predictions = self._base.predict(layout, roots, batch_tokens) if self._base else None
             parts = []
-            for begin in range(0, len(hidden), step):
-                log_probs = log_softmax(model.logits(hidden[begin : begin + step]).float())
-                own = (targets[:, 0] >= begin) & (targets[:, 0] < begin + step)
-                at = (targets[own, 0] - begin).to(log_probs.device), targets[own, 1].to(log_probs.device)
-                parts.append(self._figures(log_probs, at, predictions, slice(begin, begin + step), own))
+            for stretch in stretches(len(hidden), positions_at_a_time(model)):
+                logits = Logits(model.logits(hidden[stretch]))
+                base = predictions.of(stretch) if predictions else None
+                for few in reduced_at_a_time(logits.values):
+                    own = logits[few]
+                    other = base[few] if base is not None else None
+                    first = stretch.start + few.start
+                    asked = (targets[:, 0] >= first) & (targets[:, 0] < stretch.start + few.stop)
+                    at = (targets[asked, 0] - first).to(hidden.device), targets[asked, 1].to(hidden.device)
+                    known = predictions.log_probs[asked] if predictions and predictions.log_probs is not None else None
+                    parts.append(self._figures(own, at, other, known))
         columns = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         check_finite(columns["log_probs"] + columns.get("base_log_probs", 0))
         if self._writer:
@@ -280,20 +301,19 @@ class BaseComparison:
         return rows
 
     def _figures(
-        self, log_probs: Tensor, at: tuple[Tensor, Tensor], predictions: Predictions | None, part: slice, own: Tensor
+        self, own: Distribution, at: tuple[Tensor, Tensor], base: Distribution | None, known: Tensor | None
     ) -> dict[str, Tensor]:
-        """Of the positions `part` and their targets, which `own` marks among all and `at` finds in log_probs."""
+        """Of a few positions, the model's and the base's, and of their targets, found `at` (position, token); `known`: the
+        base's log-probabilities of those, where it holds them apart."""
+        log_probs = own.log_probs
         columns = {"log_probs": log_probs[at].double().cpu()}
-        base = Distribution(log_probs)
-        if predictions is not None:
-            base = predictions.of(part)
-            known = predictions.log_probs
-            columns["base_log_probs"] = base.log_probs[at].double().cpu() if known is None else known[own]
+        if base is not None:
+            columns["base_log_probs"] = base.log_probs[at].double().cpu() if known is None else known
             columns |= vars(diverge(base, log_probs))
         if self._writer is not None:
-            top = base.kept(self._writer.count)
+            top = (base or own).kept(self._writer.count)
             columns |= {f"top_{name}": tensor.cpu() for name, tensor in vars(top).items()}
-            if predictions is not None:
+            if base is not None:
                 self.gaps += (columns["kl"] - diverge(top, log_probs).kl).tolist()
         return columns
 

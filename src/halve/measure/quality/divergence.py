@@ -20,7 +20,6 @@ from halve.measure.quality.statistics import clustered_error, t_quantile
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
 CHANGE_PERCENTILES = (1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0)
 NOTHING = -1e4  # the logarithm of a mass that float32 does not tell from none; finite, so that 0 * log 0 is 0
-_ELEMENTS = 2**19  # compared at a time: 2 MB a matrix, which stay in the cache
 
 
 @dataclass(frozen=True)
@@ -98,18 +97,12 @@ def diverge(base: Distribution, log_probs_NV: Tensor) -> Divergence:
         assert base.tail is not None
         q = torch.cat([q.gather(1, base.tokens), log_mass_without(q, base.tokens).unsqueeze(1)], dim=1)
         p = torch.cat([p, base.tail.unsqueeze(1)], dim=1)
-    step = max(1, _ELEMENTS // p.shape[1])
-    sums = [_sums(p[i : i + step], q[i : i + step]) for i in range(0, len(p), step)]
-    kl, acceptance = (torch.cat(parts).cpu() for parts in zip(*sums, strict=True))
-    return Divergence(kl, same_top.double().cpu(), acceptance)
-
-
-def _sums(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     mass_p, mass_q = p.exp(), q.exp()
     # the sum of min(p, q) of distributions that sum to 1
     acceptance = (1 - (mass_p - mass_q).abs_().sum(dim=1, dtype=torch.float64) / 2).clamp_(min=0)
     terms = (p - q).mul_(mass_p).sub_(mass_p).add_(mass_q).clamp_(min=0)
-    return terms.sum(dim=1, dtype=torch.float64), acceptance
+    kl = terms.sum(dim=1, dtype=torch.float64)
+    return Divergence(kl.cpu(), same_top.double().cpu(), acceptance.cpu())
 
 
 def figures(

@@ -19,6 +19,7 @@ from halve.model.decoder import Model
 from halve.model.vocabulary import check_finite
 
 LOGIT_ELEMENTS = 2**24  # float32 logits held at a time: 64 MB, 130 rows of a 128k vocabulary
+CACHED_ELEMENTS = 2**19  # of those reduced at a time on a CPU: 2 MB, which stay in its cache
 BATCH_TOKENS = 4096  # live cache slots of one batch, padding included
 
 
@@ -184,9 +185,20 @@ def _add_targets(model: Model, hidden_RTD: Tensor, nodes: list[Node], sums: Tens
     sums.index_add_(0, slots, token_log_probs(model, picked, tokens))
 
 
+def stretches(positions: int, at_a_time: int) -> Iterator[slice]:
+    """All of so many positions, at most so many at a time."""
+    return (slice(begin, min(begin + at_a_time, positions)) for begin in range(0, positions, max(1, at_a_time)))
+
+
 def positions_at_a_time(model: Model) -> int:
     """How many rows of logits are held at a time."""
     return max(1, LOGIT_ELEMENTS // model.config.vocab_size)
+
+
+def reduced_at_a_time(logits_NV: Tensor) -> Iterator[slice]:
+    """The rows whose passes over the vocabulary are made one after another before those of the next rows begin."""
+    rows = CACHED_ELEMENTS // logits_NV.shape[1] if logits_NV.device.type == "cpu" else len(logits_NV)
+    return stretches(len(logits_NV), max(1, rows))
 
 
 def token_log_probs(model: Model, hidden_ND: Tensor, tokens_N: Tensor) -> Tensor:
@@ -194,10 +206,11 @@ def token_log_probs(model: Model, hidden_ND: Tensor, tokens_N: Tensor) -> Tensor
 
     Logits are taken to float32 a stretch of positions at a time, so that a large vocabulary needs little memory.
     """
-    step = positions_at_a_time(model)
     parts = []
-    for begin in range(0, len(tokens_N), step):
-        logits = model.logits(hidden_ND[begin : begin + step]).float()
-        targets = tokens_N[begin : begin + step].to(logits.device).unsqueeze(1)
-        parts.append((logits.gather(1, targets).squeeze(1) - logits.logsumexp(dim=1)).double().cpu())
+    for part in stretches(len(tokens_N), positions_at_a_time(model)):
+        logits = model.logits(hidden_ND[part])
+        targets = tokens_N[part].to(logits.device).unsqueeze(1)
+        for rows in reduced_at_a_time(logits):
+            block = logits[rows].float()
+            parts.append((block.gather(1, targets[rows]).squeeze(1) - block.logsumexp(dim=1)).double().cpu())
     return torch.cat(parts)
