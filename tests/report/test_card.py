@@ -99,9 +99,18 @@ def test_front_matter_and_text(model: Path) -> None:
     assert write_card(model).read_bytes() == first
 
 
-@pytest.mark.parametrize("step", ["rtn:bits=8", "rtn:bits=8,symmetric=false", "drop-layers:layers=1"])
-def test_what_the_card_says_is_how_it_loads(dense: Path, tmp_path: Path, step: str) -> None:
-    model = compress(dense, tmp_path / "out", [step]).out
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["rtn:bits=8"],
+        ["rtn:bits=8,symmetric=false"],
+        ["rtn:bits=4,group_size=16,targets=*_proj", "rtn:bits=8,targets=lm_head,untie=true"],
+        ["rtn:bits=8,targets=Linear|Embedding"],
+        ["drop-layers:layers=1"],
+    ],
+)
+def test_what_the_card_says_is_how_it_loads(dense: Path, tmp_path: Path, steps: list[str]) -> None:
+    model = compress(dense, tmp_path / "out", steps).out
     page = unescape(shown(write_card(model)))
     code = re.findall(r"<pre><code>(from transformers.*?)</code></pre>", page, re.DOTALL)[0]
     scope: dict[str, Any] = {}
@@ -114,8 +123,16 @@ def test_what_the_card_says_is_how_it_loads(dense: Path, tmp_path: Path, step: s
     assert scope["model"].config.vocab_size == 97 and scope["tokenizer"]("cat")["input_ids"]
 
 
-def test_a_model_that_is_halves_alone(dense: Path, tmp_path: Path) -> None:
-    out = compress(dense, tmp_path / "out", ["l1-inputs:fraction=0.25"]).out
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["l1-inputs:fraction=0.25"],
+        ["rtn:bits=4,group_size=16", "rtn:bits=8,targets=embed_tokens"],
+        ["rtn:bits=4,group_size=16,targets=*q_proj", "rtn:bits=8,symmetric=false,targets=*v_proj"],
+    ],
+)
+def test_a_model_that_is_halves_alone(dense: Path, tmp_path: Path, steps: list[str]) -> None:
+    out = compress(dense, tmp_path / "out", steps).out
     card = write_card(out)
     assert metadata(card)["library_name"] == "halve"
     assert "loads in halve alone" in shown(card) and "from transformers" not in shown(card)

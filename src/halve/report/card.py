@@ -178,7 +178,7 @@ def _front_matter(manifest: Manifest, config: Mapping[str, Any], carried: Metada
     # the hub knows no word for a pruned model
     relation = {"base_model_relation": "quantized"} if "base_model" in told and "quantization_config" in config else {}
     data = ModelCardData(
-        library_name=_OURS if config.get("model_type") == _OURS else "transformers",
+        library_name="transformers" if _loads_in_transformers(config) else _OURS,
         tags=list(dict.fromkeys([*own, *([tags] if isinstance(tags, str) else tags)])),
         **cast(dict[str, Any], told | relation),
     )
@@ -287,15 +287,30 @@ def _speed(record: AnyRecord) -> Iterator[tuple[str, str, str]]:
         yield f"peak memory, prompt of {tokens} tokens", show_bytes(record["peak_memory_bytes"]), _NONE
 
 
+def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Those of weights that share a scheme."""
+    return list((config.get("quantization_config") or {}).get("config_groups", {}).values())
+
+
+def _asymmetric(config: Mapping[str, Any]) -> bool:
+    return any(not (group.get("weights") or {}).get("symmetric", True) for group in _groups(config))
+
+
+def _loads_in_transformers(config: Mapping[str, Any]) -> bool:
+    """Whether the table of docs/formats.md says so: where it expands weights as it loads, it knows one scheme a folder."""
+    expanded = _asymmetric(config) or any(
+        target.endswith("embed_tokens") for group in _groups(config) for target in group.get("targets", [])
+    )
+    return config.get("model_type") != _OURS and not (expanded and len(_groups(config)) > 1)
+
+
 def _loading(name: str, config: Mapping[str, Any]) -> Iterator[str]:
     """In which programs it loads, and how (docs/formats.md, "Who can load it")."""
-    quantized = config.get("quantization_config") or {}
-    schemes = [group.get("weights") or {} for group in quantized.get("config_groups", {}).values()]
-    asymmetric = any(not scheme.get("symmetric", True) for scheme in schemes)
-    if config.get("model_type") == _OURS or (asymmetric and len(schemes) > 1):
+    if not _loads_in_transformers(config):
         yield "It loads in halve alone: transformers has no place for what was done.\n"
     else:
-        needs = " with the package `compressed-tensors`" if quantized else ""
+        needs = " with the package `compressed-tensors`" if _groups(config) else ""
+        asymmetric = _asymmetric(config)
         yield f"In transformers{needs}:\n"
         path = json.dumps(plain(name), ensure_ascii=False)
         instead = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if asymmetric else ""
