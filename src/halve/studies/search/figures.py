@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from halve.measure.units import byte_unit, show_accuracy, show_bytes, show_kl
 
 
 @dataclass(frozen=True)
-class Figure:
+class Figure(ABC):
     """A figure of a trial. `interval`: the key of its 95 % interval in records; None for what is counted or timed, the
     others tell how good a model is."""
 
@@ -37,9 +38,9 @@ class Figure:
             return 0.0 if self.more_is_better else math.inf
         return interval[0 if self.more_is_better else 1]
 
+    @abstractmethod
     def show(self, value: float) -> str:
         """A value with its unit."""
-        raise NotImplementedError
 
     def show_interval(self, low: float, high: float) -> str:
         """The ends of an interval, with the unit where it needs one."""
